@@ -1,0 +1,33 @@
+"""Every error a user of minillm can meet, under one base class.
+
+A message names the file, field or value that is wrong, the rule it broke, and the way out.
+The command line prints it as one line and exits with 1; it never shows a traceback for these.
+"""
+
+
+class MinillmError(Exception):
+    """Base class: `except MinillmError` catches everything this package raises on purpose."""
+
+
+class ConfigError(MinillmError):
+    """`config.json` asks for something the decoder does not compute, or contradicts itself."""
+
+
+class CheckpointError(MinillmError):
+    """The checkpoint folder, its safetensors files or its tensors are not what the config promises."""
+
+
+class TokenizerError(MinillmError):
+    """`tokenizer.json` or the chat template is missing or cannot be used."""
+
+
+class RequestError(MinillmError):
+    """An argument of `generate`, `stream` or `conversation` is unknown or out of range."""
+
+
+class CacheError(MinillmError):
+    """A StaticCache is too small, has the wrong shape, or cannot be rolled back that far."""
+
+
+class BackendError(MinillmError):
+    """The chosen attention backend, dtype or device cannot run this model."""
