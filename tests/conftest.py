@@ -1,0 +1,62 @@
+"""Fixtures shared by all rooms' tests: tiny checkpoints, made once per test session."""
+
+import os
+
+# Before huggingface_hub and transformers are imported: they read these once.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test but test_hub's subprocesses may use the network
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import functools
+
+import pytest
+import torch
+
+import tiny_tokenizers
+from families import FAMILIES, load_reference, save_checkpoint, seed_of
+
+# The tiny models are all overhead: on a busy machine waking a second thread for each small
+# operation makes the suite nine times slower (80 s against 9 s for test_families.py).
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory):
+    """checkpoint(name) -> folder of a family's tiny checkpoint, saved by transformers; made once."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    @functools.cache
+    def make(name):
+        return save_checkpoint(root / name, FAMILIES[name].config, seed_of(name))
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def reference(checkpoint):
+    """reference(name) -> the transformers model loaded from that folder (eager, fp32); do not alter it."""
+    return functools.cache(lambda name: load_reference(checkpoint(name)))
+
+
+@pytest.fixture(scope="session")
+def text_tokenizer_files(tmp_path_factory):
+    """The byte-level tokenizer of tiny_tokenizers.py (.folder, .vocabulary, .copy_to)."""
+    return tiny_tokenizers.byte_level(tmp_path_factory.mktemp("tokenizers") / "byte_level")
+
+
+@pytest.fixture(scope="session")
+def metaspace_files(tmp_path_factory):
+    """The Llama-2-style tokenizer of tiny_tokenizers.py."""
+    return tiny_tokenizers.metaspace(tmp_path_factory.mktemp("tokenizers") / "metaspace")
+
+
+@pytest.fixture(scope="session")
+def text_checkpoint(tmp_path_factory, text_tokenizer_files):
+    """A checkpoint with a tokenizer and padded vocabulary: five embedding rows no token uses."""
+    folder = tmp_path_factory.mktemp("text") / "llama"
+    config = FAMILIES["llama2"].with_changes({"vocab_size": text_tokenizer_files.vocabulary + 5})
+    save_checkpoint(folder, config, seed=11)
+    text_tokenizer_files.copy_to(folder)
+    (folder / "generation_config.json").write_text(
+        '{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}'
+    )
+    return folder

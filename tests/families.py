@@ -1,0 +1,468 @@
+"""Tiny checkpoints of every supported family, made and saved by `transformers`.
+
+A recipe is a `config.json` in the spelling the family was published in, shrunk to a few thousand
+parameters, with shapes that are legal but unusual (`head_dim != hidden_size / heads`, one and three
+key/value heads, a prime vocabulary). `transformers` turns it into a model, the weights are drawn wide
+enough that wrong maths moves the logits by far more than the tolerance, and `save_pretrained` writes
+the folder (several shards, `config.json` in transformers' own newer spelling).
+
+`Family.features` names what the recipe is there to test, as (config key -> other value) changes:
+`test_families.py` checks on the transformers side that each change really moves the logits, so a
+decoder that ignored the key could not pass the parity test.
+"""
+
+import copy
+import dataclasses
+import json
+import zlib
+from pathlib import Path
+
+import torch
+
+VOCABULARY = 131  # prime: nothing rounds it up unnoticed
+
+_BASE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 48,
+    "intermediate_size": 72,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+    "torch_dtype": "float32",
+    # Published values (1e-5, 1e-6) would be below the tolerance of a parity test: an ignored or
+    # wrong eps must show, so every recipe has its own large one.
+    "rms_norm_eps": 0.02,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """One tiny checkpoint: `config` is its published-style config.json, `features` see the module text."""
+
+    name: str
+    config: dict
+    features: dict[str, dict]
+
+    def with_changes(self, changes: dict) -> dict:
+        """The recipe with some keys replaced; a dict value is merged one level down (text_config)."""
+        config = copy.deepcopy(self.config)
+        for key, value in changes.items():
+            if isinstance(value, dict) and isinstance(config.get(key), dict):
+                config[key] = {**config[key], **copy.deepcopy(value)}
+            else:
+                config[key] = copy.deepcopy(value)
+        return config
+
+    @property
+    def text_config(self) -> dict:
+        return self.config.get("text_config", self.config)
+
+
+def _family(name: str, architecture: str, model_type: str, keys: dict, features: dict) -> Family:
+    config = {**_BASE, **keys, "architectures": [architecture], "model_type": model_type}
+    return Family(name, {k: v for k, v in config.items() if v is not _ABSENT}, features)
+
+
+_ABSENT = object()
+_LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}
+_LONGROPE_6 = {  # head_dim 12, all of it rotated: six frequencies
+    "type": "longrope",
+    "short_factor": [1.0, 1.1, 1.25, 1.5, 1.9, 2.2],
+    "long_factor": [1.2, 1.9, 3.1, 4.5, 7.0, 11.0],
+}
+_LONGROPE_6_OF_8 = {**_LONGROPE_6, "short_factor": [1.0, 1.2, 1.3, 1.4, 1.6, 2.5]}
+_GEMMA3_TEXT = {
+    "hidden_activation": "gelu_pytorch_tanh",
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 10,
+    "rope_theta": 5000.0,
+    "rope_local_base_freq": 50.0,
+    "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+    "sliding_window": 9,
+    "sliding_window_pattern": 3,
+    "tie_word_embeddings": _ABSENT,
+}
+_GEMMA3_FEATURES = {
+    "local base": {"rope_local_base_freq": 5000.0},
+    "global base": {"rope_theta": 50.0},
+    "linear scaling on the global base": {"rope_scaling": None},
+    "window": {"sliding_window": 12},
+    "pattern": {"sliding_window_pattern": 2},
+    "query scale": {"query_pre_attn_scalar": 16},
+    "eps": {"rms_norm_eps": 0.04},
+}
+
+_FAMILIES = [
+    _family(
+        "llama2",
+        "LlamaForCausalLM",
+        "llama",
+        {"num_key_value_heads": 6, "head_dim": 10, "rope_theta": 100.0, "hidden_act": "silu"},
+        {
+            "base": {"rope_theta": 10000.0},
+            "eps": {"rms_norm_eps": 0.04},
+            "activation": {"hidden_act": "gelu"},
+        },
+    ),
+    _family(
+        "llama1",  # older than grouped-query attention: the file has no num_key_value_heads at all
+        "LlamaForCausalLM",
+        "llama",
+        {"num_key_value_heads": _ABSENT, "max_sequence_length": 512, "hidden_act": "silu"},
+        {"eps": {"rms_norm_eps": 0.04}},
+    ),
+    _family(
+        "llama3",
+        "LlamaForCausalLM",
+        "llama",
+        {
+            "head_dim": 16,
+            "num_key_value_heads": 3,
+            "rope_theta": 1000.0,
+            "rope_scaling": _LLAMA3,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "mlp_bias": False,
+        },
+        {"scaling": {"rope_scaling": None}, "factor": {"rope_scaling": {"factor": 32.0}}},
+    ),
+    _family(
+        "llama3.2",
+        "LlamaForCausalLM",
+        "llama",
+        {
+            "head_dim": 12,
+            "rope_theta": 1000.0,
+            "rope_scaling": {**_LLAMA3, "factor": 32.0},
+            "hidden_act": "silu",
+            "tie_word_embeddings": True,
+        },
+        {"factor": {"rope_scaling": {"factor": 8.0}}},
+    ),
+    _family(
+        "llama-biased",  # attention_bias and mlp_bias put a bias on all seven projections
+        "LlamaForCausalLM",
+        "llama",
+        {"attention_bias": True, "mlp_bias": True, "hidden_act": "silu"},
+        {"eps": {"rms_norm_eps": 0.04}},
+    ),
+    _family(
+        "tinyllama",
+        "LlamaForCausalLM",
+        "llama",
+        {"num_attention_heads": 8, "num_key_value_heads": 1, "hidden_act": "silu", "pretraining_tp": 1},
+        {"eps": {"rms_norm_eps": 0.04}},
+    ),
+    _family(
+        "smollm2",
+        "LlamaForCausalLM",
+        "llama",
+        {
+            "hidden_size": 54,
+            "num_attention_heads": 9,
+            "num_key_value_heads": 3,
+            "rope_theta": 300.0,
+            "rope_interleaved": False,
+            "is_llama_config": True,
+            "tie_word_embeddings": True,
+            "hidden_act": "silu",
+        },
+        {"base": {"rope_theta": 10000.0}},
+    ),
+    _family(
+        "yi",
+        "LlamaForCausalLM",
+        "llama",
+        {"rope_theta": 5000000.0, "hidden_act": "silu"},
+        {"base": {"rope_theta": 10000.0}},
+    ),
+    _family(
+        "mistral-v0.1",
+        "MistralForCausalLM",
+        "mistral",
+        {
+            "head_dim": 12,
+            "num_key_value_heads": 3,
+            "sliding_window": 9,
+            "rope_theta": 100.0,
+            "hidden_act": "silu",
+        },
+        {"window": {"sliding_window": 10}, "no window": {"sliding_window": None}},
+    ),
+    _family(
+        "mistral-v0.3",
+        "MistralForCausalLM",
+        "mistral",
+        {"sliding_window": None, "rope_theta": 1000000.0, "hidden_act": "silu"},
+        {"no window": {"sliding_window": 9}},
+    ),
+    _family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        "qwen2",
+        {
+            "rope_theta": 1000000.0,
+            "sliding_window": 9,
+            "use_sliding_window": False,
+            "max_window_layers": 1,
+            "tie_word_embeddings": True,
+            "hidden_act": "silu",
+        },
+        {"window off": {"use_sliding_window": True}},
+    ),
+    _family(
+        "qwen2-window",
+        "Qwen2ForCausalLM",
+        "qwen2",
+        {
+            "num_hidden_layers": 3,
+            "rope_theta": 100.0,
+            "sliding_window": 9,
+            "use_sliding_window": True,
+            "max_window_layers": 1,
+            "hidden_act": "silu",
+        },
+        {"window": {"sliding_window": 11}, "layers": {"max_window_layers": 2}},
+    ),
+    _family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        "qwen3",
+        {
+            "head_dim": 20,
+            "num_key_value_heads": 3,
+            "rope_theta": 1000000.0,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "max_window_layers": 2,
+            "attention_bias": False,
+            "hidden_act": "silu",
+        },
+        {"eps": {"rms_norm_eps": 0.04}},
+    ),
+    _family(
+        "gemma",
+        "GemmaForCausalLM",
+        "gemma",
+        {"head_dim": 16, "num_key_value_heads": 1, "hidden_act": "gelu", "tie_word_embeddings": _ABSENT},
+        {"eps": {"rms_norm_eps": 0.04}, "activation": {"hidden_act": "silu"}},
+    ),
+    _family(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        "gemma2",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 12,
+            "hidden_act": "gelu_pytorch_tanh",
+            "hidden_activation": "gelu_pytorch_tanh",
+            "sliding_window": 9,
+            "query_pre_attn_scalar": 7,
+            "attn_logit_softcapping": 5.0,
+            "final_logit_softcapping": 3.0,
+            "cache_implementation": "hybrid",
+            "tie_word_embeddings": _ABSENT,
+        },
+        {
+            "window": {"sliding_window": 10},
+            "attention softcap": {"attn_logit_softcapping": None},
+            "final softcap": {"final_logit_softcapping": None},
+            "query scale": {"query_pre_attn_scalar": 12},
+            "layer 0 slides": {"layer_types": ["full_attention", "sliding_attention", "full_attention"]},
+        },
+    ),
+    _family("gemma3", "Gemma3ForCausalLM", "gemma3_text", _GEMMA3_TEXT, _GEMMA3_FEATURES),
+    Family(
+        "gemma3-nested",
+        {
+            "architectures": ["Gemma3ForConditionalGeneration"],
+            "model_type": "gemma3",
+            "eos_token_id": [2, 3],
+            "torch_dtype": "float32",
+            "boi_token_index": 120,
+            "eoi_token_index": 121,
+            "image_token_index": 122,
+            "mm_tokens_per_image": 4,
+            "text_config": {
+                k: v
+                for k, v in {**_BASE, **_GEMMA3_TEXT, "model_type": "gemma3_text"}.items()
+                if v is not _ABSENT
+            },
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+                "vision_use_head": False,
+            },
+        },
+        {name: {"text_config": change} for name, change in _GEMMA3_FEATURES.items()},
+    ),
+    _family(
+        "phi3",
+        "Phi3ForCausalLM",
+        "phi3",
+        {
+            "num_attention_heads": 4,
+            "num_key_value_heads": 4,
+            "original_max_position_embeddings": 64,
+            "rope_scaling": _LONGROPE_6,
+            "rope_theta": 100.0,
+            "sliding_window": 19,
+            "hidden_act": "silu",
+            "attention_bias": False,
+            "embd_pdrop": 0.0,
+            "resid_pdrop": 0.0,
+        },
+        {
+            "longrope": {"rope_scaling": None},
+            "attention factor": {"max_position_embeddings": 65},
+            "short or long": {"original_max_position_embeddings": 16},
+            "window": {"sliding_window": 21},
+        },
+    ),
+    _family(
+        "phi4-mini",
+        "Phi3ForCausalLM",
+        "phi3",
+        {
+            "hidden_size": 64,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "original_max_position_embeddings": 64,
+            "partial_rotary_factor": 0.75,
+            "rope_scaling": _LONGROPE_6_OF_8,
+            "rope_theta": 100.0,
+            "sliding_window": 600,
+            "tie_word_embeddings": True,
+            "hidden_act": "silu",
+            "full_attn_mod": 1,
+            "interpolate_factor": 1,
+            "lm_head_bias": False,
+            "mlp_bias": False,
+        },
+        {"attention factor": {"max_position_embeddings": 65}, "base": {"rope_theta": 10000.0}},
+    ),
+    _family(
+        "olmo2",
+        "Olmo2ForCausalLM",
+        "olmo2",
+        {"num_key_value_heads": 3, "head_dim": 12, "rope_theta": 500.0, "hidden_act": "silu"},
+        {"base": {"rope_theta": 10000.0}, "eps": {"rms_norm_eps": 0.04}},
+    ),
+]
+FAMILIES = {family.name: family for family in _FAMILIES}
+WINDOWED = [
+    n for n, f in FAMILIES.items() if (f.text_config.get("sliding_window") or 600) < 40 and n != "qwen2"
+]
+
+
+def reference_config(config: dict):
+    """What `transformers` understands from a config.json dict: an instance of its own config class."""
+    from transformers import AutoConfig
+
+    config = copy.deepcopy(config)
+    return AutoConfig.for_model(config.pop("model_type"), **config)
+
+
+def _model_class(config):
+    import transformers
+
+    return getattr(transformers, config.architectures[0])
+
+
+def _draw_weights(model: torch.nn.Module, seed: int) -> None:
+    """Wide random weights: attention far from uniform, norm weights and biases far from 1 and 0.
+
+    Matrices get std 1.4 / sqrt(fan_in), so activations keep their size and attention scores have a
+    standard deviation of about 2; norm weights are spread around their neutral value, and a decoder
+    that forgets one, or takes `w` for `1 + w`, is far off.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        with torch.no_grad():
+            if parameter.dim() == 1 and "norm" in name:
+                parameter.copy_(parameter + 0.3 * noise)
+            elif parameter.dim() == 1:
+                parameter.copy_(0.5 * noise)
+            elif "embed_tokens" in name:
+                parameter.copy_(0.4 * noise)
+            else:
+                parameter.copy_(1.4 / parameter.shape[-1] ** 0.5 * noise)
+
+
+def make_model(config: dict, seed: int):
+    """A `transformers` model of this config.json dict with our wide random weights, fp32, eager."""
+    config = reference_config(config)
+    model = _model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="eager")
+    _draw_weights(model, seed)
+    return model.eval()
+
+
+def seed_of(name: str) -> int:
+    """A seed that stays the same between runs and machines (unlike `hash`)."""
+    return zlib.crc32(name.encode())
+
+
+def save_checkpoint(folder: Path, config: dict, seed: int, max_shard_size: str = "20KB") -> Path:
+    """Make a model and let `transformers` save it (several shards at this size, never pickle)."""
+    make_model(config, seed).save_pretrained(folder, max_shard_size=max_shard_size)
+    assert (folder / "config.json").exists()
+    return folder
+
+
+def load_reference(folder: Path):
+    """The saved checkpoint as `transformers` loads it: the oracle of every parity test."""
+    config = json.loads((folder / "config.json").read_text())
+    import transformers
+
+    model_class = getattr(transformers, config["architectures"][0])
+    return model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+
+
+def prompt_ids(length: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[int]:
+    """Random token ids that avoid the special ones (0 to 3)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, vocabulary, (length,), generator=generator).tolist()
+
+
+@torch.no_grad()
+def reference_logits(model, ids: list[int], steps: list[int] = ()) -> torch.Tensor:
+    """Logits [len(ids) + len(steps), V] of a prompt, then of single tokens through its dynamic cache."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    logits = [model(torch.tensor([ids]), past_key_values=cache, use_cache=True).logits[0]]
+    for token in steps:
+        logits.append(model(torch.tensor([[token]]), past_key_values=cache, use_cache=True).logits[0])
+    return torch.cat(logits)
+
+
+@torch.no_grad()
+def reference_greedy(model, ids: list[int], max_new_tokens: int) -> list[int]:
+    """Greedy continuation of one prompt, alone, through transformers' dynamic cache; never stops early."""
+    from transformers import DynamicCache
+
+    cache, new, step = DynamicCache(config=model.config), [], ids
+    for _ in range(max_new_tokens):
+        logits = model(torch.tensor([step]), past_key_values=cache, use_cache=True).logits
+        new.append(int(logits[0, -1].argmax()))
+        step = new[-1:]
+    return new

@@ -1,0 +1,240 @@
+"""A Hub id, through the real huggingface_hub, from a small server on loopback; then from its cache.
+
+The server speaks the few endpoints `snapshot_download` needs and writes down every request. The
+client runs in a process of its own, because huggingface_hub reads its environment when imported.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+from families import FAMILIES, save_checkpoint
+
+REPO = "tiny/llama"
+TOKEN = "hf_secretsecretsecret"
+# What a real repository also holds and nobody here may fetch: pickles, a second copy of the
+# weights, other runtimes' formats, pictures. Their bytes would fail to load, too.
+UNWANTED = [
+    "pytorch_model.bin",
+    "training_args.bin",
+    "consolidated.safetensors",
+    "consolidated.00.pth",
+    "original/params.json",
+    "original/model.safetensors",
+    "onnx/model.onnx",
+    "model-q4.gguf",
+    "tf_model.h5",
+    "assets/picture.png",
+]
+
+
+class Hub:
+    """Revisions (name -> (commit, folder)) of one repository, and a log of (method, path, token)."""
+
+    def __init__(self):
+        self.revisions: dict[str, tuple[str, Path]] = {}
+        self.requests: list[tuple[str, str, str | None]] = []
+        self.needs_token = False
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_address[1]}"
+
+    def publish(self, revision: str, folder: Path) -> None:
+        commit = hashlib.sha1(revision.encode()).hexdigest()
+        self.revisions[revision] = self.revisions[commit] = (commit, folder)
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
+
+    @property
+    def fetched(self) -> set[str]:
+        """Names of files that were asked for, by HEAD or GET."""
+        paths = [path.split("/resolve/", 1)[1] for _, path, _ in self.requests if "/resolve/" in path]
+        return {path.split("/", 1)[1] for path in paths}
+
+
+def _handler_of(hub: Hub):
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *args):
+            pass
+
+        def answer(self, status, body=b"", headers=None):
+            self.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
+                self.send_header(name, value)
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body)
+
+        def do_HEAD(self):
+            self.do_GET()
+
+        def do_GET(self):
+            path = unquote(urlsplit(self.path).path).lstrip("/")
+            hub.requests.append((self.command, path, self.headers.get("Authorization")))
+            if hub.needs_token and self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                return self.answer(401, b"{}", {"X-Error-Code": "GatedRepo", "X-Error-Message": "gated"})
+            parts = path.split("/")
+            if parts[:2] == ["api", "models"] and "/".join(parts[2:4]) == REPO:
+                return self.api(parts[4:])
+            if "/".join(parts[:2]) == REPO and parts[2] == "resolve":
+                return self.file(parts[3], "/".join(parts[4:]))
+            return self.answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+
+        def api(self, parts):
+            kind, revision = (parts[0], parts[1]) if parts else ("revision", "main")
+            if revision not in hub.revisions:
+                return self.answer(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            commit, folder = hub.revisions[revision]
+            names = [str(p.relative_to(folder)) for p in sorted(folder.rglob("*")) if p.is_file()]
+            if kind == "tree":
+                body = [
+                    {"type": "file", "path": n, "size": (folder / n).stat().st_size, "oid": _etag(folder / n)}
+                    for n in names
+                ]
+            else:
+                body = {"id": REPO, "sha": commit, "siblings": [{"rfilename": n} for n in names]}
+            return self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
+
+        def file(self, revision, name):
+            commit, folder = hub.revisions.get(revision, (None, None))
+            if commit is None or not (folder / name).is_file():
+                return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
+            headers = {"ETag": f'"{_etag(folder / name)}"', "X-Repo-Commit": commit}
+            return self.answer(200, (folder / name).read_bytes(), headers)
+
+    return Handler
+
+
+def _etag(path: Path) -> str:
+    return hashlib.sha1(path.read_bytes()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory, text_tokenizer_files):
+    """A checkpoint folder dressed up as a full repository, and a second revision with other weights."""
+    folders = []
+    for seed in (1, 2):
+        folder = tmp_path_factory.mktemp("repository") / "files"
+        config = FAMILIES["llama2"].with_changes({"vocab_size": text_tokenizer_files.vocabulary})
+        save_checkpoint(folder, config, seed)
+        text_tokenizer_files.copy_to(folder)
+        for name in UNWANTED:
+            (folder / name).parent.mkdir(exist_ok=True)
+            (folder / name).write_bytes(b"not for you: " + name.encode())
+        folders.append(folder)
+    return folders
+
+
+@pytest.fixture
+def hub(repository):
+    hub = Hub()
+    hub.publish("main", repository[0])
+    hub.publish("v2", repository[1])
+    yield hub
+    hub.close()
+
+
+CLIENT = """
+import json, sys
+from minillm import LLM
+from minillm.errors import MinillmError
+try:
+    llm = LLM.from_pretrained(sys.argv[1], dtype="float32", device="cpu", **json.loads(sys.argv[2]))
+    out = llm.generate([5, 6, 7, 8], max_new_tokens=6, temperature=0.0, eos_token_id=[])
+    print(json.dumps({"token_ids": out.token_ids}))
+except MinillmError as error:
+    print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+"""
+
+
+def client(hub_or_endpoint, home: Path, environment=(), name=REPO, **arguments) -> dict:
+    """Load and generate in a fresh process that sees only this endpoint and this HF_HOME."""
+    endpoint = getattr(hub_or_endpoint, "endpoint", hub_or_endpoint)
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS"))}
+    environ = {**inherited, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", CLIENT, name, json.dumps(arguments)],
+        env={**environ, **dict(environment)},
+        cwd=Path(__file__).parent.parent,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def expected_tokens(folder: Path) -> list[int]:
+    from families import load_reference, reference_greedy
+
+    return reference_greedy(load_reference(folder), [5, 6, 7, 8], 6)
+
+
+def test_download_then_offline_from_the_cache(hub, repository, tmp_path):
+    first = client(hub, tmp_path)
+    assert first == {"token_ids": expected_tokens(repository[0])}
+    assert (tmp_path / "hub" / "models--tiny--llama").is_dir()  # HF_HOME was respected
+
+    shards = {p.name for p in repository[0].glob("model-*.safetensors")}
+    assert len(shards) > 1
+    assert shards | {"config.json", "tokenizer.json", "model.safetensors.index.json"} <= hub.fetched
+    assert not hub.fetched & set(UNWANTED)
+
+    hub.requests.clear()
+    assert client(hub, tmp_path, {"HF_HUB_OFFLINE": "1"}) == first
+    assert client(hub, tmp_path, local_files_only=True) == first
+    assert hub.requests == []
+
+
+def test_a_server_that_is_down_leaves_the_cache_usable(hub, tmp_path):
+    first = client(hub, tmp_path)
+    gone = "http://127.0.0.1:1"  # nothing listens there
+    assert client(gone, tmp_path) == first
+
+
+def test_revision_selects_the_weights(hub, repository, tmp_path):
+    tokens = client(hub, tmp_path, revision="v2")
+    assert tokens == {"token_ids": expected_tokens(repository[1])}
+    assert tokens != {"token_ids": expected_tokens(repository[0])}
+    unknown = client(hub, tmp_path, revision="v3")
+    assert unknown["kind"] == "CheckpointError"
+    assert "v3" in unknown["error"]
+
+
+def test_token_argument_and_environment(hub, tmp_path):
+    hub.needs_token = True
+    refused = client(hub, tmp_path / "a")
+    assert refused["kind"] == "CheckpointError"
+    assert "token" in refused["error"].lower()
+    assert "token_ids" in client(hub, tmp_path / "b", {"HF_TOKEN": TOKEN})
+    assert "token_ids" in client(hub, tmp_path / "c", token=TOKEN)
+
+
+def test_unknown_repository_is_one_clear_error(hub, tmp_path):
+    answer = client(hub, tmp_path, name="tiny/nobody")
+    assert answer["kind"] == "CheckpointError"
+    assert "tiny/nobody" in answer["error"]
+
+
+def test_offline_without_a_cache_says_so(hub, tmp_path):
+    answer = client(hub, tmp_path, {"HF_HUB_OFFLINE": "1"})
+    assert answer["kind"] == "CheckpointError"
+    assert REPO in answer["error"]
+    assert hub.requests == []
