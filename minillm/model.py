@@ -1,0 +1,167 @@
+"""The decoder: RMSNorm, Attention, MLP, Block, Decoder, smallest first.
+
+One class serves every family; what differs comes from `ModelConfig` as data. A forward pass takes
+token ids, the position of each, and the cache: nothing else, no state kept between calls.
+
+Shapes: B rows, T tokens of this step, d hidden_size, H query heads, KV key/value heads, D head_dim,
+F intermediate_size, V vocab_size, S cache slots.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from minillm.attention import Backend
+from minillm.cache import KeyView, StaticCache
+from minillm.config import LayerSpec, ModelConfig, NormSpec
+from minillm.rope import cos_sin, rotate
+
+# Builds the matrix of a projection: (in_features, out_features, bias) -> module.
+LinearFactory = Callable[[int, int, bool], nn.Module]
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * (offset + weight) over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+
+    def __init__(self, size: int, spec: NormSpec):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(size))
+        self.spec = spec
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.spec.eps)
+        if self.spec.multiply_in_fp32:
+            return (wide * (self.spec.offset + self.weight.float())).to(x.dtype)
+        return wide.to(x.dtype) * self.weight
+
+
+class Attention(nn.Module):
+    """Project to queries, keys and values; rotate; remember; attend; project back."""
+
+    def __init__(
+        self, config: ModelConfig, spec: LayerSpec, index: int, backend: Backend, linear: LinearFactory
+    ):
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = (
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+        )
+        self.spec, self.index, self.backend, self.qk_norm = spec, index, backend, config.qk_norm
+        q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+        self.split = (q_size, kv_size, kv_size)
+        # One matrix for q, k and v: a decode step is bound by reading weights, and one read beats three.
+        self.qkv = linear(config.hidden_size, sum(self.split), config.qkv_bias)
+        self.output = linear(q_size, config.hidden_size, config.output_bias)
+        if self.qk_norm is not None:
+            whole = self.qk_norm == "full"
+            self.q_norm = RMSNorm(q_size if whole else config.head_dim, config.norm)
+            self.k_norm = RMSNorm(kv_size if whole else config.head_dim, config.norm)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], view: KeyView, cache: StaticCache) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = self.qkv(x).split(self.split, dim=-1)  # [B, T, H * D], [B, T, KV * D] twice
+        if self.qk_norm == "full":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q = q.reshape(B, T, self.num_heads, self.head_dim)
+        k = k.reshape(B, T, self.num_kv_heads, self.head_dim)
+        v = v.reshape(B, T, self.num_kv_heads, self.head_dim)
+        if self.qk_norm == "head":
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = rotate(q, *rotary), rotate(k, *rotary)
+        cache.write(self.index, k, v, view)
+        out = self.backend.attend(q, cache.keys[self.index], cache.values[self.index], view, self.spec)
+        return self.output(out)  # [B, T, d]
+
+
+class MLP(nn.Module):
+    """Gated feed-forward: down(activation(gate x) * up x) (Shazeer 2020, GLU variants, arXiv:2002.05202)."""
+
+    def __init__(self, config: ModelConfig, linear: LinearFactory):
+        super().__init__()
+        self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
+        self.down = linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+        self.activation = config.activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [B, T, F] each
+        gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
+        return self.down(gate * up)  # [B, T, d]
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each added to the residual stream, with norms before and/or after."""
+
+    def __init__(self, config: ModelConfig, index: int, backend: Backend, linear: LinearFactory):
+        super().__init__()
+
+        def norm(present: bool) -> nn.Module:
+            return RMSNorm(config.hidden_size, config.norm) if present else nn.Identity()
+
+        self.attention_norm = norm(config.pre_norm)
+        self.attention = Attention(config, config.layers[index], index, backend, linear)
+        self.attention_post_norm = norm(config.post_norm)
+        self.mlp_norm = norm(config.pre_norm)
+        self.mlp = MLP(config, linear)
+        self.mlp_post_norm = norm(config.post_norm)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], view: KeyView, cache: StaticCache) -> Tensor:
+        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rotary, view, cache))
+        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))  # [B, T, d]
+
+
+class Decoder(nn.Module):
+    """A causal language model over a `StaticCache`.
+
+    Build it through `checkpoint.load_decoder`; built directly its weights are uninitialised.
+    """
+
+    def __init__(self, config: ModelConfig, backend: Backend, linear: LinearFactory = nn.Linear):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.blocks = nn.ModuleList(Block(config, i, backend, linear) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm)
+        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def forward(
+        self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache, key_length: int | None = None
+    ) -> Tensor:
+        """Logits of the next token after every input token.
+
+        Args:
+            input_ids: `[B, T]` int64.
+            cache_position: `[B, T]` int64, the position of each token in its row, ascending; -1 marks
+                padding, which may stand anywhere and is neither stored nor seen.
+            cache: holds the tokens before these; gains these. T <= cache.max_step.
+            key_length: see `StaticCache.view`.
+
+        Returns `[B, T, V]` float32 (padding positions hold finite nonsense).
+        """
+        return self.logits(self.hidden_states(input_ids, cache_position, cache, key_length))
+
+    def hidden_states(
+        self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache, key_length: int | None = None
+    ) -> Tensor:
+        """The last hidden state of every input token, `[B, T, d]`; arguments as for `forward`."""
+        cache.record(input_ids, cache_position)
+        views = {window: cache.view(cache_position, window, key_length) for window in self.config.windows}
+        x = self.embedding(input_ids)  # [B, T, d]
+        if self.config.embedding_scale != 1.0:
+            # Gemma multiplies by sqrt(d) rounded to the model's dtype, and was trained with that rounding.
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device=x.device)
+        rotary = [cos_sin(table, cache_position, x.dtype) for table in cache.rotary]
+        for block, spec in zip(self.blocks, self.config.layers, strict=True):
+            x = block(x, rotary[spec.rope], views[spec.window], cache)
+        return self.norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Project hidden states `[..., d]` to logits `[..., V]` in float32."""
+        logits = self.head(hidden).float()
+        cap = self.config.final_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
