@@ -1,0 +1,73 @@
+"""Which block sizes a kernel is launched with: one small table, looked up by chip and size.
+
+There is no autotuner: a table of at most three rows per kernel is enough, it can be read, every row
+of it is cross-compiled by `tools/crosscompile.py`, and the first call costs nothing but a lookup. The last
+row of every kernel serves every chip and every size: it has to fit the smallest shared memory
+(99 KiB: consumer Ampere, Ada and Blackwell). Rows above it name the data-centre chips they were made for.
+
+Nothing here asks the device anything at import; `architecture` does, once per device, at the first launch.
+"""
+
+import functools
+import os
+from dataclasses import dataclass
+
+import torch
+
+DATACENTER = (80, 90, 100)  # A100, H100/H200, B100/B200: 163 KiB of shared memory per block and more
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One row: block sizes (handed to the kernel as constexpr arguments), warps and pipeline stages.
+
+    `size` means what the kernel's comment in TABLE says (bytes of one head, rows of x, ...). The row
+    serves a launch when the chip is in `chips` (None: any chip) and the size is at most `max_size`.
+    """
+
+    blocks: dict[str, int]
+    num_warps: int
+    num_stages: int
+    max_size: int | None = None
+    chips: tuple[int, ...] | None = None
+
+    def arguments(self) -> dict:
+        """Keyword arguments for `kernel[grid](...)`."""
+        # Triton 3.9 leaves multiply-add unfused unless asked; 3.6 fuses by default. Say it, for both.
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
+        return self.blocks | options
+
+
+# kernel -> rows, first match wins, the last row is the default. What `size` is stands beside each kernel.
+TABLE: dict[str, tuple[Launch, ...]] = {
+    # size: bytes of one head vector (head_dim * itemsize); the K and V tiles are BLOCK_N such vectors each
+    "decode_attention": (
+        Launch({"BLOCK_N": 64}, num_warps=4, num_stages=3, max_size=256, chips=DATACENTER),
+        Launch({"BLOCK_N": 32}, num_warps=4, num_stages=2, max_size=512),
+        Launch({"BLOCK_N": 16}, num_warps=4, num_stages=2),
+    ),
+}
+
+
+def interpreting() -> bool:
+    """True under TRITON_INTERPRET=1: CPU tensors then go through the Triton kernels, run by Triton's
+    interpreter, so a laptop without a GPU can test them."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """90 for an H100 (compute capability 9.0). CPU tensors, in the interpreter, count as 80."""
+    if device.type != "cuda":
+        return 80
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def choose(kernel: str, device: torch.device, size: int) -> Launch:
+    """The row of TABLE that serves this kernel on this device at this size."""
+    chip = architecture(device)
+    for row in TABLE[kernel]:
+        if (row.chips is None or chip in row.chips) and (row.max_size is None or size <= row.max_size):
+            return row
+    raise AssertionError(f"TABLE[{kernel!r}] has no default row: its last row must serve everything")
