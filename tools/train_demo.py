@@ -255,8 +255,7 @@ def save_atomically(state: dict, path: Path) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def train(name: str, config: LlamaConfig, data, args, minutes: float, dropout: float, decay: float,
-          teacher: LlamaForCausalLM | None = None) -> tuple[LlamaForCausalLM, dict]:  # fmt: skip
+def train(name, config, data, args, minutes, dropout, decay, teacher=None) -> tuple[LlamaForCausalLM, dict]:
     """Train `name` for `minutes`, from its checkpoint in args.work where one is; the best model, figures."""
     _, train_ids, valid_ids, valid_bytes = data
     torch.manual_seed(args.seed)
@@ -317,9 +316,9 @@ def train(name: str, config: LlamaConfig, data, args, minutes: float, dropout: f
         if now["elapsed"] - last_log[0] >= LOG_EVERY:
             speed = (now["tokens"] - last_log[1]) / (now["elapsed"] - last_log[0])
             last_log = (now["elapsed"], now["tokens"])
-            print(f"{name}: step {now['step']} epoch {now['tokens'] / len(train_ids):.2f} window {length} "
-                  f"loss {loss.item():.3f} {speed:.0f} tok/s eta {(budget - now['elapsed']) / 60:.1f} min",
-                  flush=True)  # fmt: skip
+            place = f"step {now['step']} epoch {now['tokens'] / len(train_ids):.2f} window {length}"
+            left = (budget - now["elapsed"]) / 60
+            print(f"{name}: {place} loss {loss.item():.3f} {speed:.0f} tok/s eta {left:.1f} min", flush=True)
         if now["elapsed"] - last_save >= CHECKPOINT_EVERY:
             last_save = now["elapsed"]
             keep_checkpoint()
@@ -357,9 +356,8 @@ def figures(name: str, model: LlamaForCausalLM, now: dict, data) -> str:
     rounded = copy.deepcopy(model).to(torch.bfloat16).float()  # the weights as they are written
     tokens, elapsed = now["tokens"], now["elapsed"]
     lines = [
-        f"{name}: {model.num_parameters():,} parameters, {tokens:,} tokens, {tokens / len(train_ids):.1f} epochs",
-        f"{name}: {now['step']:,} steps (best at {now['best_step']:,}), {elapsed / 60:.1f} min, "
-        f"{tokens / elapsed:.0f} tok/s",
+        f"{name}: {model.num_parameters():,} parameters, {now['step']:,} steps (best at {now['best_step']:,})",
+        f"{name}: {tokens:,} tokens, {tokens / len(train_ids):.1f} epochs, {elapsed / 60:.1f} min",
     ]
     for length, overlap in ((512, 0), (512, 256), (1024, 512), (2048, 1024)):
         bits = validation_bits(rounded, valid_ids, length, overlap)
