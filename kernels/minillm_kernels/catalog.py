@@ -15,9 +15,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-
 from minillm_kernels.decode_attention import decode_attention
+from minillm_kernels.launch import interpreting
+from minillm_kernels.norm_rope import add_rms_norm, rms_norm, rope_and_cache_write
+from torch import Tensor
 
 Results = tuple[Tensor, ...]
 
@@ -45,8 +46,17 @@ class Entry:
 
 
 def unit(dtype: torch.dtype) -> float:
-    """Unit roundoff: 2^-9 for bfloat16, 2^-12 for float16, 2^-24 for float32."""
-    return torch.finfo(dtype).eps / 2
+    """Unit roundoff: 2^-8 for bfloat16, 2^-11 for float16, 2^-24 for float32.
+
+    Triton's interpreter cuts float32 off to bfloat16 instead of rounding to nearest: twice as far.
+    """
+    truncated = dtype == torch.bfloat16 and interpreting()
+    return torch.finfo(dtype).eps / (1 if truncated else 2)
+
+
+def rounding(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """How far rounding `value` to `dtype` can move it; subnormal numbers are as coarse as the smallest normal."""
+    return unit(dtype) * value.abs().clamp(min=torch.finfo(dtype).smallest_normal)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -116,13 +126,11 @@ def attention_bound(expected: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: fl
     largest_v = v.double().nan_to_num(0).abs().amax()
     largest_score = q_norm * k_norm * scale  # Cauchy-Schwarz: sum of |q k| <= |q| |k|
     score_error = unit(torch.float32) * ((q.shape[-1] ** 0.5 + 8) * largest_score + 4 * (softcap or 0))
-    rounding = unit(q.dtype) * (expected.nan_to_num(0).abs() + largest_v)
-    return rounding + 2 * score_error * largest_v
+    rounded = rounding(expected.nan_to_num(0), q.dtype) + rounding(largest_v, q.dtype)
+    return rounded + 2 * score_error * largest_v
 
 
-def decode_attention_bounds(
-    expected, q, k, v, cache_position, scale, window, softcap, alibi_slopes
-) -> Results:
+def decode_attention_bounds(expected, q, k, v, cache_position, scale, window, softcap, alibi_slopes) -> Results:
     return (attention_bound(expected[0], q, k, v, scale, softcap),)
 
 
@@ -134,9 +142,7 @@ def decode_attention_bytes(q, k, v, cache_position, scale, window, softcap, alib
     return kv + 2 * q.numel() * q.element_size()
 
 
-def decode_case(
-    batch: int, position: int, heads: int, kv_heads: int, head_dim: int, slots: int, **more
-) -> dict:
+def decode_case(batch: int, position: int, heads: int, kv_heads: int, head_dim: int, slots: int, **more) -> dict:
     """A real model's shape: every row at the same position, one token each."""
     positions = [[position]] * batch
     return dict(positions=positions, heads=heads, kv_heads=kv_heads, head_dim=head_dim, slots=slots, **more)
@@ -152,15 +158,11 @@ DECODE_ATTENTION = Entry(
     small_cases={
         "one token": dict(positions=[[5]], heads=2, kv_heads=2, head_dim=64, slots=40),
         "first token": dict(positions=[[0], [39]], heads=2, kv_heads=1, head_dim=16, slots=40),
-        "grouped heads, ragged rows": dict(
-            positions=[[130], [3], [64]], heads=4, kv_heads=2, head_dim=32, slots=150
-        ),
+        "grouped heads, ragged rows": dict(positions=[[130], [3], [64]], heads=4, kv_heads=2, head_dim=32, slots=150),
         "five tokens": dict(
             positions=[[20, 21, 22, 23, 24], [0, 1, 2, 3, 4]], heads=4, kv_heads=1, head_dim=64, slots=40
         ),
-        "padding": dict(
-            positions=[[7, 8, -1], [-1, -1, -1], [-1, -1, 0]], heads=2, kv_heads=1, head_dim=32, slots=20
-        ),
+        "padding": dict(positions=[[7, 8, -1], [-1, -1, -1], [-1, -1, 0]], heads=2, kv_heads=1, head_dim=32, slots=20),
         "many query heads": dict(positions=[[70, 71]], heads=35, kv_heads=1, head_dim=64, slots=80),
         "odd head size": dict(positions=[[33]], heads=2, kv_heads=2, head_dim=80, slots=34),
         "window": dict(positions=[[90, 91], [4, 5]], heads=2, kv_heads=1, head_dim=32, slots=100, window=16),
@@ -180,9 +182,7 @@ DECODE_ATTENTION = Entry(
             softcap=20.0,
             alibi=True,
         ),
-        "prefill chunk": dict(
-            positions=[list(range(30, 70))], heads=2, kv_heads=1, head_dim=32, slots=90, window=25
-        ),
+        "prefill chunk": dict(positions=[list(range(30, 70))], heads=2, kv_heads=1, head_dim=32, slots=90, window=25),
     },
     model_cases={
         "Llama-2-7B, 4 rows at 2048": decode_case(4, 2047, 32, 32, 128, 4096),
@@ -193,5 +193,188 @@ DECODE_ATTENTION = Entry(
     },
 )
 
+# ---------------------------------------------------------------------------------------------------------
+# rms_norm, add_rms_norm
+# ---------------------------------------------------------------------------------------------------------
 
-CATALOG: dict[str, Entry] = {entry.name: entry for entry in (DECODE_ATTENTION,)}
+
+def rms_norm_inputs(case: dict, dtype: torch.dtype, device, generator: torch.Generator) -> dict:
+    random = {"generator": generator, "device": device}
+    shape = case["shape"]
+    inputs = {"x": torch.randn(shape, **random).to(dtype)}
+    if case.get("strided"):  # every other row of something: rows evenly spaced, not adjacent
+        inputs["x"] = torch.randn(2 * shape[0], *shape[1:], **random).to(dtype)[::2]
+    inputs["weight"] = torch.randn(shape[-1], **random).to(dtype)
+    inputs["eps"] = case.get("eps", 1e-6)
+    inputs["offset"] = case.get("offset", 0.0)
+    inputs["multiply_in_fp32"] = case["multiply_in_fp32"]
+    return inputs
+
+
+def add_rms_norm_inputs(case: dict, dtype: torch.dtype, device, generator: torch.Generator) -> dict:
+    residual = torch.randn(case["shape"], generator=generator, device=device).to(dtype)
+    return rms_norm_inputs(case, dtype, device, generator) | {"residual": residual}
+
+
+def rms_norm_reference(x, weight, eps, offset, multiply_in_fp32) -> Results:
+    wide = x.double()
+    return (wide / (wide.pow(2).mean(-1, keepdim=True) + eps).sqrt() * (offset + weight.double()),)
+
+
+def add_rms_norm_reference(x, residual, weight, eps, offset, multiply_in_fp32) -> Results:
+    total = x.double() + residual.double()
+    return (*rms_norm_reference(total, weight, eps, offset, multiply_in_fp32), total)
+
+
+def rms_norm_bounds(expected, x, weight, eps, offset, multiply_in_fp32) -> Results:
+    """One rounding of the result, two when it is rounded before the multiplication as well. In float32: a
+    sum of N squares whose roundings walk randomly, sqrt(N) * 2^-24, halved by the square root; 6 more
+    operations."""
+    (normed,) = expected
+    bound = rounding(normed, x.dtype) + (x.shape[-1] ** 0.5 / 2 + 6) * rounding(normed, torch.float32)
+    if not multiply_in_fp32:
+        bound = bound + weight.double().abs() * rounding(normed / weight.double(), x.dtype)
+    return (bound,)
+
+
+def add_rms_norm_bounds(expected, x, residual, weight, eps, offset, multiply_in_fp32) -> Results:
+    """As for rms_norm; the sum is rounded too, which moves an element and the norm by one unit each."""
+    normed, total = expected
+    (bound,) = rms_norm_bounds((normed,), x, weight, eps, offset, multiply_in_fp32)
+    return bound + 2 * unit(x.dtype) * normed.abs(), rounding(total, x.dtype)
+
+
+NORM_CASES = {
+    "Llama": dict(shape=(3, 64), multiply_in_fp32=False, eps=1e-5),
+    "Gemma": dict(shape=(2, 3, 96), multiply_in_fp32=True, offset=1.0),
+    "OLMo 2": dict(shape=(2, 2, 2, 48), multiply_in_fp32=True),
+    "odd size, large eps": dict(shape=(2, 77), multiply_in_fp32=True, eps=0.5),
+    "strided rows": dict(shape=(3, 64), multiply_in_fp32=False, strided=True),
+    "wider than 8192": dict(shape=(1, 9000), multiply_in_fp32=False),
+}
+NORM_MODEL_CASES = {
+    "Llama-2-7B, 1 row": dict(shape=(1, 4096), multiply_in_fp32=False),
+    "Gemma-2b, 1 row": dict(shape=(1, 2048), multiply_in_fp32=True, offset=1.0),
+    "Llama-3-8B, 2048 rows": dict(shape=(2048, 4096), multiply_in_fp32=False),
+    "Llama-3-70B, 512 rows": dict(shape=(512, 8192), multiply_in_fp32=False),
+    "16384 wide, 128 rows": dict(shape=(128, 16384), multiply_in_fp32=False),
+}
+
+RMS_NORM = Entry(
+    name="rms_norm",
+    make_inputs=rms_norm_inputs,
+    run=lambda **inputs: (rms_norm(**inputs),),
+    reference=rms_norm_reference,
+    bounds=rms_norm_bounds,
+    bytes_moved=lambda x, weight, **_: (2 * x.numel() + weight.numel()) * x.element_size(),
+    small_cases=NORM_CASES,
+    model_cases=NORM_MODEL_CASES,
+)
+
+ADD_RMS_NORM = Entry(
+    name="add_rms_norm",
+    make_inputs=add_rms_norm_inputs,
+    run=lambda **inputs: add_rms_norm(**inputs),
+    reference=add_rms_norm_reference,
+    bounds=add_rms_norm_bounds,
+    bytes_moved=lambda x, weight, **_: (4 * x.numel() + weight.numel()) * x.element_size(),
+    small_cases=NORM_CASES,
+    model_cases=NORM_MODEL_CASES,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# rope_and_cache_write
+# ---------------------------------------------------------------------------------------------------------
+
+
+def rope_inputs(case: dict, dtype: torch.dtype, device, generator: torch.Generator) -> dict:
+    """q, k and v are slices of one fused projection, as in the decoder, hence not contiguous."""
+    position = torch.tensor(case["positions"], device=device)  # [B, T]
+    (batch, tokens), heads, kv_heads = position.shape, case["heads"], case["kv_heads"]
+    head_dim, slots, rotary_dim = case["head_dim"], case["slots"], case.get("rotary_dim", case["head_dim"])
+    random = {"generator": generator, "device": device}
+    qkv = torch.randn(batch, tokens, heads + 2 * kv_heads, head_dim, **random).to(dtype)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=2)
+    frequency = 10000.0 ** -(torch.arange(0, rotary_dim, 2, device=device) / rotary_dim)
+    angle = position[:, :, None] * frequency  # [B, T, R / 2]
+    k_cache, v_cache = torch.randn(2, batch, kv_heads, slots + 1, head_dim, **random).to(dtype)
+    return {
+        "q": q, "k": k, "v": v, "cos": angle.cos(), "sin": angle.sin(),
+        "k_cache": k_cache, "v_cache": v_cache, "cache_position": position,
+    }  # fmt: skip
+
+
+def run_rope(k_cache: Tensor, v_cache: Tensor, **inputs) -> Results:
+    k_cache, v_cache = k_cache.clone(), v_cache.clone()
+    return rope_and_cache_write(k_cache=k_cache, v_cache=v_cache, **inputs), k_cache, v_cache
+
+
+def rotate_reference(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Every pair of channels as a complex number, times cos + i sin."""
+    half = cos.shape[-1]
+    turn = torch.complex(cos.double(), sin.double())[:, :, None]  # [B, T, 1, R / 2]
+    pair = torch.complex(x[..., :half].double(), x[..., half : 2 * half].double()) * turn
+    return torch.cat((pair.real, pair.imag, x[..., 2 * half :].double()), dim=-1)
+
+
+def rope_reference(q, k, v, cos, sin, k_cache, v_cache, cache_position) -> Results:
+    keys, values = k_cache.double(), v_cache.double()
+    turned = rotate_reference(k, cos, sin)
+    slots = keys.shape[2] - 1
+    for row, positions in enumerate(cache_position.tolist()):
+        for token, position in enumerate(positions):
+            if position >= 0:
+                keys[row, :, position % slots] = turned[row, token]
+                values[row, :, position % slots] = v[row, token].double()
+    keys[:, :, slots] = values[:, :, slots] = float("nan")  # the bin: anything
+    return rotate_reference(q, cos, sin).transpose(1, 2), keys, values
+
+
+def rope_bounds(expected, q, k, v, cos, sin, k_cache, v_cache, cache_position) -> Results:
+    """Two float32 products and a sum of numbers no larger than the pair's length, 3 * 2^-24 of it; then one
+    rounding. A slot that was not written, and every value, must be exact."""
+    turned, keys, values = expected
+    pair = 2**0.5 * torch.stack((q.double().abs().amax(), k.double().abs().amax())).amax()
+    q_bound = 3 * rounding(pair, torch.float32) + rounding(turned, q.dtype)
+    k_bound = 3 * rounding(pair, torch.float32) + rounding(keys, q.dtype)
+    return q_bound, torch.where(keys == k_cache.double(), 0, k_bound), torch.zeros_like(values)
+
+
+def rope_case(batch: int, tokens: int, heads: int, kv_heads: int, head_dim: int, slots: int) -> dict:
+    positions = [list(range(100, 100 + tokens))] * batch
+    return dict(positions=positions, heads=heads, kv_heads=kv_heads, head_dim=head_dim, slots=slots)
+
+
+ROPE_AND_CACHE_WRITE = Entry(
+    name="rope_and_cache_write",
+    make_inputs=rope_inputs,
+    run=run_rope,
+    reference=rope_reference,
+    bounds=rope_bounds,
+    # q, k and v in, as much out again, and the angles
+    bytes_moved=lambda q, k, v, cos, sin, **_: (
+        2 * (q.numel() + k.numel() + v.numel()) * q.element_size() + 2 * cos.numel() * 4
+    ),
+    small_cases={
+        "one token": dict(positions=[[7]], heads=2, kv_heads=1, head_dim=32, slots=10),
+        "several tokens, padding": dict(
+            positions=[[3, 4, -1], [-1, 0, 1], [-1, -1, -1]], heads=2, kv_heads=2, head_dim=16, slots=6
+        ),
+        "ring": dict(positions=[[30, 31], [4, 5]], heads=2, kv_heads=1, head_dim=16, slots=7),
+        "partial rotary": dict(positions=[[9, 10]], heads=3, kv_heads=1, head_dim=80, rotary_dim=32, slots=12),
+        "odd number of angles": dict(positions=[[9]], heads=2, kv_heads=1, head_dim=20, rotary_dim=10, slots=12),
+    },
+    model_cases={
+        "Llama-2-7B, 1 token": rope_case(1, 1, 32, 32, 128, 4096),
+        "Llama-3-8B, 8 rows": rope_case(8, 1, 32, 8, 128, 8192),
+        "Llama-3-8B, 512 tokens": rope_case(1, 512, 32, 8, 128, 8192),
+        "Gemma-2b, 1 token": rope_case(1, 1, 8, 1, 256, 8192),
+        "TinyLlama, 1 token": rope_case(1, 1, 32, 4, 64, 2048),
+    },
+)
+
+
+CATALOG: dict[str, Entry] = {
+    entry.name: entry for entry in (DECODE_ATTENTION, RMS_NORM, ADD_RMS_NORM, ROPE_AND_CACHE_WRITE)
+}

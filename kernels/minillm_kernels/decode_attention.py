@@ -7,9 +7,8 @@ row's position, never the capacity) and having enough programs in flight when ba
 """
 
 import torch
-from torch import Tensor
-
 from minillm_kernels.launch import interpreting
+from torch import Tensor
 
 
 @torch.library.custom_op("minillm::decode_attention", mutates_args=(), device_types="cpu")
@@ -101,8 +100,7 @@ def check(q, k, v, cache_position, window, softcap, alibi_slopes) -> None:
         )
     if cache_position.shape != (batch, tokens):
         raise ValueError(
-            f"decode_attention: cache_position must be [B, T] = {(batch, tokens)}, "
-            f"got {tuple(cache_position.shape)}"
+            f"decode_attention: cache_position must be [B, T] = {(batch, tokens)}, got {tuple(cache_position.shape)}"
         )
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
         raise ValueError(
@@ -117,6 +115,4 @@ def check(q, k, v, cache_position, window, softcap, alibi_slopes) -> None:
     if softcap is not None and not softcap > 0:
         raise ValueError(f"decode_attention: softcap must be positive or None, got {softcap}")
     if alibi_slopes is not None and alibi_slopes.shape != (heads,):
-        raise ValueError(
-            f"decode_attention: alibi_slopes must be [H] = [{heads}], got {tuple(alibi_slopes.shape)}"
-        )
+        raise ValueError(f"decode_attention: alibi_slopes must be [H] = [{heads}], got {tuple(alibi_slopes.shape)}")

@@ -46,6 +46,14 @@ TABLE: dict[str, tuple[Launch, ...]] = {
         Launch({"BLOCK_N": 32}, num_warps=4, num_stages=2, max_size=512),
         Launch({"BLOCK_N": 16}, num_warps=4, num_stages=2),
     ),
+    # size: elements of a row, held in registers by one program
+    "rms_norm": (
+        Launch({}, num_warps=4, num_stages=1, max_size=2048),
+        Launch({}, num_warps=8, num_stages=1, max_size=8192),
+        Launch({}, num_warps=16, num_stages=1),
+    ),
+    # size: head_dim
+    "rope_and_cache_write": (Launch({}, num_warps=1, num_stages=1),),
 }
 
 

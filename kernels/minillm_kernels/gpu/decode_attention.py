@@ -19,10 +19,9 @@ own positions only: results repeat bitwise, whatever the neighbouring rows do.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from minillm_kernels.gpu.softmax import NEVER, load_rows, scores_log2, softmax_step
 from minillm_kernels.launch import choose
+from torch import Tensor
 
 NO_WINDOW = 2**31 - 1  # larger than any position
 CHUNK = 128  # positions per program at least: below this, launching costs more than it hides
@@ -64,7 +63,7 @@ def attend_kernel(
     first, end, chunk = live_range(position, window, SPLITS, BLOCK_N, CHUNK)
     start = first + split * chunk
     stop = tl.minimum(start + chunk, end)
-    if SPLITS > 1:
+    if SPLITS > 1:  # noqa: SIM102 (known when compiling; the next line is not)
         if start >= stop:
             return
 
@@ -84,9 +83,7 @@ def attend_kernel(
         slot = key - wrapped
         slot = tl.where(slot >= slots, slot - slots, slot)  # a live range is never longer than one turn
         key_mask = key < stop
-        s = scores_log2(
-            q_tile, load_rows(k, slot, k_slot, key_mask, D, BLOCK_D), position, key, scale, softcap, slope
-        )
+        s = scores_log2(q_tile, load_rows(k, slot, k_slot, key_mask, D, BLOCK_D), position, key, scale, softcap, slope)
         visible = (key[None, :] <= position[:, None]) & (key[None, :] > position[:, None] - window)
         s = tl.where(visible & key_mask[None, :], s, NEVER)
         v_tile = load_rows(v, slot, v_slot, key_mask, D, BLOCK_D)
@@ -120,9 +117,9 @@ def combine_kernel(
     # the same block of query rows as in attend_kernel, hence the same live range
     row = (out_row % TOKENS) * GROUP + head % GROUP
     block = row // BLOCK_M * BLOCK_M + tl.arange(0, BLOCK_M)
-    position = tl.load(
-        cache_position + batch * TOKENS + block // GROUP, mask=block < TOKENS * GROUP, other=-1
-    ).to(tl.int32)
+    position = tl.load(cache_position + batch * TOKENS + block // GROUP, mask=block < TOKENS * GROUP, other=-1).to(
+        tl.int32
+    )
     first, end, chunk = live_range(position, window, SPLITS, BLOCK_N, CHUNK)
     live_splits = tl.cdiv(tl.maximum(end - first, 0), chunk)
 

@@ -1,0 +1,128 @@
+"""RMSNorm (with the residual addition) and RoPE with the cache write, one launch each.
+
+rms_norm: grid (rows)                 one program = one row, held in registers between the two passes
+                                      that a norm needs (sum of squares, then scaling): read once
+rope:     grid (B * T, H + KV)        one program = one head of one token; programs beyond H take a key
+                                      head: they rotate k into its slot and copy v beside it
+"""
+
+import torch
+import triton
+import triton.language as tl
+from minillm_kernels.launch import choose
+from torch import Tensor
+
+
+@triton.jit
+def rms_norm_kernel(
+    x, residual, weight, out, total, x_row, residual_row, eps, offset,
+    SIZE: tl.constexpr, BLOCK: tl.constexpr, MULTIPLY_IN_FP32: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    mask = column < SIZE
+    h = tl.load(x + row * x_row + column, mask=mask, other=0.0).to(tl.float32)
+    if residual is not None:
+        h += tl.load(residual + row * residual_row + column, mask=mask, other=0.0).to(tl.float32)
+        h = h.to(out.dtype.element_ty).to(tl.float32)  # the stored sum is what gets normalised
+        tl.store(total + row * SIZE + column, h, mask=mask)
+    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
+    h *= tl.rsqrt(tl.sum(h * h, 0) / SIZE + eps)
+    if MULTIPLY_IN_FP32:
+        h *= offset + w
+    else:
+        h = h.to(out.dtype.element_ty).to(tl.float32) * w
+    tl.store(out + row * SIZE + column, h, mask=mask)
+
+
+def launch_rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, multiply_in_fp32: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(normed, x + residual), the second None without a residual."""
+    size = x.shape[-1]
+    rows = x.reshape(-1, size)  # [R, N], copied only if the rows are not evenly spaced
+    rows = rows if rows.stride(1) == 1 else rows.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    total = residual_rows = None
+    if residual is not None:
+        residual_rows = residual.reshape(-1, size)
+        residual_rows = residual_rows if residual_rows.stride(1) == 1 else residual_rows.contiguous()
+        total = torch.empty_like(out)
+    if rows.shape[0] > 0:
+        rms_norm_kernel[(rows.shape[0],)](
+            rows, residual_rows, weight.contiguous(), out, total,
+            rows.stride(0), 0 if residual is None else residual_rows.stride(0), eps, float(offset),
+            SIZE=size, BLOCK=triton.next_power_of_2(size), MULTIPLY_IN_FP32=multiply_in_fp32,
+            **choose("rms_norm", x.device, size).arguments(),
+        )  # fmt: skip
+    return out, total
+
+
+@triton.jit
+def rotate_head(source, target, cos, sin, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr):
+    """target[0:D] = source[0:D] with the first 2 * HALF channels turned by their angles."""
+    # Every channel loads its partner too (both come from the same cache line): one shape for the
+    # channels that turn and those that pass through.
+    channel = tl.arange(0, BLOCK)
+    mask = channel < D
+    turns = channel < 2 * HALF
+    second = channel >= HALF
+    partner = tl.where(second, channel - HALF, channel + HALF)
+    angle = tl.where(second, channel - HALF, channel)
+    x = tl.load(source + channel, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(source + partner, mask=turns, other=0.0).to(tl.float32)
+    c = tl.load(cos + angle, mask=turns, other=1.0)
+    s = tl.load(sin + angle, mask=turns, other=0.0)
+    tl.store(target + channel, x * c + tl.where(second, y, -y) * s, mask=mask)
+
+
+@triton.jit
+def rope_and_cache_write_kernel(
+    q, k, v, cos, sin, k_cache, v_cache, cache_position, out,
+    q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
+    k_cache_batch, k_cache_head, k_cache_slot, v_cache_batch, v_cache_head, v_cache_slot, slots,
+    TOKENS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    batch = (tl.program_id(0) // TOKENS).to(tl.int64)
+    token = (tl.program_id(0) % TOKENS).to(tl.int64)
+    head = tl.program_id(1)
+    cos += (batch * TOKENS + token) * HALF
+    sin += (batch * TOKENS + token) * HALF
+    if head < HEADS:
+        source = q + batch * q_batch + token * q_token + head * q_head
+        rotate_head(source, out + ((batch * HEADS + head) * TOKENS + token) * D, cos, sin, D, HALF, BLOCK)
+    else:
+        position = tl.load(cache_position + batch * TOKENS + token)
+        if position >= 0:
+            head -= HEADS
+            slot = position % slots
+            source = k + batch * k_batch + token * k_token + head * k_head
+            target = k_cache + batch * k_cache_batch + head * k_cache_head + slot * k_cache_slot
+            rotate_head(source, target, cos, sin, D, HALF, BLOCK)
+            channel = tl.arange(0, BLOCK)
+            source = v + batch * v_batch + token * v_token + head * v_head
+            target = v_cache + batch * v_cache_batch + head * v_cache_head + slot * v_cache_slot
+            tl.store(target + channel, tl.load(source + channel, mask=channel < D), mask=channel < D)
+
+
+def launch_rope(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_position: Tensor,
+) -> Tensor:
+    """The Triton implementation of `minillm::rope_and_cache_write`; see there for the arguments."""
+    batch, tokens, heads, head_dim = q.shape
+    out = torch.empty((batch, heads, tokens, head_dim), dtype=q.dtype, device=q.device)
+    rope_and_cache_write_kernel[(batch * tokens, heads + k.shape[2])](
+        q, k, v, cos.contiguous(), sin.contiguous(), k_cache, v_cache, cache_position.contiguous(), out,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
+        k_cache.shape[2] - 1,
+        TOKENS=tokens, HEADS=heads, D=head_dim, HALF=cos.shape[-1], BLOCK=triton.next_power_of_2(head_dim),
+        **choose("rope_and_cache_write", q.device, head_dim).arguments(),
+    )  # fmt: skip
+    return out
