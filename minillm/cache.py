@@ -104,9 +104,7 @@ class StaticCache:
 
     def plan(self, planned_length: int | Sequence[int]) -> None:
         """Choose the rotary tables for rows that will reach this length. Only an empty cache can be re-planned."""
-        lengths = (
-            [planned_length] * self.batch_size if isinstance(planned_length, int) else list(planned_length)
-        )
+        lengths = [planned_length] * self.batch_size if isinstance(planned_length, int) else list(planned_length)
         if len(lengths) != self.batch_size or not all(0 < length <= self.max_cache_len for length in lengths):
             raise CacheError(
                 f"StaticCache: planned_length {planned_length} must be one length, or one for each of "
@@ -145,9 +143,7 @@ class StaticCache:
         lengths = [length] * self.batch_size if isinstance(length, int) else list(length)
         if len(lengths) != self.batch_size:
             raise CacheError(f"truncate: {len(lengths)} lengths for {self.batch_size} rows")
-        for row, (new, old, written) in enumerate(
-            zip(lengths, self.lengths, self._written.tolist(), strict=True)
-        ):
+        for row, (new, old, written) in enumerate(zip(lengths, self.lengths, self._written.tolist(), strict=True)):
             if not 0 <= new <= old:
                 raise CacheError(f"truncate: row {row} holds {old} tokens, it cannot be cut to {new}")
             for window in self.config.windows:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 
 from minillm.attention import choose_backend
 from minillm.config import ModelConfig
@@ -99,13 +99,9 @@ def find_checkpoint(
     if folder.is_dir():
         return folder
     if folder.exists():
-        raise CheckpointError(
-            f"{name} is a file; give the folder that holds config.json and the .safetensors files"
-        )
+        raise CheckpointError(f"{name} is a file; give the folder that holds config.json and the .safetensors files")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
-        raise CheckpointError(
-            f"no folder {name}, and it is no Hub id either (owner/name), nor one of {list(DEMOS)}"
-        )
+        raise CheckpointError(f"no folder {name}, and it is no Hub id either (owner/name), nor one of {list(DEMOS)}")
     # Imported here: a folder on disk should not pay for the network client.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
@@ -174,9 +170,7 @@ def tensor_slots(config: ModelConfig, model: Decoder) -> dict[str, Slot]:
     for old, new in _NORM_NAMES[config.pre_norm, config.post_norm].items():
         names[f"layers.{{}}.{old}"] = (f"blocks.{{}}.{new}", 0)
     if config.fused_tensors:
-        names = {
-            old: new for old, new in names.items() if new[0].rsplit(".", 1)[-1] not in parts
-        } | _FUSED_NAMES
+        names = {old: new for old, new in names.items() if new[0].rsplit(".", 1)[-1] not in parts} | _FUSED_NAMES
     parameters = dict(model.named_parameters())
     slots = {}
     for old, (new, part) in names.items():
@@ -205,52 +199,36 @@ def _tensor_files(folder: Path) -> dict[str, str]:
         for shard in sorted(set(files.values())):
             # A path could point anywhere on the disk; a shard lies beside its index.
             if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-                raise CheckpointError(
-                    f"{index} names {shard!r}: only bare .safetensors file names are opened"
-                )
+                raise CheckpointError(f"{index} names {shard!r}: only bare .safetensors file names are opened")
             if not (folder / shard).exists():
-                raise CheckpointError(
-                    f"{folder / shard} is missing: {index.name} lists it; download it again"
-                )
+                raise CheckpointError(f"{folder / shard} is missing: {index.name} lists it; download it again")
         return files
     single = folder / "model.safetensors"
     if not single.exists():
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        hint = (
-            f"; {', '.join(pickles)} is pickle and is never opened: convert it to safetensors"
-            if pickles
-            else ""
-        )
-        raise CheckpointError(
-            f"{folder} holds no model.safetensors and no model.safetensors.index.json{hint}"
-        )
+        hint = f"; {', '.join(pickles)} is pickle and is never opened: convert it to safetensors" if pickles else ""
+        raise CheckpointError(f"{folder} holds no model.safetensors and no model.safetensors.index.json{hint}")
     with _open(single) as handle:
         return dict.fromkeys(handle.keys(), single.name)
 
 
-def _match(
-    slots: dict[str, Slot], files: dict[str, str], config: ModelConfig, folder: Path
-) -> dict[str, Slot]:
+def _match(slots: dict[str, Slot], files: dict[str, str], config: ModelConfig, folder: Path) -> dict[str, Slot]:
     """Pair the names in the file with their slots, or raise one error that lists everything that is wrong."""
     renamed = {_plain_name(name, config): name for name in files}
     renamed.pop(None, None)
     if config.tie_word_embeddings:
         renamed.pop("lm_head.weight", None)  # some files repeat the embedding under this name
     shapes = {}
-    for shard in sorted(set(files[name] for name in renamed.values())):
+    for shard in sorted({files[name] for name in renamed.values()}):
         with _open(folder / shard) as handle:
             held = set(handle.keys())
-            shapes |= {
-                name: tuple(handle.get_slice(name).get_shape()) for name in renamed.values() if name in held
-            }
+            shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in renamed.values() if name in held}
     problems = [f"missing {name}" for name in slots if renamed.get(name) not in shapes]
     for name, original in renamed.items():
         if name not in slots:
             problems.append(f"unexpected {original}")
         elif original in shapes and shapes[original] != slots[name].shape:
-            problems.append(
-                f"{original} has shape {list(shapes[original])}, expected {list(slots[name].shape)}"
-            )
+            problems.append(f"{original} has shape {list(shapes[original])}, expected {list(slots[name].shape)}")
     if problems:
         raise CheckpointError(f"{folder}: tensors do not match config.json: " + "; ".join(problems))
     return {renamed[name]: slot for name, slot in slots.items()}

@@ -117,6 +117,7 @@ class Family:
     fused: bool = False
 
 
+_QWEN = dict(max_position_embeddings=32768, sliding_window=4096, max_window_layers=28)
 _GEMMA = dict(rms_norm_eps=1e-6, head_dim=256, tie_word_embeddings=True, hidden_act="gelu_pytorch_tanh")
 _GEMMA_CAPS = _GEMMA | dict(query_pre_attn_scalar=256, sliding_window=4096)
 # Gemma 3 files nest a text_config that lists only what differs from these.
@@ -132,9 +133,9 @@ FAMILIES: dict[str, Family] = {
         defaults=dict(sliding_window=4096, num_key_value_heads=8, max_position_embeddings=131072),
         windows="all",
     ),
-    "qwen2": Family(defaults=dict(max_position_embeddings=32768), windows="from_layer", qkv_bias=True),
+    "qwen2": Family(defaults=_QWEN, windows="from_layer", qkv_bias=True),
     "qwen3": Family(
-        defaults=dict(max_position_embeddings=32768, head_dim=128),
+        defaults=_QWEN | dict(head_dim=128),
         windows="from_layer",
         qk_norm="head",
         bias_keys=True,
@@ -174,7 +175,7 @@ FAMILIES: dict[str, Family] = {
         softcaps=True,
     ),
     "phi3": Family(
-        defaults=dict(rms_norm_eps=1e-5, max_position_embeddings=4096, sliding_window=None),
+        defaults=dict(rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096),
         windows="all",
         fused=True,
     ),
@@ -211,6 +212,7 @@ NEUTRAL: dict[str, Any] = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "use_sliding_window": False,
+    "use_mrope": False,  # multimodal positions
     "full_attn_mod": 1,  # Phi-4-mini's files
     "interpolate_factor": 1,
 }
@@ -250,16 +252,17 @@ def parse_config(raw: dict[str, Any], strict: bool = True) -> ModelConfig:
     text = raw
     if nested:
         # The outer file describes a vision tower as well; the decoder is entirely in text_config.
-        inner = {key: value for key, value in raw.items() if key in ("dtype", "torch_dtype", "eos_token_id")}
-        text = inner | {"model_type": f"{raw.get('model_type')}_text"} | raw["text_config"]
+        outer = {key: value for key, value in raw.items() if key in ("dtype", "torch_dtype")}
+        text = outer | {"model_type": f"{raw.get('model_type')}_text"} | raw["text_config"]
+        ids = [*token_ids(text.get("eos_token_id"), "text_config.eos_token_id")]
+        ids += [token for token in token_ids(raw.get("eos_token_id"), "eos_token_id") if token not in ids]
+        text["eos_token_id"] = ids
         if "quantization_config" in raw:
             text["quantization_config"] = raw["quantization_config"]
     model_type = text.get("model_type")
     family = FAMILIES.get(model_type)
     if family is None:
-        raise ConfigError(
-            f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}"
-        )
+        raise ConfigError(f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
     reader = _Reader(text, family.defaults)
     config = _read(reader, model_type, family, nested)
     unread = sorted(set(text) - reader.seen - HARMLESS)
@@ -305,7 +308,7 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_positions=_max_positions(reader, ropes[0]),
+        max_positions=_max_positions(reader, ropes[0], family),
         layers=tuple(
             LayerSpec(
                 window=window,
@@ -399,9 +402,7 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
     kind = values.get("rope_type", "type") or "default"
     kind = {"su": "longrope"}.get(kind, kind)  # Phi-3's first files called it "su"
     if kind not in _ROPE_KINDS:
-        raise ConfigError(
-            f"config.json: RoPE type {kind!r} is not supported; supported: {sorted(_ROPE_KINDS)}"
-        )
+        raise ConfigError(f"config.json: RoPE type {kind!r} is not supported; supported: {sorted(_ROPE_KINDS)}")
     dim = int(head_dim * values.number("partial_rotary_factor", default=1.0))
     if dim % 2 or not 0 < dim <= head_dim:
         raise ConfigError(f"config.json: {dim} rotary channels of a head of {head_dim}: must be even and fit")
@@ -433,10 +434,10 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
     )
 
 
-def _max_positions(reader: "_Reader", rope: RopeSpec) -> int:
+def _max_positions(reader: "_Reader", rope: RopeSpec, family: Family) -> int:
     """The longest sequence to allow: linear, dynamic and yarn files may state the unstretched length."""
     stated = reader.integer("max_position_embeddings")
-    if rope.kind in ("linear", "dynamic", "yarn"):
+    if rope.kind in ("linear", "dynamic", "yarn") and not family.local_rope:  # Gemma 3 states the stretched one
         return max(stated, int(rope.original_length * rope.factor))
     return stated
 
@@ -495,9 +496,7 @@ class _Reader:
             raise ConfigError(f"{self.where}: {names[0]} must be a whole number >= {minimum}, not {value!r}")
         return value
 
-    def number(
-        self, *names: str, default: float | None = None, optional: bool = False, minimum: float = 1e-30
-    ):
+    def number(self, *names: str, default: float | None = None, optional: bool = False, minimum: float = 1e-30):
         """A finite number >= minimum (by default: positive), with the same rule for absence."""
         value = self.get(*names)
         value = default if value is None else value

@@ -41,9 +41,7 @@ class RMSNorm(nn.Module):
 class Attention(nn.Module):
     """Project to queries, keys and values; rotate; remember; attend; project back."""
 
-    def __init__(
-        self, config: ModelConfig, spec: LayerSpec, index: int, backend: Backend, linear: LinearFactory
-    ):
+    def __init__(self, config: ModelConfig, spec: LayerSpec, index: int, backend: Backend, linear: LinearFactory):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = (
             config.num_heads,

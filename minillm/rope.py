@@ -69,9 +69,7 @@ def _yarn(plain: Tensor, spec: RopeSpec) -> Tensor:
 
     def channel_with(rotations: float) -> float:
         """The (fractional) pair that turns this often over the original context."""
-        return (spec.dim * math.log(spec.original_length / (rotations * 2 * math.pi))) / (
-            2 * math.log(spec.theta)
-        )
+        return (spec.dim * math.log(spec.original_length / (rotations * 2 * math.pi))) / (2 * math.log(spec.theta))
 
     low, high = channel_with(spec.beta_fast), channel_with(spec.beta_slow)
     if spec.truncate:

@@ -1,0 +1,239 @@
+"""Prefill, decode_one_token, and when to stop.
+
+Generation has two phases with opposite bottlenecks. *Prefill* feeds the whole prompt at once: many
+tokens share each weight that is read, so it is bound by arithmetic. *Decoding* then adds one token per
+step, and each step reads every weight of the model for one column of output: it is bound by memory
+bandwidth. This room holds both, and `Row.commit`, which alone decides when a row is finished.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from minillm.cache import StaticCache
+from minillm.errors import RequestError
+from minillm.model import Decoder
+from minillm.sampling import Sampling, next_token
+from minillm.tokenizer import TextStream, Tokenizer
+
+
+@dataclass(frozen=True)
+class GenerationConfig:
+    """What a caller may ask of `generate`; names and meanings as in `transformers`.
+
+    `None` means "not set": the checkpoint's `generation_config.json` may fill it in, else the filter is
+    off. Raises `RequestError` for a value out of range.
+    """
+
+    max_new_tokens: int | None = None  # at most this many new tokens; unset: 256, or what there is room for
+    do_sample: bool | None = None  # unset: sample if temperature, top_k or top_p ask for it
+    temperature: float | None = None  # 0: greedy
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    seed: int | Sequence[int] | None = None  # one for every row by itself, or one per row; unset: fresh
+    eos_token_id: int | Sequence[int] | None = None  # unset: the checkpoint's; []: none
+    stop_strings: str | Sequence[str] | None = None
+    logprobs: bool = False  # also return the model's log-probability of each new token
+
+    def __post_init__(self):
+        _check("max_new_tokens", self.max_new_tokens, int, 1)
+        _check("temperature", self.temperature, float, 0.0)
+        _check("top_k", self.top_k, int, 0)
+        _check("top_p", self.top_p, float, 0.0, 1.0)
+        _check("min_p", self.min_p, float, 0.0, 1.0)
+        _check("repetition_penalty", self.repetition_penalty, float, 1e-6)
+        if self.top_p == 0:
+            raise RequestError("top_p must be above 0 (1 keeps every token)")
+        for name in ("do_sample", "logprobs"):
+            if getattr(self, name) not in (None, True, False):
+                raise RequestError(f"{name} must be true or false, not {getattr(self, name)!r}")
+        for name in ("seed", "eos_token_id"):
+            ids = _as_list(getattr(self, name))
+            if not all(type(token) is int for token in ids):
+                raise RequestError(f"{name} must be a whole number or a list of them, not {getattr(self, name)!r}")
+        if not all(isinstance(stop, str) and stop for stop in self.stops):
+            raise RequestError(f"stop_strings must be non-empty strings, not {self.stop_strings!r}")
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        return tuple(_as_list(self.stop_strings))
+
+    @property
+    def samples(self) -> bool:
+        """Whether tokens are drawn at random at all."""
+        if self.do_sample is not None:
+            return self.do_sample and self.temperature != 0
+        asked = self.temperature is not None or self.top_k is not None or self.top_p is not None
+        return asked and self.temperature != 0
+
+    def sampling(self, seeds: Sequence[int], device: torch.device) -> Sampling:
+        """The parameters as tensors, one entry per row."""
+        penalty = None if self.repetition_penalty == 1.0 else self.repetition_penalty
+        if not self.samples:
+            return Sampling.uniform_rows(seeds, device, repetition_penalty=penalty)
+        return Sampling.uniform_rows(
+            seeds,
+            device,
+            temperature=1.0 if self.temperature is None else self.temperature,
+            top_k=self.top_k or None,  # 0 means off, as in transformers
+            top_p=None if self.top_p == 1.0 else self.top_p,
+            min_p=self.min_p or None,
+            repetition_penalty=penalty,
+        )
+
+
+def _as_list(value) -> list:
+    return [] if value is None else [value] if isinstance(value, int | str) else list(value)
+
+
+def _check(name: str, value, kind: type, low: float, high: float = float("inf")) -> None:
+    """Reject a value of the wrong type or outside [low, high]; a whole number passes for a float."""
+    fits = type(value) is int or (kind is float and type(value) is float)
+    if value is not None and not (fits and low <= value <= high):
+        limit = f"from {low} to {high}" if high != float("inf") else f">= {low}"
+        raise RequestError(f"{name} must be {'a whole number' if kind is int else 'a number'} {limit}, not {value!r}")
+
+
+@dataclass
+class Row:
+    """One row of a running request: what it was asked, what it has said, and whether it is finished."""
+
+    prompt: list[int]
+    max_new_tokens: int
+    eos_token_ids: frozenset[int]
+    stream: TextStream
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish_reason: str | None = None  # None while running, then "eos", "stop_string" or "length"
+
+    def commit(self, tokens: Sequence[int], logprobs: Sequence[float] = ()) -> int:
+        """Accept tokens one by one until the row is finished; returns how many were accepted.
+
+        Every way of generating ends here, so that none can differ about when to stop. The EOS token is
+        counted among `token_ids` but is no text; text ends before a stop string.
+        """
+        for count, token in enumerate(tokens):
+            if self.finish_reason is not None:
+                return count
+            self.token_ids.append(token)
+            self.logprobs.extend(logprobs[count : count + 1])
+            if token in self.eos_token_ids:
+                self.finish_reason = "eos"
+            else:
+                self.text += self.stream.push(token)
+                if self.stream.stopped:
+                    self.finish_reason = "stop_string"
+                elif len(self.token_ids) == self.max_new_tokens:
+                    self.finish_reason = "length"
+            if self.finish_reason is not None:
+                self.text += self.stream.finish()
+                if self.stream.stopped:  # what was held back completed one
+                    self.finish_reason = "stop_string"
+        return len(tokens)
+
+
+def new_row(prompt: list[int], config: GenerationConfig, budget: int, eos: frozenset[int], tokenizer: Tokenizer) -> Row:
+    return Row(prompt, budget, eos, TextStream(tokenizer, prompt, config.stops))
+
+
+def prefill(model: Decoder, cache: StaticCache, ids: Sequence[Sequence[int]], start: Sequence[int]) -> Tensor:
+    """Feed row b the tokens `ids[b]` at positions `start[b]`, `start[b] + 1`, ... in chunks of `cache.max_step`.
+
+    Rows may differ in length; each has at least one token. Returns the logits after each row's last
+    token, `[B, V]` float32. Only that one column goes through the head: with a vocabulary of 128,000 the
+    logits of a whole prompt would be the largest tensor of all.
+    """
+    device, step = cache.device, cache.max_step
+    longest = max(len(row) for row in ids)
+    last = torch.zeros(len(ids), model.config.hidden_size, device=device, dtype=cache.dtype)  # [B, d]
+    for begin in range(0, longest, step):
+        chunk = [list(row[begin : begin + step]) for row in ids]
+        width = max(len(row) for row in chunk)
+        input_ids = torch.tensor([row + [0] * (width - len(row)) for row in chunk], device=device)  # [B, T]
+        positions = torch.tensor(
+            [
+                [*range(first + begin, first + begin + len(row)), *[-1] * (width - len(row))]
+                for row, first in zip(chunk, start, strict=True)
+            ],
+            device=device,
+        )  # [B, T]
+        used = max(first + begin + len(row) for row, first in zip(chunk, start, strict=True))
+        hidden = model.hidden_states(input_ids, positions, cache, key_length=used)  # [B, T, d]
+        for b, row in enumerate(chunk):
+            if row and begin + len(row) == len(ids[b]):
+                last[b] = hidden[b, len(row) - 1]
+    return model.logits(last)
+
+
+def next_logits(
+    model: Decoder, token: Tensor, cache_position: Tensor, cache: StaticCache, key_length: int | None = None
+) -> Tensor:
+    """One decode step: `token [B, 1]` at `cache_position [B, 1]` -> logits of the next token, `[B, V]`."""
+    return model(token, cache_position, cache, key_length)[:, -1]
+
+
+@torch.inference_mode()
+def decode_one_token(
+    model: Decoder,
+    token: Tensor,
+    cache_position: Tensor,
+    cache: StaticCache,
+    sampling: Sampling | None = None,
+    key_length: int | None = None,
+) -> Tensor:
+    """Feed one token per row and choose the next one.
+
+    Args:
+        token: `[B, 1]` int64, the newest token of each row.
+        cache_position: `[B, 1]` int64, where it stands; -1 for a row that is finished.
+        cache: holds everything before; gains this token.
+        sampling: how to choose; greedy by default.
+        key_length: see `StaticCache.view`.
+
+    Returns `[B, 1]` int64. The loop around it is the "advanced usage: compile decode_one_token yourself"
+    of the guide "LLM inference optimization".
+    """
+    logits = next_logits(model, token, cache_position, cache, key_length)  # [B, V]
+    if sampling is None:
+        return logits.argmax(dim=-1, keepdim=True)
+    return next_token(logits, sampling, cache_position[:, 0] + 1)[:, None]
+
+
+def run(model: Decoder, cache: StaticCache, rows: list[Row], sampling: Sampling, logprobs: bool) -> Iterator[None]:
+    """Generate until every row is finished; yields after each commit, for whoever streams.
+
+    The cache may already hold the beginning of each prompt: only what follows is computed. On return
+    it holds every token but each row's last, whose keys nobody has needed yet.
+    """
+    held = cache.lengths
+    logits = prefill(model, cache, [row.prompt[n:] for row, n in zip(rows, held, strict=True)], held)  # [B, V]
+    seen = None
+    if sampling.repetition_penalty is not None:
+        seen = torch.zeros_like(logits, dtype=torch.bool)  # [B, V]
+        for b, row in enumerate(rows):
+            seen[b, torch.tensor(row.prompt, device=cache.device)] = True
+    position = torch.tensor([[len(row.prompt)] for row in rows], device=cache.device)  # [B, 1]
+    while True:
+        token = next_token(logits, sampling, position[:, 0], seen)  # [B]
+        if seen is not None:
+            seen.scatter_(1, token[:, None], True)
+        chosen = [[]] * len(rows)
+        if logprobs:
+            chosen = logits.log_softmax(dim=-1).gather(1, token[:, None]).tolist()  # [B][1]
+        for row, new, logprob in zip(rows, token.tolist(), chosen, strict=True):
+            if row.finish_reason is None:
+                row.commit([new], logprob)
+        yield
+        running = [row.finish_reason is None for row in rows]
+        if not any(running):
+            return
+        # A finished row stays in the batch as padding; it writes nothing and nobody reads its logits.
+        position = torch.where(torch.tensor(running, device=cache.device)[:, None], position, -1)
+        used = max(len(row.prompt) + len(row.token_ids) for row in rows if row.finish_reason is None)
+        logits = next_logits(model, token[:, None], position, cache, key_length=used)  # [B, V]
+        position = torch.where(position < 0, -1, position + 1)

@@ -1,0 +1,400 @@
+"""LLM: a checkpoint ready to use. from_pretrained, generate, stream, conversation."""
+
+import dataclasses
+import difflib
+import json
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from minillm.cache import StaticCache
+from minillm.checkpoint import find_checkpoint, load_decoder
+from minillm.config import ModelConfig, load_config, token_ids
+from minillm.decode import GenerationConfig, new_row, run
+from minillm.errors import BackendError, CheckpointError, RequestError
+from minillm.model import Decoder
+from minillm.tokenizer import Tokenizer
+
+Prompt = str | Sequence[int]
+
+_DEFAULT_NEW_TOKENS = 256
+_DEFAULT_CONVERSATION = 4096  # tokens a conversation's cache holds unless told otherwise
+_OPTIONS = [field.name for field in dataclasses.fields(GenerationConfig)]
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Counts and seconds of one request; a batch shares the seconds."""
+
+    prompt_tokens: int
+    reused_tokens: int  # of the prompt, found in the cache and not computed again
+    new_tokens: int
+    prefill_seconds: float  # until the first new token
+    decode_seconds: float  # from the first new token to the last
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Decode speed of this row: the first token is prefill's."""
+        return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Completion:
+    """What `generate` returns for one prompt."""
+
+    text: str  # the new text, without EOS and without the stop string
+    token_ids: list[int]  # the new tokens, EOS included if it was produced
+    finish_reason: str  # "eos" | "stop_string" | "length"
+    logprobs: list[float] | None  # of each new token under the model itself, before temperature and filters
+    stats: Stats
+
+
+class LLM:
+    """A decoder, its tokenizer and its defaults. Make one with `LLM.from_pretrained`."""
+
+    def __init__(
+        self, model: Decoder, tokenizer: Tokenizer, config: ModelConfig, defaults: GenerationConfig, name: str = "model"
+    ):
+        self.model, self.tokenizer, self.config, self.defaults, self.name = model, tokenizer, config, defaults, name
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path,
+        *,
+        dtype: str | torch.dtype = "auto",
+        device: str | torch.device = "auto",
+        attention: str = "auto",
+        revision: str | None = None,
+        token: str | bool | None = None,
+        local_files_only: bool = False,
+        strict: bool = True,
+    ) -> "LLM":
+        """Load "demo" (the embedded model), "demo-draft", a folder, or a Hugging Face Hub id.
+
+        Args:
+            dtype: "float32", "bfloat16", "float16", or "auto" for what the checkpoint's config.json says.
+            device: "cpu", "cuda", ..., or "auto": a CUDA device if there is one.
+            attention: "math", "sdpa", or "auto": the fastest backend that can serve the model.
+            revision, token, local_files_only: for the Hub, as `huggingface_hub` understands them.
+            strict: whether a key of config.json that is not understood is an error.
+
+        Raises a `MinillmError` that names the file or value at fault.
+        """
+        folder = find_checkpoint(name, revision=revision, token=token, local_files_only=local_files_only)
+        config = load_config(folder, strict=strict)
+        tokenizer = Tokenizer.from_folder(folder)
+        defaults = _generation_defaults(folder, config, tokenizer)
+        model = load_decoder(folder, config, _dtype(dtype, config), _device(device), attention)
+        return cls(model, tokenizer, config, defaults, name=str(name))
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.model.embedding.weight.dtype
+
+    def generate(
+        self,
+        prompt: Prompt | Sequence[Prompt],
+        generation_config: GenerationConfig | None = None,
+        *,
+        cache: StaticCache | None = None,
+        **options,
+    ) -> Completion | list[Completion]:
+        """Continue a prompt, or several at once.
+
+        Args:
+            prompt: text or token ids for one `Completion`; a list of texts, or of lists of ids, for a list.
+                Rows of different length in one batch give what they give alone.
+            generation_config: options as an object; keywords override it.
+            cache: a `StaticCache` of yours with one row per prompt. Where it already holds the beginning of
+                a prompt, that part is not computed again; afterwards it holds prompt and answer.
+            options: the fields of `GenerationConfig`; what is unset comes from the checkpoint's
+                `generation_config.json`.
+
+        Raises `RequestError` before anything is computed: an unknown option, a value out of range, or a
+        prompt that together with `max_new_tokens` exceeds the cache or the model's positions.
+        """
+        request = _Request(self, prompt, generation_config, cache, options)
+        for _ in request.steps():
+            pass
+        completions = request.completions()
+        return completions[0] if request.single else completions
+
+    def stream(
+        self,
+        prompt: Prompt,
+        generation_config: GenerationConfig | None = None,
+        *,
+        cache: StaticCache | None = None,
+        **options,
+    ) -> Iterator[str]:
+        """`generate` for one prompt, as pieces of text while they come.
+
+        The pieces never hold half a character and concatenate to exactly the text `generate` returns.
+        The request is checked here and now, not at the first piece.
+        """
+        request = _Request(self, prompt, generation_config, cache, options)
+        if not request.single:
+            raise RequestError("stream takes one prompt; use generate for a list")
+        return request.pieces()
+
+    def conversation(self, system: str | None = None, max_cache_len: int | None = None, **options) -> "Conversation":
+        """A chat over one cache; `options` (as for `generate`) hold for every turn unless one overrides them."""
+        return Conversation(self, system, max_cache_len, options)
+
+
+class _Request:
+    """One checked call of generate: the rows, their cache, and the loop over them."""
+
+    def __init__(
+        self,
+        llm: LLM,
+        prompt: Prompt | Sequence[Prompt],
+        generation_config: GenerationConfig | None,
+        cache: StaticCache | None,
+        options: dict,
+    ):
+        unknown = [name for name in options if name not in _OPTIONS]
+        if unknown:
+            close = difflib.get_close_matches(unknown[0], _OPTIONS, n=1)
+            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(_OPTIONS)}"
+            raise RequestError(f"unknown option {unknown[0]!r}{hint}")
+        self.llm = llm
+        config = _merge(llm.defaults, generation_config, options)
+        prompts, self.single = _prompts(prompt)
+        ids = [self._ids(one, number) for number, one in enumerate(prompts)]
+        explicit = options.get("max_new_tokens") or (generation_config and generation_config.max_new_tokens)
+        room = llm.config.max_positions if cache is None else min(cache.max_cache_len, llm.config.max_positions)
+        budgets = [self._budget(len(row), number, room, explicit, config, cache) for number, row in enumerate(ids)]
+        lengths = [len(row) + budget for row, budget in zip(ids, budgets, strict=True)]
+        if cache is None:
+            cache = StaticCache(
+                llm.config, len(ids), max(lengths), device=llm.device, dtype=llm.dtype, planned_length=lengths
+            )
+        else:
+            _check_cache(cache, llm, len(ids))
+        self.cache = cache
+        eos = frozenset(config.eos_token_id or ())
+        self.rows = [new_row(row, config, budget, eos, llm.tokenizer) for row, budget in zip(ids, budgets, strict=True)]
+        self.sampling = config.sampling(_seeds(config, len(ids)), llm.device)
+        self.logprobs = config.logprobs
+
+    def _ids(self, prompt: Prompt, number: int) -> list[int]:
+        vocabulary = self.llm.config.vocab_size
+        if isinstance(prompt, str):
+            ids = self.llm.tokenizer.encode(prompt)
+        else:
+            ids = list(prompt)
+            for token in ids:
+                if type(token) is not int or not 0 <= token < vocabulary:
+                    raise RequestError(f"prompt {number}: {token!r} is not a token id from 0 to {vocabulary - 1}")
+        if not ids:
+            raise RequestError(f"prompt {number} is empty: it needs at least one token")
+        if max(ids) >= vocabulary:
+            raise RequestError(
+                f"prompt {number}: the tokenizer gives id {max(ids)} but the model has {vocabulary} embeddings: "
+                "tokenizer.json and the weights do not belong together"
+            )
+        return ids
+
+    def _budget(self, length: int, number: int, room: int, explicit: int | None, config, cache) -> int:
+        """How many new tokens the row may have; an error if what was asked for does not fit."""
+        limit = "the model's positions" if room == self.llm.config.max_positions else "the cache"
+        wanted = explicit or min(config.max_new_tokens or _DEFAULT_NEW_TOKENS, max(room - length, 1))
+        if length + wanted > room:
+            raise RequestError(
+                f"prompt {number} has {length} tokens and {wanted} new ones were asked for, but {limit} hold "
+                f"{room}: shorten the prompt, lower max_new_tokens" + (", or use a larger StaticCache" if cache else "")
+            )
+        return wanted
+
+    def steps(self) -> Iterator[None]:
+        """Run the request; yields whenever rows have grown."""
+        with torch.inference_mode():
+            self.started = time.perf_counter()
+            self.reused = _reuse(self.cache, [row.prompt for row in self.rows])
+            for count, _ in enumerate(run(self.llm.model, self.cache, self.rows, self.sampling, self.logprobs)):
+                self.last = time.perf_counter()
+                if count == 0:
+                    self.first = self.last
+                yield
+
+    def pieces(self) -> Iterator[str]:
+        sent = 0
+        for _ in self.steps():
+            text = self.rows[0].text
+            if len(text) > sent:
+                yield text[sent:]
+                sent = len(text)
+
+    def completions(self) -> list[Completion]:
+        return [
+            Completion(
+                text=row.text,
+                token_ids=row.token_ids,
+                finish_reason=row.finish_reason,
+                logprobs=row.logprobs if self.logprobs else None,
+                stats=Stats(
+                    prompt_tokens=len(row.prompt),
+                    reused_tokens=reused,
+                    new_tokens=len(row.token_ids),
+                    prefill_seconds=self.first - self.started,
+                    decode_seconds=self.last - self.first,
+                ),
+            )
+            for row, reused in zip(self.rows, self.reused, strict=True)
+        ]
+
+
+class Conversation:
+    """A chat whose turns share one `StaticCache`: `say` for an answer, `stream` for its pieces.
+
+    Each turn renders the whole history with the checkpoint's chat template and reuses the longest prefix
+    that the cache already holds; where a template rewrites history, what differs is simply computed again.
+    `messages` is the history so far; a turn that fails with an error leaves it as it was.
+    """
+
+    def __init__(self, llm: LLM, system: str | None, max_cache_len: int | None, options: dict):
+        self.llm, self.options = llm, options
+        length = max_cache_len or min(_DEFAULT_CONVERSATION, llm.config.max_positions)
+        self.cache = StaticCache(llm.config, 1, length, device=llm.device, dtype=llm.dtype)
+        self.messages: list[dict[str, str]] = []
+        if system is not None:
+            self.messages.append({"role": "system", "content": system})
+        llm.tokenizer.render_chat([*self.messages, {"role": "user", "content": ""}])  # fail now, not at the first turn
+
+    def say(self, text: str, **options) -> Completion:
+        """Add a user message and return the answer. `stats.reused_tokens` tells what the cache saved."""
+        request = self._request(text, options)
+        for _ in request.steps():
+            pass
+        return self._remember(text, request)
+
+    def stream(self, text: str, **options) -> Iterator[str]:
+        """`say` as pieces of text. A stream that is abandoned keeps what it has said so far in the history."""
+        return self._pieces(text, self._request(text, options))
+
+    def _pieces(self, text: str, request: _Request) -> Iterator[str]:
+        try:
+            yield from request.pieces()
+        finally:
+            self._remember(text, request)
+
+    def _request(self, text: str, options: dict) -> _Request:
+        messages = [*self.messages, {"role": "user", "content": text}]
+        ids = self.llm.tokenizer.encode_chat(messages)
+        return _Request(self.llm, ids, None, self.cache, self.options | options)
+
+    def _remember(self, text: str, request: _Request) -> Completion | None:
+        row = request.rows[0]
+        self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": row.text}]
+        return request.completions()[0] if row.finish_reason else None
+
+
+def _prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+    """The prompts as a list, and whether there was just one."""
+    if isinstance(prompt, str):
+        return [prompt], True
+    if not isinstance(prompt, Sequence) or not prompt:
+        raise RequestError(f"a prompt is a text, a list of token ids, or a non-empty list of those, not {prompt!r}")
+    if all(isinstance(item, int) for item in prompt):
+        return [prompt], True
+    for item in prompt:
+        if not isinstance(item, str) and not isinstance(item, Sequence):
+            raise RequestError(f"a list of prompts holds texts or lists of token ids, not {item!r}")
+    return list(prompt), False
+
+
+def _seeds(config: GenerationConfig, rows: int) -> list[int]:
+    if config.seed is None:
+        return [secrets.randbits(63) for _ in range(rows)]
+    if isinstance(config.seed, int):
+        return [config.seed] * rows
+    if len(config.seed) != rows:
+        raise RequestError(f"seed lists {len(config.seed)} numbers for {rows} prompts")
+    return list(config.seed)
+
+
+def _check_cache(cache: StaticCache, llm: LLM, rows: int) -> None:
+    if cache.config != llm.config:
+        raise RequestError("the cache was made for another model: build it with StaticCache(llm.config, ...)")
+    if cache.batch_size != rows:
+        raise RequestError(f"the cache has {cache.batch_size} rows for {rows} prompts")
+    if cache.device != llm.device or cache.dtype != llm.dtype:
+        raise RequestError(
+            f"the cache is {cache.dtype} on {cache.device}, the model {llm.dtype} on {llm.device}: "
+            "build it with device=llm.device, dtype=llm.dtype"
+        )
+
+
+def _reuse(cache: StaticCache, prompts: list[list[int]]) -> list[int]:
+    """Cut the cache back to what it shares with the prompts; returns how many tokens of each it still holds."""
+    kept = []
+    for row, (held, prompt) in enumerate(zip(cache.token_ids, prompts, strict=True)):
+        # One token at least must be fed: its logits are not in the cache.
+        limit = min(len(held), len(prompt) - 1)
+        same = next((i for i in range(limit) if held[i] != prompt[i]), limit)
+        # A ring that has moved on cannot be cut that far back: start that row again.
+        kept.append(same if cache.can_truncate(row, same) else 0)
+    cache.truncate(kept)
+    return kept
+
+
+def _merge(defaults: GenerationConfig, given: GenerationConfig | None, options: dict) -> GenerationConfig:
+    """Keywords over the caller's object over the checkpoint's defaults."""
+    asked = {} if given is None else dataclasses.asdict(given)
+    asked = {name: value for name, value in asked.items() if value is not None} | options
+    if "do_sample" not in asked and any(asked.get(name) is not None for name in ("temperature", "top_k", "top_p")):
+        asked["do_sample"] = None  # the caller's wish decides, whatever the file says
+    if isinstance(asked.get("eos_token_id"), int):
+        asked["eos_token_id"] = [asked["eos_token_id"]]
+    if asked.get("eos_token_id", 0) is None:
+        del asked["eos_token_id"]
+    return dataclasses.replace(defaults, **asked)
+
+
+def _generation_defaults(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> GenerationConfig:
+    """The checkpoint's own sampling defaults, and the union of every EOS id it names anywhere."""
+    path = folder / "generation_config.json"
+    raw = {}
+    if path.exists():
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    eos = [*config.eos_token_ids, *token_ids(raw.get("eos_token_id"), f"{path}: eos_token_id")]
+    if tokenizer.eos_token_id is not None:
+        eos.append(tokenizer.eos_token_id)
+    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+    values = {name: raw[name] for name in names if raw.get(name) is not None}
+    try:
+        return GenerationConfig(**values, eos_token_id=list(dict.fromkeys(eos)))
+    except RequestError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
+    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if dtype == "auto":
+        return names[config.dtype or "float32"]
+    found = names.get(str(dtype).removeprefix("torch."))
+    if found is None:
+        raise BackendError(f"dtype {dtype!r} is not one of auto, {', '.join(names)}")
+    return found
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return torch.device(device)
+    except RuntimeError as error:
+        raise BackendError(f"device {device!r}: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,158 @@
+"""From logits to probabilities to a token: the one way, for target and draft models alike.
+
+Temperature 0 is the limit in which all mass sits on the largest logit, so greedy decoding is sampling
+from a one-hot distribution and needs no path of its own. Random numbers are a function of (seed,
+position, stream) and nothing else: a row draws the same number whatever batch it is in.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling parameters of a batch, one entry per row; None where no row uses the filter."""
+
+    temperature: Tensor  # [B] float32; 0 means greedy
+    seed: Tensor  # [B] int64
+    top_k: Tensor | None = None  # [B] int64: keep the k likeliest
+    top_p: Tensor | None = None  # [B] float32: keep the fewest that hold this mass
+    min_p: Tensor | None = None  # [B] float32: drop those below this share of the likeliest
+    repetition_penalty: Tensor | None = None  # [B] float32
+
+    @staticmethod
+    def uniform_rows(
+        seeds: Sequence[int],
+        device: torch.device | str,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        min_p: float | None = None,
+        repetition_penalty: float | None = None,
+    ) -> "Sampling":
+        """The same parameters for every row, a seed for each."""
+
+        def column(value: float | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+            return None if value is None else torch.full((len(seeds),), value, dtype=dtype, device=device)
+
+        return Sampling(
+            temperature=column(temperature),
+            seed=torch.tensor([_as_int64(seed) for seed in seeds], dtype=torch.int64, device=device),
+            top_k=column(top_k, torch.int64),
+            top_p=column(top_p),
+            min_p=column(min_p),
+            repetition_penalty=column(repetition_penalty),
+        )
+
+
+def _as_int64(seed: int) -> int:
+    """Any Python integer, wrapped into the signed 64-bit range."""
+    return (seed + 2**63) % 2**64 - 2**63
+
+
+def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
+    """Divide positive and multiply negative logits of seen tokens by `penalty` (CTRL, arXiv:1909.05858).
+
+    Args:
+        logits: `[B, V]`.
+        seen: `[B, V]` bool, the tokens of the prompt and the answer so far.
+        penalty: `[B]`, 1 changes nothing, more discourages repetition.
+    """
+    factor = penalty[:, None].to(logits.dtype)  # [B, 1]
+    return torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
+
+
+def probabilities(
+    logits: Tensor,
+    temperature: Tensor,
+    top_k: Tensor | None = None,
+    top_p: Tensor | None = None,
+    min_p: Tensor | None = None,
+) -> Tensor:
+    """The distribution that is sampled from, `[B, V]` in the dtype of `logits`.
+
+    The filters apply in the order temperature, top-k, top-p (Holtzman et al. 2019, nucleus sampling,
+    arXiv:1904.09751), min-p (arXiv:2407.01082), each to what the one before left, as in `transformers`.
+
+    Args:
+        logits: `[B, V]` float.
+        temperature: `[B]`; a row at 0 becomes one-hot at its first largest logit.
+        top_k: `[B]` int; V or more keeps all. Ties with the k-th stay.
+        top_p, min_p: `[B]`; 1 and 0 keep all.
+    """
+    greedy = temperature == 0  # [B]
+    scaled = logits / torch.where(greedy, 1.0, temperature)[:, None].to(logits.dtype)  # [B, V]
+    if top_k is None and top_p is None and min_p is None:
+        probs = scaled.softmax(dim=-1)
+    else:
+        ordered, order = scaled.sort(dim=-1, descending=True, stable=True)  # [B, V] each
+        if top_k is not None:
+            kth = ordered.gather(-1, (top_k.clamp(max=logits.shape[-1]) - 1)[:, None])  # [B, 1]
+            ordered = ordered.masked_fill(ordered < kth, float("-inf"))
+        kept = ordered.softmax(dim=-1)
+        if top_p is not None:
+            # Keep a token if the likelier ones together do not reach top_p: the first always stays.
+            before = kept.cumsum(dim=-1) - kept
+            kept = kept.masked_fill(before >= top_p[:, None], 0.0)
+        if min_p is not None:
+            kept = kept.masked_fill(kept < min_p[:, None] * kept[:, :1], 0.0)
+        kept = kept / kept.sum(dim=-1, keepdim=True)
+        probs = torch.zeros_like(scaled).scatter(-1, order, kept)  # [B, V], back in vocabulary order
+    one_hot = torch.zeros_like(scaled).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    return torch.where(greedy[:, None], one_hot, probs)
+
+
+def sample(probs: Tensor, u: Tensor) -> Tensor:
+    """The token at which the cumulative distribution passes `u`.
+
+    Args:
+        probs: `[B, V]`, need not be normalised; a token of probability 0 is never returned.
+        u: `[B]` float64 in [0, 1).
+
+    Returns `[B]` int64.
+    """
+    # float64: over 100,000 tokens a float32 running sum would lose the rare ones.
+    cumulative = probs.double().cumsum(dim=-1)  # [B, V]
+    total = cumulative[:, -1:]
+    # Strictly below the total even after rounding, so that the search ends on a token with mass.
+    goal = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
+    return torch.searchsorted(cumulative, goal, right=True)[:, 0]
+
+
+def next_token(logits: Tensor, sampling: Sampling, position: Tensor, seen: Tensor | None = None) -> Tensor:
+    """Choose the token that will stand at `position [B]` from `logits [B, V]`; returns `[B]` int64.
+
+    `seen [B, V]` is needed where a repetition penalty is set.
+    """
+    if sampling.repetition_penalty is not None:
+        logits = penalize(logits, seen, sampling.repetition_penalty)
+    probs = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    return sample(probs, uniform(sampling.seed, position))
+
+
+def uniform(seed: Tensor, position: Tensor, stream: int = 0) -> Tensor:
+    """A random number in [0, 1) that depends on (seed, position, stream) only, `[B]` float64.
+
+    A counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the
+    mixing function of SplitMix64 (Steele et al. 2014): no state to carry, so the n-th number of a row can
+    be had in any order, on any device, inside a compiled graph. `stream` separates several draws at the
+    same position.
+    """
+    bits = _mix(_mix(_mix(seed) ^ position) ^ stream)
+    return (_shift_right(bits, 11)).double() * 2.0**-53
+
+
+def _mix(z: Tensor) -> Tensor:
+    """SplitMix64's finaliser on int64 tensors, whose products wrap around as unsigned ones would."""
+    z = z + -7046029254386353131  # 0x9E3779B97F4A7C15
+    z = (z ^ _shift_right(z, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
+    z = (z ^ _shift_right(z, 27)) * -7723592293110705685  # 0x94D049BB133111EB
+    return z ^ _shift_right(z, 31)
+
+
+def _shift_right(z: Tensor, bits: int) -> Tensor:
+    """Shift in zeros: `>>` on signed integers shifts in the sign."""
+    return (z >> bits) & (2 ** (64 - bits) - 1)

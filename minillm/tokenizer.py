@@ -1,0 +1,214 @@
+"""Text to token ids and back: `tokenizer.json`, chat templates, and text as it streams.
+
+The `tokenizers` library does the tokenizing and `jinja2` the templates; what is here is the part that
+other runtimes get wrong: the one BOS, the template that must not add a second, and pieces of text that
+never show half a character.
+"""
+
+import json
+from collections.abc import Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2 import TemplateError
+from jinja2.ext import LoopControlExtension
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from tokenizers import Tokenizer as _Tokenizer
+
+from minillm.errors import TokenizerError
+
+# A window of tokens this long before the new ones gives a decoder the context it needs for spaces.
+_CONTEXT_TOKENS = 4
+
+
+class Tokenizer:
+    """The tokenizer of a checkpoint folder.
+
+    Args:
+        folder: holds `tokenizer.json`, and may hold `tokenizer_config.json` and `chat_template.jinja`.
+
+    Raises `TokenizerError` if a file is missing or unreadable.
+    """
+
+    def __init__(self, folder: str | Path):
+        folder = Path(folder)
+        path = folder / "tokenizer.json"
+        if not path.exists():
+            raise TokenizerError(
+                f"{path} does not exist. minillm reads only tokenizer.json; where a model ships another format, "
+                "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes one"
+            )
+        try:
+            self._tokenizer = _Tokenizer.from_file(str(path))
+        except Exception as error:  # the Rust library raises bare Exception
+            raise TokenizerError(f"{path} is not a readable tokenizer: {error}") from None
+        # Some files ask for truncation or padding, which belonged to training.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        config = _read_json(folder / "tokenizer_config.json")
+        self._special = {
+            name: _content(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
+        }
+        self._add_bos: bool | None = config.get("add_bos_token")
+        self.chat_template = _chat_template(folder, config)
+        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> "Tokenizer":
+        return cls(folder)
+
+    @property
+    def bos_token_id(self) -> int | None:
+        return self.token_id(self._special["bos_token"])
+
+    @property
+    def eos_token_id(self) -> int | None:
+        return self.token_id(self._special["eos_token"])
+
+    def token_id(self, token: str | None) -> int | None:
+        """The id of one token, given exactly as it stands in the vocabulary; None if it is not there."""
+        return None if token is None else self._tokenizer.token_to_id(token)
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of `text`, with the BOS that the checkpoint's own tokenizer would add, once."""
+        try:
+            ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+        except (UnicodeEncodeError, TypeError) as error:
+            raise TokenizerError(f"the text cannot be tokenized, it is not valid Unicode: {error}") from None
+        bos = self.bos_token_id
+        if add_special_tokens and bos is not None and self._add_bos is not None:
+            # tokenizer_config.json may overrule the template inside tokenizer.json, in either direction.
+            if self._add_bos and ids[:1] != [bos]:
+                return [bos, *ids]
+            if not self._add_bos and ids[:1] == [bos] and not text.startswith(self._special["bos_token"]):
+                return ids[1:]
+        return ids
+
+    def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+        """The text of these ids; ids outside the vocabulary (a padded embedding has some) give no text."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+
+    def render_chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
+        """Render `[{"role": ..., "content": ...}, ...]` with the checkpoint's chat template.
+
+        The template runs in jinja2's immutable sandbox. Raises `TokenizerError` if there is none, or if it
+        refuses the messages (many templates insist on alternating roles).
+        """
+        if self.chat_template is None:
+            raise TokenizerError(
+                "this checkpoint has no chat template (chat_template in tokenizer_config.json, or "
+                "chat_template.jinja): it is a base model; use generate() on plain text"
+            )
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension]
+        )
+        # Templates expect JSON as json.dumps writes it, not with HTML escapes.
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        special = {name: token or "" for name, token in self._special.items()}
+        try:
+            return environment.from_string(self.chat_template).render(
+                messages=list(messages), add_generation_prompt=add_generation_prompt, **special
+            )
+        except TemplateError as error:
+            raise TokenizerError(f"the chat template refused these messages: {error}") from None
+
+    def encode_chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of the rendered chat. The template writes BOS itself, so none is added here."""
+        return self.encode(self.render_chat(messages, add_generation_prompt), add_special_tokens=False)
+
+
+class TextStream:
+    """Turns tokens into text as they come: no half characters, no beginnings of stop strings.
+
+    The pieces that `push` and `finish` return concatenate to the whole text, whatever the number of tokens
+    per push. Text is cut before a stop string; of several, the one that is complete first counts.
+
+    Args:
+        tokenizer: the tokenizer.
+        context_ids: the tokens before the first one, so that a decoder that treats the start of a text
+            differently (SentencePiece drops a leading space there) sees that this is not the start.
+        stop_strings: end the text when one of these appears, even across tokens.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context_ids: Sequence[int] = (), stop_strings: Sequence[str] = ()):
+        self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings)
+        self._window = list(context_ids[-_CONTEXT_TOKENS:])  # decoded, and already accounted for ...
+        self._known = tokenizer.decode(self._window)  # ... as this text
+        self._fresh: list[int] = []  # tokens whose text is not complete yet
+        self._held = ""  # complete text that may be the beginning of a stop string
+        self.stopped = False  # a stop string has appeared
+
+    def push(self, token: int) -> str:
+        """Add one token; returns the text that has become certain, often one word, sometimes nothing."""
+        if self.stopped:
+            return ""
+        self._fresh.append(token)
+        text = self._tokenizer.decode(self._window + self._fresh)
+        if text.endswith("\ufffd"):
+            return ""  # the bytes so far end inside a character: wait for the rest
+        new = text[len(self._known) :]
+        self._window = (self._window + self._fresh)[-max(_CONTEXT_TOKENS, len(self._fresh)) :]
+        self._known, self._fresh = self._tokenizer.decode(self._window), []
+        return self._release(new)
+
+    def finish(self) -> str:
+        """What was held back, now that nothing follows (an unfinished character shows as U+FFFD)."""
+        if self.stopped:
+            return ""
+        text = self._tokenizer.decode(self._window + self._fresh)[len(self._known) :] if self._fresh else ""
+        self._fresh = []
+        rest = self._release(text)
+        if not self.stopped:
+            rest, self._held = rest + self._held, ""
+        return rest
+
+    def _release(self, new: str) -> str:
+        text = self._held + new
+        ends = [(text.index(stop) + len(stop), -len(stop)) for stop in self._stop_strings if stop in text]
+        if ends:
+            end, length = min(ends)
+            self.stopped = True
+            return text[: end + length]
+        keep = max((_overlap(text, stop) for stop in self._stop_strings), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """How many characters at the end of `text` could be the beginning of `stop`."""
+    longest = min(len(text), len(stop) - 1)
+    return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+def _refuse(message: str) -> None:
+    raise TemplateError(message)
+
+
+def _content(token: Any) -> str | None:
+    """A special token is written as a string, or as an object with the string inside."""
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
+    separate = folder / "chat_template.jinja"
+    if separate.exists():
+        return separate.read_text(encoding="utf-8")
+    template = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    if isinstance(template, list):  # several named templates: the plain one is called "default"
+        return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
+    return template
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, OSError) as error:
+        raise TokenizerError(f"{path} cannot be read as JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
