@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from minillm_kernels.decode_attention import decode_attention
+from minillm_kernels.flash_attention import flash_attention
 from minillm_kernels.launch import interpreting
 from minillm_kernels.norm_rope import add_rms_norm, rms_norm, rope_and_cache_write
 from torch import Tensor
@@ -93,7 +94,6 @@ def decode_attention_inputs(case: dict, dtype: torch.dtype, device, generator: t
 
 def decode_attention_reference(q, k, v, cache_position, scale, window, softcap, alibi_slopes) -> Results:
     """One query token at a time, over the positions it sees, gathered from their slots."""
-    slots, group = k.shape[2], q.shape[1] // k.shape[1]
     out = torch.full(q.shape, float("nan"), dtype=torch.float64, device=q.device)
     for row, positions in enumerate(cache_position.tolist()):
         for token, position in enumerate(positions):
@@ -101,15 +101,24 @@ def decode_attention_reference(q, k, v, cache_position, scale, window, softcap, 
                 continue  # padding: unspecified
             first = 0 if window is None else max(0, position - window + 1)
             key_position = torch.arange(first, position + 1, device=q.device)  # [P]
-            keys = k[row, :, key_position % slots].double().repeat_interleave(group, 0)  # [H, P, D]
-            values = v[row, :, key_position % slots].double().repeat_interleave(group, 0)
-            scores = torch.einsum("hd,hpd->hp", q[row, :, token].double(), keys) * scale
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            if alibi_slopes is not None:
-                scores = scores + alibi_slopes.double()[:, None] * (key_position - position)
-            out[row, :, token] = torch.einsum("hp,hpd->hd", scores.softmax(-1), values)
+            slot = key_position % k.shape[2]
+            out[row, :, token] = attend_one_token(
+                q[row, :, token], k[row, :, slot], v[row, :, slot],
+                key_position - position, scale, softcap, alibi_slopes,
+            )  # fmt: skip
     return (out,)
+
+
+def attend_one_token(q, k, v, distance, scale, softcap, alibi_slopes) -> Tensor:
+    """Attention of one token, q [H, D], to the P keys it sees, k and v [KV, P, D], distance [P] <= 0."""
+    group = q.shape[0] // k.shape[0]
+    k, v = (x.double().repeat_interleave(group, dim=0) for x in (k, v))  # [H, P, D]
+    scores = torch.einsum("hd,hpd->hp", q.double(), k) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores + alibi_slopes.double()[:, None] * distance
+    return torch.einsum("hp,hpd->hd", scores.softmax(-1), v)  # [H, D]
 
 
 def attention_bound(expected: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, softcap) -> Tensor:
@@ -192,6 +201,81 @@ DECODE_ATTENTION = Entry(
         "TinyLlama, 1 row at 1024": decode_case(1, 1023, 32, 4, 64, 2048),
     },
 )
+
+# ---------------------------------------------------------------------------------------------------------
+# flash_attention
+# ---------------------------------------------------------------------------------------------------------
+
+
+def flash_attention_inputs(case: dict, dtype: torch.dtype, device, generator: torch.Generator) -> dict:
+    """`lengths`: one sequence per batch row, all alike, or with `packed` several laid end to end."""
+    lengths, heads, kv_heads, head_dim = case["lengths"], case["heads"], case["kv_heads"], case["head_dim"]
+    packed = case.get("packed", False)
+    batch, tokens = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
+    random = {"generator": generator, "device": device}
+    # [B, T, heads, D] seen as [B, heads, T, D]: how a decoder has them
+    qkv = torch.randn(batch, tokens, heads + 2 * kv_heads, head_dim, **random).to(dtype).transpose(1, 2)
+    q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
+    ends = torch.tensor([0, *lengths], device=device).cumsum(0).to(torch.int32)
+    return {
+        "q": q, "k": k, "v": v, "scale": head_dim**-0.5,
+        "window": case.get("window"), "softcap": case.get("softcap"),
+        "alibi_slopes": torch.rand(heads, **random) if case.get("alibi") else None,
+        "cu_seqlens": ends if packed else None,
+    }  # fmt: skip
+
+
+def flash_attention_reference(q, k, v, scale, window, softcap, alibi_slopes, cu_seqlens) -> Results:
+    """One token at a time, over the keys of its own sequence that it sees."""
+    out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
+    starts = {0} if cu_seqlens is None else set(cu_seqlens.tolist())
+    for row in range(q.shape[0]):
+        start = 0
+        for token in range(q.shape[2]):
+            start = token if token in starts else start
+            first = start if window is None else max(start, token - window + 1)
+            seen = slice(first, token + 1)
+            out[row, :, token] = attend_one_token(
+                q[row, :, token], k[row, :, seen], v[row, :, seen],
+                torch.arange(first - token, 1, device=q.device), scale, softcap, alibi_slopes,
+            )  # fmt: skip
+    return (out,)
+
+
+def flash_case(lengths: list[int], heads: int, kv_heads: int, head_dim: int, **more) -> dict:
+    return dict(lengths=lengths, heads=heads, kv_heads=kv_heads, head_dim=head_dim, **more)
+
+
+FLASH_ATTENTION = Entry(
+    name="flash_attention",
+    make_inputs=flash_attention_inputs,
+    run=lambda **inputs: (flash_attention(**inputs),),
+    reference=flash_attention_reference,
+    bounds=lambda expected, q, k, v, scale, softcap, **_: (attention_bound(expected[0], q, k, v, scale, softcap),),
+    bytes_moved=lambda q, k, v, **_: (2 * q.numel() + k.numel() + v.numel()) * q.element_size(),
+    small_cases={
+        "one token": flash_case([1], 2, 1, 32),
+        "one tile": flash_case([17, 17], 2, 2, 32),
+        "ragged, grouped heads": flash_case([147], 4, 2, 32),
+        "odd head size": flash_case([40], 2, 1, 80),
+        "window": flash_case([150], 2, 1, 16, window=20),
+        "wide window": flash_case([150], 1, 1, 16, window=100),
+        "softcap": flash_case([70], 2, 1, 32, softcap=5.0),
+        "alibi": flash_case([70], 4, 2, 32, alibi=True),
+        "packed": flash_case([70, 1, 3, 40, 33], 2, 1, 32, packed=True),
+        "everything": flash_case([90, 5, 60], 4, 2, 48, packed=True, window=30, softcap=20.0, alibi=True),
+        "wide head": flash_case([50], 1, 1, 256),
+    },
+    model_cases={
+        "Llama-2-7B, 2048 tokens": flash_case([2048], 32, 32, 128),
+        "Llama-3-8B, 4096 tokens": flash_case([4096], 32, 8, 128),
+        "Gemma-2b, 2048 tokens": flash_case([2048], 8, 1, 256),
+        "Gemma-2-9b layer, 4096 tokens": flash_case([4096], 16, 8, 256, window=4096, softcap=50.0),
+        "TinyLlama, 4 packed": flash_case([512, 1024, 256, 256], 32, 4, 64, packed=True),
+        "MPT-7b, 2048 tokens": flash_case([2048], 32, 32, 128, alibi=True),
+    },
+)
+
 
 # ---------------------------------------------------------------------------------------------------------
 # rms_norm, add_rms_norm
@@ -376,5 +460,5 @@ ROPE_AND_CACHE_WRITE = Entry(
 
 
 CATALOG: dict[str, Entry] = {
-    entry.name: entry for entry in (DECODE_ATTENTION, RMS_NORM, ADD_RMS_NORM, ROPE_AND_CACHE_WRITE)
+    entry.name: entry for entry in (DECODE_ATTENTION, FLASH_ATTENTION, RMS_NORM, ADD_RMS_NORM, ROPE_AND_CACHE_WRITE)
 }

@@ -86,33 +86,36 @@ def slot_positions(cache_position: Tensor, slots: int) -> Tensor:
 
 
 def check(q, k, v, cache_position, window, softcap, alibi_slopes) -> None:
-    """Raise ValueError unless the arguments fit together; looks at shapes and dtypes only."""
+    check_attention("decode_attention", q, k, v, window, softcap, alibi_slopes)
+    if cache_position.shape != (q.shape[0], q.shape[2]):
+        raise ValueError(
+            f"decode_attention: cache_position must be [B, T] = {(q.shape[0], q.shape[2])}, "
+            f"got {tuple(cache_position.shape)}"
+        )
+
+
+def check_attention(name: str, q, k, v, window, softcap, alibi_slopes) -> None:
+    """Raise ValueError unless the arguments fit together; looks at shapes, dtypes and strides only."""
     if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
         raise ValueError(
-            f"decode_attention wants q [B, H, T, D] and k, v [B, KV, S, D], "
+            f"{name} wants q [B, H, T, D] and k, v [B, KV, S, D], "
             f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
-    batch, heads, tokens, head_dim = q.shape
+    batch, heads, _, head_dim = q.shape
     if k.shape[0] != batch or k.shape[3] != head_dim or heads % k.shape[1] != 0:
         raise ValueError(
-            f"decode_attention: q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch and head size, "
+            f"{name}: q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch and head size, "
             f"and the query heads must be a multiple of the key heads"
         )
-    if cache_position.shape != (batch, tokens):
-        raise ValueError(
-            f"decode_attention: cache_position must be [B, T] = {(batch, tokens)}, got {tuple(cache_position.shape)}"
-        )
     if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(
-            f"decode_attention: q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
+        raise ValueError(f"{name}: q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
     if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
-        raise ValueError("decode_attention: the last dimension of q, k and v must be contiguous")
+        raise ValueError(f"{name}: the last dimension of q, k and v must be contiguous")
     if head_dim > 256:
-        raise ValueError(f"decode_attention: head size {head_dim} is over the largest supported, 256")
+        raise ValueError(f"{name}: head size {head_dim} is over the largest supported, 256")
     if window is not None and window < 1:
-        raise ValueError(f"decode_attention: window must be at least 1 or None, got {window}")
+        raise ValueError(f"{name}: window must be at least 1 or None, got {window}")
     if softcap is not None and not softcap > 0:
-        raise ValueError(f"decode_attention: softcap must be positive or None, got {softcap}")
+        raise ValueError(f"{name}: softcap must be positive or None, got {softcap}")
     if alibi_slopes is not None and alibi_slopes.shape != (heads,):
-        raise ValueError(f"decode_attention: alibi_slopes must be [H] = [{heads}], got {tuple(alibi_slopes.shape)}")
+        raise ValueError(f"{name}: alibi_slopes must be [H] = [{heads}], got {tuple(alibi_slopes.shape)}")

@@ -46,6 +46,12 @@ TABLE: dict[str, tuple[Launch, ...]] = {
         Launch({"BLOCK_N": 32}, num_warps=4, num_stages=2, max_size=512),
         Launch({"BLOCK_N": 16}, num_warps=4, num_stages=2),
     ),
+    # size: bytes of one head vector; BLOCK_M query rows against tiles of BLOCK_N keys
+    "flash_attention": (
+        Launch({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2, max_size=256, chips=(90, 100)),
+        Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2, max_size=512),
+        Launch({"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=4, num_stages=2),
+    ),
     # size: elements of a row, held in registers by one program
     "rms_norm": (
         Launch({}, num_warps=4, num_stages=1, max_size=2048),

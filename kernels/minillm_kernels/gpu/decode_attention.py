@@ -19,11 +19,10 @@ own positions only: results repeat bitwise, whatever the neighbouring rows do.
 import torch
 import triton
 import triton.language as tl
-from minillm_kernels.gpu.softmax import NEVER, load_rows, scores_log2, softmax_step
+from minillm_kernels.gpu.softmax import NEVER, NO_WINDOW, load_rows, scores_log2, softmax_step
 from minillm_kernels.launch import choose
 from torch import Tensor
 
-NO_WINDOW = 2**31 - 1  # larger than any position
 CHUNK = 128  # positions per program at least: below this, launching costs more than it hides
 MAX_SPLITS = 64  # with one key head and one row that is 64 programs; the combine reads this many partials
 MAX_SPLIT_TOKENS = 16  # more query tokens than this fill the GPU without splitting
@@ -47,7 +46,7 @@ def attend_kernel(
     slots, scale, softcap, window,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    SPLITS: tl.constexpr, CHUNK: tl.constexpr, STAGES: tl.constexpr,
+    SPLITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     kv_heads = HEADS // GROUP
     batch = (tl.program_id(0) // kv_heads).to(tl.int64)  # int64: a cache can pass 2^31 elements
@@ -78,7 +77,7 @@ def attend_kernel(
     v += batch * v_batch + kv_head * v_head
     wrapped = start // slots * slots  # the position of slot 0 in this turn of the ring
 
-    for n in tl.range(start, stop, BLOCK_N, num_stages=STAGES):
+    for n in range(start, stop, BLOCK_N):
         key = n + tl.arange(0, BLOCK_N)  # positions
         slot = key - wrapped
         slot = tl.where(slot >= slots, slot - slots, slot)  # a live range is never longer than one turn
@@ -180,7 +179,7 @@ def launch(
     attend_kernel[(batch * kv_heads, triton.cdiv(tokens * group, block_m), n_splits)](
         q, k, v, cache_position, alibi_slopes, out, partial, partial_lse,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        slots, scale, softcap, window, CHUNK=chunk, STAGES=row.num_stages, **shape, **row.arguments(),
+        slots, scale, softcap, window, CHUNK=chunk, **shape, **row.arguments(),
     )  # fmt: skip
     if n_splits > 1:
         combine_kernel[(batch * heads * tokens,)](

@@ -15,6 +15,7 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 NEVER = tl.constexpr(float("-inf"))
+NO_WINDOW = 2**31 - 1  # larger than any position: with it, position - window never masks anything
 
 
 @triton.jit

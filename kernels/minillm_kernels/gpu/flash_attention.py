@@ -1,0 +1,124 @@
+"""Causal flash attention, forward (FlashAttention-2, arXiv 2307.08691).
+
+    grid (query blocks, H, B); one program holds BLOCK_M query rows and walks the keys in tiles of BLOCK_N:
+
+                 keys  ->
+    queries   . / / # # # \\                    .  outside the window or another sequence: never loaded
+              . . / / # # # \\                  /  left edge of the window or sequence: masked
+              . . . / / # # # \\                #  visible to every row of the block: no mask at all
+                                                \\  diagonal: masked
+
+The last query blocks have the most keys, so they are started first: the short ones fill the gaps at the
+end. The three stretches are three loops over one function, so that the middle one, where nearly all of
+the time goes, compiles without compares and selects.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from minillm_kernels.flash_attention import sequence_starts
+from minillm_kernels.gpu.softmax import NEVER, NO_WINDOW, load_rows, scores_log2, softmax_step
+from minillm_kernels.launch import choose
+from torch import Tensor
+
+
+@triton.jit
+def attend_stretch(
+    acc, biggest, total, q_tile, k, v, k_token, v_token, low, high,
+    query, start, tokens, window, scale, softcap, slope,
+    MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """Fold the keys [low, high), low a multiple of BLOCK_N, into the running softmax of the block."""
+    for n in range(low, high, BLOCK_N):
+        key = n + tl.arange(0, BLOCK_N)
+        k_tile = load_rows(k, key, k_token, key < tokens, D, BLOCK_D)
+        s = scores_log2(q_tile, k_tile, query, key, scale, softcap, slope)  # [BLOCK_M, BLOCK_N]
+        if MASKED:
+            seen = (key[None, :] <= query[:, None]) & (key[None, :] > query[:, None] - window)
+            s = tl.where(seen & (key[None, :] >= start[:, None]), s, NEVER)
+        v_tile = load_rows(v, key, v_token, key < tokens, D, BLOCK_D)
+        acc, biggest, total = softmax_step(s, v_tile, acc, biggest, total)
+    return acc, biggest, total
+
+
+@triton.jit
+def flash_attention_kernel(
+    q, k, v, starts, alibi_slopes, out,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    tokens, scale, softcap, window,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * BLOCK_M  # longest first
+    head = tl.program_id(1).to(tl.int64)
+    batch = tl.program_id(2).to(tl.int64)
+    query = first + tl.arange(0, BLOCK_M)
+    row_mask = query < tokens
+    last = tl.minimum(first + BLOCK_M, tokens) - 1
+    q_tile = load_rows(q + batch * q_batch + head * q_head, query, q_token, row_mask, D, BLOCK_D)
+    k += batch * k_batch + head // GROUP * k_head
+    v += batch * v_batch + head // GROUP * v_head
+    slope = None
+    if alibi_slopes is not None:
+        slope = tl.load(alibi_slopes + head) + tl.zeros([BLOCK_M], tl.float32)
+
+    # The first key that the first, and that the last row of the block sees; in between lies the left edge.
+    start = tl.zeros([BLOCK_M], tl.int32)
+    first_start = 0
+    last_start = 0
+    if starts is not None:
+        start = tl.load(starts + query, mask=row_mask, other=0)
+        first_start = tl.load(starts + first)
+        last_start = tl.load(starts + last)
+    low = tl.maximum(first_start, first - window + 1)
+    full = tl.maximum(last_start, last - window + 1)  # from here on every row sees every key ...
+    diagonal = first + 1  # ... up to here
+    low = low // BLOCK_N * BLOCK_N
+    diagonal = tl.maximum(diagonal // BLOCK_N * BLOCK_N, low)
+    full = tl.minimum(tl.maximum(tl.cdiv(full, BLOCK_N) * BLOCK_N, low), diagonal)
+
+    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    biggest = tl.full([BLOCK_M], NEVER, tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc, biggest, total = attend_stretch(
+        acc, biggest, total, q_tile, k, v, k_token, v_token, low, full,
+        query, start, tokens, window, scale, softcap, slope, True, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    acc, biggest, total = attend_stretch(
+        acc, biggest, total, q_tile, k, v, k_token, v_token, full, diagonal,
+        query, start, tokens, window, scale, softcap, slope, False, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+    acc, biggest, total = attend_stretch(
+        acc, biggest, total, q_tile, k, v, k_token, v_token, diagonal, last + 1,
+        query, start, tokens, window, scale, softcap, slope, True, D, BLOCK_D, BLOCK_N,
+    )  # fmt: skip
+
+    column = tl.arange(0, BLOCK_D)
+    target = out + ((batch * HEADS + head) * tokens + query)[:, None] * D + column[None, :]
+    # rows past the end are not stored; every other row has seen itself, so total > 0
+    total = tl.where(row_mask, total, 1.0)
+    tl.store(target, acc / total[:, None], mask=row_mask[:, None] & (column < D)[None, :])
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> Tensor:
+    """The Triton implementation of `minillm::flash_attention`; see there for the arguments."""
+    batch, heads, tokens, head_dim = q.shape
+    row = choose("flash_attention", q.device, size=head_dim * q.element_size())
+    starts = None if cu_seqlens is None else sequence_starts(cu_seqlens, tokens).to(torch.int32)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    flash_attention_kernel[(triton.cdiv(tokens, row.blocks["BLOCK_M"]), heads, batch)](
+        q, k, v, starts, alibi_slopes, out, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        tokens, scale, softcap, NO_WINDOW if window is None else min(window, NO_WINDOW),
+        HEADS=heads, GROUP=heads // k.shape[1], D=head_dim,
+        BLOCK_D=max(16, triton.next_power_of_2(head_dim)), **row.arguments(),
+    )  # fmt: skip
+    return out
