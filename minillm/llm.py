@@ -89,7 +89,7 @@ class LLM:
         config = load_config(folder, strict=strict)
         tokenizer = Tokenizer.from_folder(folder)
         defaults = _generation_defaults(folder, config, tokenizer)
-        model = load_decoder(folder, config, _dtype(dtype, config), _device(device), attention)
+        model = load_decoder(folder, config, choose_dtype(dtype, config), _device(device), attention)
         return cls(model, tokenizer, config, defaults, name=str(name))
 
     @property
@@ -381,7 +381,8 @@ def _generation_defaults(folder: Path, config: ModelConfig, tokenizer: Tokenizer
         raise CheckpointError(f"{path}: {error}") from None
 
 
-def _dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
+def choose_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
+    """The torch dtype a user names; "auto" is what the checkpoint says, float32 if it says nothing."""
     names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if dtype == "auto":
         return names[config.dtype or "float32"]

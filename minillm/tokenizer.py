@@ -18,8 +18,8 @@ from tokenizers import Tokenizer as _Tokenizer
 
 from minillm.errors import TokenizerError
 
-# A window of tokens this long before the new ones gives a decoder the context it needs for spaces.
-_CONTEXT_TOKENS = 4
+# How far back to look in a prompt for a token that ends on a whole character.
+_CONTEXT_TOKENS = 8
 
 
 class Tokenizer:
@@ -112,7 +112,7 @@ class Tokenizer:
             return environment.from_string(self.chat_template).render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **special
             )
-        except TemplateError as error:
+        except Exception as error:  # a template is a program from the checkpoint: it may fail in any way
             raise TokenizerError(f"the chat template refused these messages: {error}") from None
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
@@ -135,8 +135,8 @@ class TextStream:
 
     def __init__(self, tokenizer: Tokenizer, context_ids: Sequence[int] = (), stop_strings: Sequence[str] = ()):
         self._tokenizer, self._stop_strings = tokenizer, tuple(stop_strings)
-        self._window = list(context_ids[-_CONTEXT_TOKENS:])  # decoded, and already accounted for ...
-        self._known = tokenizer.decode(self._window)  # ... as this text
+        # The newest tokens whose text is out already: enough for the decoder to see where it stands.
+        self._window, self._known = self._context(context_ids)
         self._fresh: list[int] = []  # tokens whose text is not complete yet
         self._held = ""  # complete text that may be the beginning of a stop string
         self.stopped = False  # a stop string has appeared
@@ -150,8 +150,10 @@ class TextStream:
         if text.endswith("\ufffd"):
             return ""  # the bytes so far end inside a character: wait for the rest
         new = text[len(self._known) :]
-        self._window = (self._window + self._fresh)[-max(_CONTEXT_TOKENS, len(self._fresh)) :]
-        self._known, self._fresh = self._tokenizer.decode(self._window), []
+        # Never cut inside a character, nor keep special tokens alone: neither shows where a word begins.
+        known = self._tokenizer.decode(self._fresh)
+        self._window = self._fresh if known else self._window + self._fresh
+        self._known, self._fresh = known or text, []
         return self._release(new)
 
     def finish(self) -> str:
@@ -164,6 +166,14 @@ class TextStream:
         if not self.stopped:
             rest, self._held = rest + self._held, ""
         return rest
+
+    def _context(self, ids: Sequence[int]) -> tuple[list[int], str]:
+        """The shortest end of `ids` that is readable text, and that text; nothing if none is."""
+        for size in range(1, min(_CONTEXT_TOKENS, len(ids)) + 1):
+            text = self._tokenizer.decode(ids[-size:])
+            if text and "\ufffd" not in text:
+                return list(ids[-size:]), text
+        return [], ""
 
     def _release(self, new: str) -> str:
         text = self._held + new

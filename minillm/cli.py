@@ -1,0 +1,205 @@
+"""The `minillm` command: parse, call the library, print.
+
+Results go to stdout, progress and notices to stderr. Exit status 0: done; 1: a `MinillmError`, told in
+one line; 2: the command line itself was wrong; 130: interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from minillm.errors import MinillmError, RequestError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        options.command(options)
+        sys.stdout.flush()
+    except MinillmError as error:
+        print(f"minillm: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # Whoever read our output (head, a pager) has enough. Python would complain again at exit.
+        sys.stdout = None
+        return 0
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minillm", description="A minimal decoder runtime for large language models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    generate = commands.add_parser("generate", help="continue a text", description="Print a text and its continuation.")
+    generate.add_argument("prompt", nargs="?", help="the text; without it (or with -) it is read from stdin")
+    generate.add_argument("--file", type=Path, metavar="F", help="read the prompt from this file instead")
+    generate.add_argument(
+        "--stream",
+        action=argparse.BooleanOptionalAction,
+        help="print pieces as they come (default on a terminal)",
+    )
+    _model_options(generate)
+    _generation_options(generate)
+    generate.set_defaults(command=_generate)
+
+    chat = commands.add_parser(
+        "chat",
+        help="talk to a model",
+        description="Talk to a model. Piped in, each line is a message; on a terminal, Ctrl-C stops an answer and "
+        "Ctrl-D ends the chat.",
+    )
+    chat.add_argument("--system", metavar="TEXT", help="the system message")
+    chat.add_argument("--max-cache-len", type=int, metavar="N", help="tokens the conversation may hold")
+    _model_options(chat)
+    _generation_options(chat)
+    chat.set_defaults(command=_chat)
+
+    inspect = commands.add_parser(
+        "inspect", help="what a checkpoint is made of", description="Show how a checkpoint's config is understood."
+    )
+    inspect.add_argument("--trace", metavar="TEXT", help="also walk one forward pass over this text")
+    _model_options(inspect)
+    inspect.set_defaults(command=_inspect)
+    return parser
+
+
+def _model_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--model", default="demo", metavar="M", help="demo, demo-draft, a folder or a Hub id (default: demo)"
+    )
+    parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (default: the checkpoint's)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
+    parser.add_argument("--attention", default="auto", help="math, sdpa (default: the fastest that fits)")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    parser.add_argument("--local-files-only", action="store_true", help="do not ask the Hub for anything")
+
+
+def _generation_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--max-new-tokens", type=int, metavar="N")
+    parser.add_argument("--temperature", type=float, metavar="T", help="0 is greedy")
+    parser.add_argument("--top-k", type=int, metavar="K")
+    parser.add_argument("--top-p", type=float, metavar="P")
+    parser.add_argument("--min-p", type=float, metavar="P")
+    parser.add_argument("--repetition-penalty", type=float, metavar="R")
+    parser.add_argument("--seed", type=int, metavar="S")
+    parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+
+
+def _load(options: argparse.Namespace):
+    from minillm.llm import LLM  # here, so that --help and usage errors do not wait for torch
+
+    return LLM.from_pretrained(
+        options.model,
+        dtype=options.dtype,
+        device=options.device,
+        attention=options.attention,
+        revision=options.revision,
+        local_files_only=options.local_files_only,
+    )
+
+
+def _asked(options: argparse.Namespace) -> dict:
+    """The generation options that were given on the command line."""
+    names = "max_new_tokens temperature top_k top_p min_p repetition_penalty seed".split()
+    asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return asked | ({"stop_strings": options.stop} if options.stop else {})
+
+
+def _generate(options: argparse.Namespace) -> None:
+    prompt = _read_prompt(options)
+    llm = _load(options)
+    streaming = sys.stdout.isatty() if options.stream is None else options.stream
+    if not streaming:
+        completion = llm.generate(prompt, **_asked(options))
+        print(prompt + completion.text)
+        return
+    pieces = llm.stream(prompt, **_asked(options))
+    print(prompt, end="", flush=True)
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    finally:
+        print(flush=True)
+
+
+def _read_prompt(options: argparse.Namespace) -> str:
+    if options.file is not None:
+        if options.prompt is not None:
+            raise RequestError("give a prompt or --file, not both")
+        try:
+            return options.file.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise RequestError(f"--file {options.file}: {error}") from None
+    if options.prompt not in (None, "-"):
+        return options.prompt
+    if sys.stdin.isatty():
+        print("reading the prompt from the terminal; end it with Ctrl-D", file=sys.stderr)
+    try:
+        return sys.stdin.read().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"stdin is not UTF-8 text: {error}") from None
+
+
+def _chat(options: argparse.Namespace) -> None:
+    llm = _load(options)
+    chat = llm.conversation(system=options.system, max_cache_len=options.max_cache_len, **_asked(options))
+    terminal = sys.stdin.isatty()
+    while True:
+        try:
+            message = input("> " if terminal else "")
+        except EOFError:
+            return
+        if not message.strip():
+            continue
+        try:
+            _answer(chat.stream(message))
+        except RequestError as error:
+            if not terminal:
+                raise
+            print(f"minillm: {error}", file=sys.stderr)
+
+
+def _answer(pieces) -> None:
+    """Print an answer as it comes; Ctrl-C ends the answer, not the chat."""
+    try:
+        for piece in pieces:
+            print(piece, end="", flush=True)
+    except KeyboardInterrupt:
+        pieces.close()
+    print(flush=True)
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from minillm.checkpoint import find_checkpoint
+    from minillm.config import load_config
+    from minillm.describe import facts, trace
+    from minillm.llm import choose_dtype
+
+    console = Console(highlight=False)
+    folder = find_checkpoint(options.model, revision=options.revision, local_files_only=options.local_files_only)
+    config = load_config(folder)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    for name, value in facts(config, choose_dtype(options.dtype, config)):
+        table.add_row(name, value)
+    console.print(table)
+    if options.trace is None:
+        return
+    walk = trace(_load(options), options.trace)
+    console.print(f"\n{len(walk.tokens)} tokens: {' | '.join(map(repr, walk.tokens))}\n", markup=False)
+    table = Table("step", "result", "dtype", "ms", box=None, pad_edge=False)
+    table.columns[-1].justify = "right"
+    for step in walk.steps:
+        table.add_row(
+            step.name, str(list(step.shape)), str(step.dtype).removeprefix("torch."), f"{step.milliseconds:.3f}"
+        )
+    console.print(table)
+    console.print(
+        "\nlikeliest next tokens:", ", ".join(f"{text!r} {p:.1%}" for text, p in walk.candidates), markup=False
+    )
