@@ -1,19 +1,19 @@
 """`config.json` -> one frozen `ModelConfig` with one `LayerSpec` per layer.
 
-There is a single decoder (`model.py`) and it reads nothing but what is written here, so a family
-such as Gemma or Qwen is a row of the `FAMILIES` table and never an `if` anywhere else. The reader
-below accepts both spellings found in the wild (`rope_theta` + `rope_scaling`, or the newer
-`rope_parameters`; `sliding_window_pattern` or `layer_types`; a nested `text_config`), checks every
-range, and refuses a key it does not understand: a silent default is how a model ends up subtly
-worse than the one its authors trained.
+There is a single decoder (`model.py`) and it reads nothing but what is written here; what a family such
+as Gemma or Qwen needs comes from its row in `families.py`. The reader below accepts both spellings found
+in the wild (`rope_theta` + `rope_scaling`, or the newer `rope_parameters`; `sliding_window_pattern` or
+`layer_types`; a nested `text_config`), checks every range, and refuses a key it does not understand: a
+silent default is how a model ends up subtly worse than the one its authors trained.
 """
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from minillm.errors import ConfigError
+from minillm.families import FAMILIES, HARMLESS, NEUTRAL, Family
 
 
 @dataclass(frozen=True)
@@ -96,126 +96,6 @@ class ModelConfig:
         """The distinct windows, in order of first use; most models have one."""
         return tuple(dict.fromkeys(layer.window for layer in self.layers))
 
-
-@dataclass(frozen=True)
-class Family:
-    """One supported `model_type`: the deltas from plain Llama, and what its files may leave out."""
-
-    defaults: dict[str, Any] = field(default_factory=dict)
-    windows: str = "none"  # none | all | from_layer (Qwen) | pattern (Gemma)
-    norm_offset: float = 0.0
-    norm_in_fp32: bool = False
-    pre_norm: bool = True
-    post_norm: bool = False
-    qk_norm: str | None = None
-    bias_keys: bool = False  # obeys attention_bias / mlp_bias in the file
-    qkv_bias: bool = False
-    scaled_embedding: bool = False
-    gelu_means_tanh: bool = False
-    local_rope: bool = False  # sliding layers have a rotary table of their own
-    softcaps: bool = False
-    fused: bool = False
-
-
-_QWEN = dict(max_position_embeddings=32768, sliding_window=4096, max_window_layers=28)
-_GEMMA = dict(rms_norm_eps=1e-6, head_dim=256, tie_word_embeddings=True, hidden_act="gelu_pytorch_tanh")
-_GEMMA_CAPS = _GEMMA | dict(query_pre_attn_scalar=256, sliding_window=4096)
-# Gemma 3 files nest a text_config that lists only what differs from these.
-_GEMMA3 = _GEMMA_CAPS | dict(
-    vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26, num_attention_heads=8,
-    num_key_value_heads=4, max_position_embeddings=131072, rope_theta=1e6, sliding_window_pattern=6,
-)  # fmt: skip
-
-FAMILIES: dict[str, Family] = {
-    # Llama 1-3.3, TinyLlama, SmolLM2 and Yi all call themselves "llama".
-    "llama": Family(defaults=dict(max_position_embeddings=2048), bias_keys=True),
-    "mistral": Family(
-        defaults=dict(sliding_window=4096, num_key_value_heads=8, max_position_embeddings=131072),
-        windows="all",
-    ),
-    "qwen2": Family(defaults=_QWEN, windows="from_layer", qkv_bias=True),
-    "qwen3": Family(
-        defaults=_QWEN | dict(head_dim=128),
-        windows="from_layer",
-        qk_norm="head",
-        bias_keys=True,
-    ),
-    "gemma": Family(
-        defaults=_GEMMA | dict(max_position_embeddings=8192),
-        norm_offset=1.0,
-        norm_in_fp32=True,
-        bias_keys=True,
-        scaled_embedding=True,
-        gelu_means_tanh=True,
-    ),
-    "gemma2": Family(
-        defaults=_GEMMA_CAPS
-        | dict(max_position_embeddings=8192, sliding_window_pattern=2)
-        | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
-        windows="pattern",
-        norm_offset=1.0,
-        norm_in_fp32=True,
-        post_norm=True,
-        bias_keys=True,
-        scaled_embedding=True,
-        gelu_means_tanh=True,
-        softcaps=True,
-    ),
-    "gemma3_text": Family(
-        defaults=_GEMMA3,
-        windows="pattern",
-        norm_offset=1.0,
-        norm_in_fp32=True,
-        post_norm=True,
-        qk_norm="head",
-        bias_keys=True,
-        scaled_embedding=True,
-        gelu_means_tanh=True,
-        local_rope=True,
-        softcaps=True,
-    ),
-    "phi3": Family(
-        defaults=dict(rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096),
-        windows="all",
-        fused=True,
-    ),
-    "olmo2": Family(
-        defaults=dict(rms_norm_eps=1e-5, max_position_embeddings=2048),
-        norm_in_fp32=True,
-        pre_norm=False,
-        post_norm=True,
-        qk_norm="full",
-        bias_keys=True,
-    ),
-}
-
-# Keys that never change a forward pass. Anything else unread is an error (or, with strict=False, let by).
-HARMLESS = frozenset(
-    """
-    architectures model_type transformers_version _name_or_path auto_map use_cache cache_implementation
-    initializer_range attention_dropout hidden_dropout resid_pdrop embd_pdrop pretraining_tp
-    pad_token_id sep_token_id decoder_start_token_id output_attentions output_hidden_states return_dict
-    chunk_size_feed_forward is_encoder_decoder is_decoder id2label label2id problem_type torchscript
-    attn_implementation _attn_implementation _attn_implementation_autoset max_sequence_length is_llama_config
-    transformers.js_config unsloth_fixed unsloth_version torch_dtype
-    """.split()
-)
-
-# Keys that would change a forward pass, but that this decoder computes only at the value given here
-# (where a family has no use for them: attention_bias, say, is obeyed for Llama and must be false for Mistral).
-NEUTRAL: dict[str, Any] = {
-    "attention_bias": False,
-    "mlp_bias": False,
-    "lm_head_bias": False,
-    "rope_interleaved": False,  # true: pairs of neighbouring channels rotate
-    "use_bidirectional_attention": False,
-    "attn_logit_softcapping": None,
-    "final_logit_softcapping": None,
-    "use_sliding_window": False,
-    "use_mrope": False,  # multimodal positions
-    "full_attn_mod": 1,  # Phi-4-mini's files
-    "interpolate_factor": 1,
-}
 
 _ROPE_KINDS = {"default", "linear", "dynamic", "llama3", "yarn", "longrope"}
 _ROPE_KEYS = frozenset(
@@ -325,7 +205,7 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         qk_norm=family.qk_norm,
         qkv_bias=family.qkv_bias or bias,
         output_bias=bias,
-        mlp_bias=family.bias_keys and model_type == "llama" and reader.flag("mlp_bias"),
+        mlp_bias=family.mlp_bias_key and reader.flag("mlp_bias"),
         activation=_activation(reader, family),
         embedding_scale=hidden_size**0.5 if family.scaled_embedding else 1.0,
         final_softcap=reader.number("final_logit_softcapping", optional=True) if family.softcaps else None,

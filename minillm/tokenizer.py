@@ -168,12 +168,15 @@ class TextStream:
         return rest
 
     def _context(self, ids: Sequence[int]) -> tuple[list[int], str]:
-        """The shortest end of `ids` that is readable text, and that text; nothing if none is."""
+        """The shortest end of `ids` with readable text, and that text (an end without text if there is none)."""
+        best = [], ""
         for size in range(1, min(_CONTEXT_TOKENS, len(ids)) + 1):
             text = self._tokenizer.decode(ids[-size:])
-            if text and "\ufffd" not in text:
-                return list(ids[-size:]), text
-        return [], ""
+            if "\ufffd" not in text:
+                best = list(ids[-size:]), text
+            if best[1]:
+                break
+        return best
 
     def _release(self, new: str) -> str:
         text = self._held + new
