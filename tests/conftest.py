@@ -9,10 +9,12 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import functools
 
 import pytest
-import torch
-
 import tiny_tokenizers
+import torch
 from families import FAMILIES, load_reference, save_checkpoint, seed_of
+
+from minillm.checkpoint import load_decoder
+from minillm.config import load_config
 
 # The tiny models are all overhead: on a busy machine waking a second thread for each small
 # operation makes the suite nine times slower (80 s against 9 s for test_families.py).
@@ -38,6 +40,17 @@ def reference(checkpoint):
 
 
 @pytest.fixture(scope="session")
+def ours(checkpoint):
+    """ours(name) -> our fp32 CPU decoder of that folder, read through its own config.json."""
+
+    @functools.cache
+    def load(name):
+        return load_decoder(checkpoint(name), load_config(checkpoint(name)), torch.float32, "cpu")
+
+    return load
+
+
+@pytest.fixture(scope="session")
 def text_tokenizer_files(tmp_path_factory):
     """The byte-level tokenizer of tiny_tokenizers.py (.folder, .vocabulary, .copy_to)."""
     return tiny_tokenizers.byte_level(tmp_path_factory.mktemp("tokenizers") / "byte_level")
@@ -56,7 +69,5 @@ def text_checkpoint(tmp_path_factory, text_tokenizer_files):
     config = FAMILIES["llama2"].with_changes({"vocab_size": text_tokenizer_files.vocabulary + 5})
     save_checkpoint(folder, config, seed=11)
     text_tokenizer_files.copy_to(folder)
-    (folder / "generation_config.json").write_text(
-        '{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}'
-    )
+    (folder / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}')
     return folder

@@ -153,6 +153,29 @@ _FAMILIES = [
         {"factor": {"rope_scaling": {"factor": 8.0}}},
     ),
     _family(
+        "llama-dynamic",  # NTK scaling grows the base with the text, beyond 64 positions here
+        "LlamaForCausalLM",
+        "llama",
+        {
+            "rope_theta": 100.0,
+            "rope_scaling": {"type": "dynamic", "factor": 4.0},
+            "max_position_embeddings": 64,
+            "hidden_act": "silu",
+        },
+        {"base": {"rope_theta": 10000.0}},
+    ),
+    _family(
+        "llama-yarn",
+        "LlamaForCausalLM",
+        "llama",
+        {
+            "rope_theta": 1000.0,
+            "rope_scaling": {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64},
+            "hidden_act": "silu",
+        },
+        {"scaling": {"rope_scaling": None}, "factor": {"rope_scaling": {"factor": 2.0}}},
+    ),
+    _family(
         "llama-biased",  # attention_bias and mlp_bias put a bias on all seven projections
         "LlamaForCausalLM",
         "llama",
@@ -297,9 +320,7 @@ _FAMILIES = [
             "image_token_index": 122,
             "mm_tokens_per_image": 4,
             "text_config": {
-                k: v
-                for k, v in {**_BASE, **_GEMMA3_TEXT, "model_type": "gemma3_text"}.items()
-                if v is not _ABSENT
+                k: v for k, v in {**_BASE, **_GEMMA3_TEXT, "model_type": "gemma3_text"}.items() if v is not _ABSENT
             },
             "vision_config": {
                 "model_type": "siglip_vision_model",
@@ -368,9 +389,7 @@ _FAMILIES = [
     ),
 ]
 FAMILIES = {family.name: family for family in _FAMILIES}
-WINDOWED = [
-    n for n, f in FAMILIES.items() if (f.text_config.get("sliding_window") or 600) < 40 and n != "qwen2"
-]
+WINDOWED = [n for n, f in FAMILIES.items() if (f.text_config.get("sliding_window") or 600) < 40 and n != "qwen2"]
 
 
 def reference_config(config: dict):

@@ -1,18 +1,26 @@
-"""The tiny checkpoints themselves: do they run in transformers, and would a wrong decoder be noticed?"""
+"""Every supported family against transformers, on the tiny checkpoints of families.py.
+
+First the recipes themselves (would a wrong decoder be noticed?), then ours against theirs.
+"""
 
 import json
 
 import pytest
 import torch
-
 from families import (
     FAMILIES,
     load_reference,
     make_model,
     prompt_ids,
+    reference_greedy,
     reference_logits,
     seed_of,
 )
+
+from minillm.cache import StaticCache
+from minillm.checkpoint import load_decoder
+from minillm.config import load_config
+from minillm.errors import BackendError
 
 PROMPT = prompt_ids(40, seed=1)
 FEATURES = [(name, feature) for name, family in FAMILIES.items() for feature in family.features]
@@ -38,7 +46,7 @@ def test_noise_floor_is_far_below_the_parity_tolerance(name, checkpoint):
     assert (single - double).abs().max() < 4e-5  # the parity tests allow 1e-4
 
 
-@pytest.mark.parametrize("name, feature", FEATURES)
+@pytest.mark.parametrize(("name", "feature"), FEATURES)
 def test_feature_moves_the_logits(name, feature):
     """A hundred times the parity tolerance, or the parity test could not see the feature."""
     family = FAMILIES[name]
@@ -58,7 +66,129 @@ def test_every_weight_moves_the_logits(name, checkpoint):
         kept = parameter.detach().clone()
         with torch.no_grad():
             parameter.zero_()
-        # Keys of a softmax may shift by a constant without effect, so a k bias may move them least.
         assert (reference_logits(model, PROMPT) - plain).abs().max() > 1e-2, parameter_name
         with torch.no_grad():
             parameter.copy_(kept)
+
+
+# ---------------------------------------------------------------------------------------------
+# Parity: the same folder, read by us through its own config.json and by transformers.
+
+# Two float32 implementations that add in different orders: `test_noise_floor` above shows that
+# rounding alone moves these logits by less than 4e-5 on one side. The wrong feature moves them by
+# more than 1e-2 (`test_feature_moves_the_logits`), so 1e-4 separates the two with a wide margin.
+TOLERANCE = dict(rtol=0.0, atol=1e-4)
+STEPS = prompt_ids(10, seed=2)
+
+
+def forward(model, cache, ids, start=0):
+    """Logits [T, V] of one row's next tokens at positions start, start + 1, ..."""
+    position = torch.arange(start, start + len(ids))[None]
+    return model(torch.tensor([ids]), position, cache)[0]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompt_and_ten_steps(name, ours, reference):
+    model = ours(name)
+    expected = reference_logits(reference(name), PROMPT, STEPS)
+    cache = StaticCache(model.config, 1, 64, planned_length=len(PROMPT))
+    logits = [forward(model, cache, PROMPT)]
+    logits += [forward(model, cache, [token], 40 + i) for i, token in enumerate(STEPS)]
+    torch.testing.assert_close(torch.cat(logits), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_prompt_in_small_chunks_past_the_wrap(name, ours, reference):
+    """max_step 4: sliding layers are rings of window + 3 slots and wrap several times in 50 tokens."""
+    model = ours(name)
+    ids = PROMPT + STEPS
+    cache = StaticCache(model.config, 1, 64, max_step=4, planned_length=len(PROMPT))
+    for window in model.config.windows:
+        assert window is None or window == 600 or cache.num_slots(window) < 50
+    logits = [forward(model, cache, ids[i : i + 4], i) for i in range(0, 50, 4)]
+    expected = reference_logits(reference(name), PROMPT, STEPS)
+    torch.testing.assert_close(torch.cat(logits), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("attention", ["math", "sdpa"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_backend(name, attention, checkpoint, reference):
+    """Each attention backend, where it can serve the family; where it cannot, it must say so."""
+    config = load_config(checkpoint(name))
+    if attention == "sdpa" and any(layer.softcap for layer in config.layers):
+        with pytest.raises(BackendError, match="softcap"):
+            load_decoder(checkpoint(name), config, torch.float32, "cpu", attention=attention)
+        return
+    model = load_decoder(checkpoint(name), config, torch.float32, "cpu", attention=attention)
+    cache = StaticCache(config, 1, 64, planned_length=len(PROMPT))
+    logits = forward(model, cache, PROMPT)
+    torch.testing.assert_close(logits, reference_logits(reference(name), PROMPT), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_greedy_batch_of_different_lengths(name, ours, reference):
+    """Our rows share a batch and steps; transformers takes them one at a time. Token for token."""
+    model = ours(name)
+    prompts = [prompt_ids(n, seed=n) for n in (1, 7, 23, 40)]
+    expected = [reference_greedy(reference(name), ids, 20) for ids in prompts]
+    planned = [len(ids) + 20 for ids in prompts]
+    cache = StaticCache(model.config, 4, 64, max_step=8, planned_length=planned)
+    rows = greedy_batch(model, cache, prompts, 20)
+    assert rows == expected
+
+
+def greedy_batch(model, cache, prompts, count):
+    """Greedy continuation of a padded batch, straight on the decoder: chunked prefill, then single steps."""
+    rows, step = len(prompts), cache.max_step
+    last = [None] * rows
+    for start in range(0, max(map(len, prompts)), step):
+        ids = torch.zeros(rows, step, dtype=torch.int64)
+        position = torch.full((rows, step), -1)
+        for row, prompt in enumerate(prompts):
+            chunk = prompt[start : start + step]
+            ids[row, : len(chunk)] = torch.tensor(chunk, dtype=torch.int64)
+            position[row, : len(chunk)] = torch.arange(start, start + len(chunk))
+        logits = model(ids, position, cache)
+        for row, prompt in enumerate(prompts):
+            if start < len(prompt) <= start + step:
+                last[row] = logits[row, len(prompt) - 1 - start].argmax()
+    tokens = [[int(token)] for token in last]
+    for i in range(count - 1):
+        ids = torch.tensor([row[-1:] for row in tokens])
+        position = torch.tensor([[len(prompt) + i] for prompt in prompts])
+        for row, token in enumerate(model(ids, position, cache)[:, -1].argmax(-1).tolist()):
+            tokens[row].append(token)
+    return tokens
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen3", "olmo2"])
+def test_bfloat16_is_as_close_as_transformers_own(name, checkpoint):
+    """In bf16 both sides round; ours may stray from the fp32 logits no more than twice as far as theirs."""
+    config = load_config(checkpoint(name))
+    exact = reference_logits(load_reference(checkpoint(name)), PROMPT)
+    theirs = reference_logits(load_reference(checkpoint(name)).to(torch.bfloat16), PROMPT).float()
+    model = load_decoder(checkpoint(name), config, torch.bfloat16, "cpu")
+    cache = StaticCache(config, 1, 64, dtype=torch.bfloat16, planned_length=len(PROMPT))
+    mine = forward(model, cache, PROMPT)
+    assert mine.dtype == torch.float32
+    assert (mine - exact).square().mean() < 4 * (theirs - exact).square().mean()
+
+
+@pytest.mark.parametrize("length", [30, 100])
+@pytest.mark.parametrize("name", ["phi3", "phi4-mini", "llama-dynamic"])
+def test_rope_chosen_by_planned_length(name, length, ours, reference):
+    """Within and beyond the original context (64): the prompt alone decides which table transformers uses."""
+    model, ids = ours(name), prompt_ids(length, seed=5)
+    cache = StaticCache(model.config, 1, 128, planned_length=length)
+    expected = reference_logits(reference(name), ids)
+    torch.testing.assert_close(forward(model, cache, ids), expected, **TOLERANCE)
+    other = StaticCache(model.config, 1, 128, planned_length=100 if length == 30 else 30)
+    assert (forward(model, other, ids) - expected).abs().max() > 1e-2  # the choice matters here
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_long_prompt(name, ours, reference):
+    """150 tokens at once and far past every window; beyond the original context of the scaled ropes."""
+    model, ids = ours(name), prompt_ids(150, seed=6)
+    cache = StaticCache(model.config, 1, 160, planned_length=150)
+    torch.testing.assert_close(forward(model, cache, ids), reference_logits(reference(name), ids), **TOLERANCE)

@@ -15,7 +15,6 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-
 from families import FAMILIES, save_checkpoint
 
 REPO = "tiny/llama"

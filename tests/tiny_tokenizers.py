@@ -6,6 +6,8 @@ template that writes BOS itself). Both vocabularies are small enough that an emo
 character spans several tokens.
 """
 
+# ruff: noqa: RUF001 (the sentences hold unusual characters on purpose)
+
 import dataclasses
 import json
 import shutil
@@ -31,11 +33,12 @@ SENTENCES = [
     "从前有一个小女孩，她住在森林旁边。",
     "A rocket 🚀 and a family 👨‍👩‍👧 under the sun ☀️.",
 ]
-TRICKY = SENTENCES + [
+TRICKY = [
+    *SENTENCES,
     "",
     " leading and trailing ",
     "two  spaces\n\nand lines\twith tabs",
-    "unseen: Ω≈ç√ 日本語 🦊🧵 \U0001f9d1\u200d\U0001f680",
+    "unseen: Ω≈ç√ 日本語 🦊🧵 🧑\u200d🚀",
     "numbers 1234567890 and snake_case() {braces}",
 ]
 
@@ -105,20 +108,16 @@ def byte_level(folder: Path) -> TokenizerFiles:
 def metaspace(folder: Path) -> TokenizerFiles:
     """SentencePiece-style BPE with byte fallback; ids 0..2 are <unk> <s> </s>, then the 256 bytes."""
     trained = Tokenizer(models.BPE())
-    trained.normalizer = normalizers.Replace(" ", "▁")
+    trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")  # pieces like "▁upon"
     latin = sorted({c for text in SENTENCES[:5] for c in text if c.isascii() and c != " "})
-    trainer = trainers.BpeTrainer(vocab_size=160, initial_alphabet=latin + ["▁"], show_progress=False)
-    trained.train_from_iterator((t for t in SENTENCES[:3]), trainer)
+    trainer = trainers.BpeTrainer(vocab_size=160, initial_alphabet=[*latin, "▁"], show_progress=False)
+    trained.train_from_iterator(SENTENCES[:3], trainer)
     model = json.loads(trained.to_str())["model"]
     pieces = sorted(model["vocab"], key=model["vocab"].get)
     names = ["<unk>", "<s>", "</s>"] + [f"<0x{byte:02X}>" for byte in range(256)] + pieces
-    merges = [
-        tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]
-    ]
+    merges = [tuple(merge) if isinstance(merge, list) else tuple(merge.split(" ")) for merge in model["merges"]]
     vocabulary = {name: index for index, name in enumerate(names)}
-    tokenizer = Tokenizer(
-        models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
-    )
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in names[:3]])
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     tokenizer.decoder = decoders.Sequence(

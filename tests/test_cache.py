@@ -1,0 +1,292 @@
+"""StaticCache: what is visible, what a rollback keeps, what is refused; whole-model invariants."""
+
+import random
+
+import pytest
+import torch
+from families import prompt_ids
+
+from minillm.cache import StaticCache
+from minillm.errors import CacheError, MinillmError
+
+# Families that differ in how they use the cache: full layers, windows everywhere, windows on some.
+MODELS = ["llama3", "mistral-v0.1", "qwen2-window", "gemma2", "gemma3", "phi3"]
+
+# The same numbers added in another order (other chunk sizes, other key lengths, other batch shapes):
+# no more than rounding. Logits here are of size 10, float32 has 2^-23 of that per operation, and
+# test_families.py measures under 4e-5 between fp32 and fp64; a wrong mask moves them by over 1e-2.
+SAME = dict(rtol=0.0, atol=2e-5)
+
+
+def run(model, cache, rows, starts, width=None):
+    """One forward pass of rows of different length, padded on the right; list of logits [len(row), V]."""
+    width = width or max(len(row) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    position = torch.full((len(rows), width), -1)
+    for i, (row, start) in enumerate(zip(rows, starts, strict=True)):
+        ids[i, : len(row)] = torch.tensor(row, dtype=torch.int64)
+        position[i, : len(row)] = torch.arange(start, start + len(row))
+    logits = model(ids, position, cache)
+    assert logits.isfinite().all()
+    return [logits[i, : len(row)] for i, row in enumerate(rows)]
+
+
+def feed(model, cache, ids, chunk, start=0):
+    """Feed one row in chunks; logits [len(ids), V], or None of nothing."""
+    pieces = [run(model, cache, [ids[i : i + chunk]], [start + i])[0] for i in range(0, len(ids), chunk)]
+    return torch.cat(pieces) if pieces else None
+
+
+def cache_of(model, rows=1, length=64, **keywords):
+    return StaticCache(model.config, rows, length, **keywords)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("chunk", [1, 3, 16, 50])
+def test_chunked_prefill_equals_whole(name, chunk, ours):
+    model, ids = ours(name), prompt_ids(50, seed=3)
+    whole = run(model, cache_of(model), [ids], [0])[0]
+    chunked = feed(model, cache_of(model, max_step=chunk), ids, chunk)
+    torch.testing.assert_close(chunked, whole, **SAME)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_batched_equals_single(name, ours):
+    model = ours(name)
+    rows = [prompt_ids(n, seed=n) for n in (1, 9, 20, 37)]
+    cache = cache_of(model, rows=4)
+    together = run(model, cache, rows, [0] * 4)
+    steps = [[7], [8], [9], [10]]
+    after = run(model, cache, steps, [len(row) for row in rows])
+    for i, row in enumerate(rows):
+        alone = cache_of(model)
+        torch.testing.assert_close(together[i], run(model, alone, [row], [0])[0], **SAME)
+        torch.testing.assert_close(after[i], run(model, alone, [steps[i]], [len(row)])[0], **SAME)
+    assert cache.token_ids == [row + step for row, step in zip(rows, steps, strict=True)]
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_padded_equals_unpadded(name, side, ours):
+    """32 padding slots, wherever they stand: same logits, nothing NaN, nothing stored."""
+    model, ids = ours(name), prompt_ids(20, seed=4)
+    plain_cache, padded_cache = cache_of(model), cache_of(model)
+    plain = run(model, plain_cache, [ids], [0])[0]
+    left, right = {"left": (32, 0), "right": (0, 32), "both": (16, 16)}[side]
+    padded_ids = torch.tensor([[5] * left + ids + [5] * right])
+    position = torch.tensor([[-1] * left + list(range(20)) + [-1] * right])
+    padded = model(padded_ids, position, padded_cache)
+    assert padded.isfinite().all()
+    torch.testing.assert_close(padded[0, left : left + 20], plain, rtol=0.0, atol=1e-5)
+    assert padded_cache.token_ids == [ids]
+    step = run(model, padded_cache, [[6]], [20])[0]
+    torch.testing.assert_close(step, run(model, plain_cache, [[6]], [20])[0], rtol=0.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral-v0.1"])
+def test_a_row_of_padding_is_left_as_it_was(name, ours):
+    """A finished row rides along as padding: its neighbours do not notice, and it can go on later."""
+    model, ids = ours(name), prompt_ids(30, seed=5)
+    cache, alone = cache_of(model, rows=2, max_step=16), cache_of(model, max_step=16)
+    for start in (0, 15):
+        run(model, cache, [ids[start : start + 15]] * 2, [start] * 2)
+        run(model, alone, [ids[start : start + 15]], [start])
+    for i in range(12):
+        run(model, cache, [[20 + i], []], [30 + i, 0], width=1)
+    assert cache.lengths == [42, 30]
+    late = run(model, cache, [[], [9]], [0, 30], width=1)[1]
+    torch.testing.assert_close(late, run(model, alone, [[9]], [30])[0], **SAME)
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(("length", "cut"), [(12, 5), (30, 24), (50, 43), (50, 49), (40, 0)])
+def test_truncate_and_redo_equals_never_did(name, length, cut, ours):
+    """Cut back by up to max_step tokens and write others: as if the first ones had never been there."""
+    model, wrong, right = ours(name), prompt_ids(length, seed=6), prompt_ids(12, seed=7)
+    cache, clean = cache_of(model, max_step=8), cache_of(model, max_step=8)
+    feed(model, cache, wrong, 8)
+    cache.truncate(cut)
+    assert (cache.lengths, cache.token_ids) == ([cut], [wrong[:cut]])
+    redone = feed(model, cache, right, 5, start=cut)
+    feed(model, clean, wrong[:cut], 8)
+    expected = feed(model, clean, right, 5, start=cut)
+    torch.testing.assert_close(redone, expected, **SAME)
+    assert cache.token_ids == clean.token_ids == [wrong[:cut] + right]
+
+
+@pytest.mark.parametrize("name", ["mistral-v0.1", "qwen2-window", "gemma2", "gemma3", "phi3"])
+def test_truncate_too_far_past_the_wrap_raises_and_changes_nothing(name, ours):
+    model, ids = ours(name), prompt_ids(50, seed=8)
+    cache, twin = cache_of(model, max_step=4), cache_of(model, max_step=4)
+    feed(model, cache, ids, 4)
+    feed(model, twin, ids, 4)
+    with pytest.raises(CacheError, match="truncate"):
+        cache.truncate(20)  # the ring holds window + 3 positions: 20's window is long overwritten
+    assert cache.token_ids == [ids]
+    torch.testing.assert_close(run(model, cache, [[9]], [50])[0], run(model, twin, [[9]], [50])[0], **SAME)
+
+
+def test_full_layers_can_be_cut_anywhere(ours):
+    model, ids = ours("llama3"), prompt_ids(50, seed=8)
+    cache, clean = cache_of(model, max_step=4), cache_of(model, max_step=4)
+    feed(model, cache, ids, 4)
+    cache.truncate(3)
+    feed(model, clean, ids[:3], 4)
+    torch.testing.assert_close(run(model, cache, [[9]], [3])[0], run(model, clean, [[9]], [3])[0], **SAME)
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("name", ["mistral-v0.1", "gemma3"])
+def test_random_walks_around_the_wrap(name, seed, ours):
+    """Property: after any sequence of steps and cuts the logits are those of the plain token list.
+
+    Every cut either is exact or raises; `can_truncate` is not consulted, so a cut that wrongly succeeds
+    shows up as wrong logits. Afterwards every cut inside the promised max_step must have succeeded.
+    """
+    model, random_ = ours(name), random.Random(seed)
+    max_step = random_.choice([1, 2, 5, 8])
+    cache, text, high, cuts = cache_of(model, max_step=max_step), [], 0, 0
+    for _ in range(14):
+        count = random_.randint(1, max_step)
+        if len(text) + count > 64:
+            break
+        new = [random_.randint(4, 130) for _ in range(count)]
+        logits = run(model, cache, [new], [len(text)])[0]
+        text += new
+        high = max(high, len(text))
+        expected = run(model, cache_of(model), [text], [0])[0][-count:]
+        torch.testing.assert_close(logits, expected, **SAME)
+        if random_.random() < 0.5:
+            cut = random_.randint(0, len(text))
+            try:
+                cache.truncate(cut)
+                cuts += 1
+                text = text[:cut]
+                high = 0 if cut == 0 else high
+            except CacheError:
+                assert cut < high - max_step  # a rollback of up to max_step tokens is promised
+        assert cache.token_ids == [text]
+    assert cuts > 0
+
+
+def test_rows_are_cut_independently(ours):
+    model = ours("mistral-v0.1")
+    rows = [prompt_ids(n, seed=n) for n in (40, 10, 25)]
+    cache = cache_of(model, rows=3, max_step=8)
+    for start in range(0, 40, 8):
+        run(model, cache, [row[start : start + 8] for row in rows], [start] * 3, width=8)
+    keep = [35, 0, 22]
+    cache.truncate(keep)
+    assert cache.lengths == keep
+    new = [prompt_ids(6, seed=50 + i) for i in range(3)]
+    redone = run(model, cache, new, keep)
+    for i, row in enumerate(rows):
+        clean = cache_of(model, max_step=8)
+        feed(model, clean, row[: keep[i]], 8)
+        torch.testing.assert_close(redone[i], run(model, clean, [new[i]], [keep[i]])[0], **SAME)
+
+
+def test_truncate_argument_errors(ours):
+    model = ours("llama3")
+    cache = cache_of(model, rows=2)
+    run(model, cache, [prompt_ids(5), prompt_ids(9)], [0, 0])
+    for bad in (-1, 6, [5], [5, 10], [5, 9, 1], [-1, 3]):
+        with pytest.raises(CacheError):
+            cache.truncate(bad)
+        assert cache.lengths == [5, 9]
+    cache.truncate([5, 9])
+    assert cache.lengths == [5, 9]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_reset_equals_new(name, ours):
+    model, ids = ours(name), prompt_ids(20, seed=9)
+    cache = cache_of(model, max_step=8)
+    feed(model, cache, prompt_ids(60, seed=10), 8)
+    addresses = [tensor.data_ptr() for tensor in cache.keys + cache.values]
+    cache.reset()
+    assert (cache.lengths, cache.token_ids) == ([0], [[]])
+    torch.testing.assert_close(feed(model, cache, ids, 8), feed(model, cache_of(model, max_step=8), ids, 8), **SAME)
+    assert [tensor.data_ptr() for tensor in cache.keys + cache.values] == addresses  # nothing reallocated
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral-v0.1"])
+def test_stale_slots_are_invisible_whatever_they_hold(name, ours):
+    """NaN left behind by a reset or a cut must not leak: weight 0 times NaN would be NaN."""
+    model, ids = ours(name), prompt_ids(20, seed=11)
+    cache, clean = cache_of(model), cache_of(model)
+    for tensor in cache.keys + cache.values:
+        tensor.fill_(1e4)  # huge but finite: visible at once if any weight is not exactly 0
+    torch.testing.assert_close(feed(model, cache, ids, 7), feed(model, clean, ids, 7), **SAME)
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral-v0.1"])
+def test_capacity_does_not_change_the_result(name, ours):
+    """Compare logits, not text: other capacities may add in another order."""
+    model, ids = ours(name), prompt_ids(40, seed=12)
+    tight = run(model, cache_of(model, length=40), [ids], [0])[0]
+    roomy = run(model, cache_of(model, length=500), [ids], [0])[0]
+    torch.testing.assert_close(tight, roomy, **SAME)
+
+
+def test_memory_is_the_ring_and_nothing_grows(ours):
+    """window + max_step - 1 slots (and the bin) for sliding layers, max_cache_len for full ones."""
+    model = ours("gemma3")  # layers: window 9, 9, full, 9
+    cache = cache_of(model, rows=2, length=300, max_step=16)
+    slots = [tensor.shape[2] for tensor in cache.keys]
+    assert slots == [9 + 16 - 1 + 1, 9 + 16 - 1 + 1, 301, 9 + 16 - 1 + 1]
+    assert cache.keys[0].shape == (2, 1, 25, 16)  # [B, KV, S + 1, D]
+    per_slot = 2 * 1 * 16 * 4  # rows, kv heads, head_dim, bytes of float32
+    assert cache.nbytes == 2 * sum(slots) * per_slot
+    before = [tensor.data_ptr() for tensor in cache.keys + cache.values]
+    for start in range(0, 64, 16):
+        run(model, cache, [prompt_ids(16)] * 2, [start] * 2)
+    assert [tensor.data_ptr() for tensor in cache.keys + cache.values] == before
+
+
+def test_too_small_a_cache_is_an_error_before_anything_is_written(ours):
+    model = ours("llama3")
+    cache = cache_of(model, length=10)
+    run(model, cache, [prompt_ids(8)], [0])
+    with pytest.raises(CacheError, match="10"):
+        run(model, cache, [[4, 5, 6]], [8])
+    assert cache.lengths == [8]
+    with pytest.raises(CacheError, match="max_step"):
+        run(model, cache_of(model, max_step=4), [prompt_ids(5)], [0])
+    with pytest.raises(CacheError):
+        run(model, cache_of(model, rows=2), [prompt_ids(5)], [0])  # one row into a cache of two
+    with pytest.raises(CacheError):
+        model(torch.tensor([[4, 5]]), torch.tensor([[0]]), cache_of(model))
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        dict(batch_size=0),
+        dict(batch_size=1.5),
+        dict(max_cache_len=0),
+        dict(max_cache_len=-5),
+        dict(max_cache_len="64"),
+        dict(max_step=0),
+        dict(planned_length=0),
+        dict(planned_length=65),
+        dict(planned_length=[3, 4]),
+    ],
+    ids=str,
+)
+def test_bad_sizes(bad, ours):
+    arguments = dict(batch_size=1, max_cache_len=64) | bad
+    with pytest.raises(CacheError, match=next(iter(bad))):
+        StaticCache(ours("llama3").config, **arguments)
+    assert issubclass(CacheError, MinillmError)
+
+
+def test_key_length_bound_does_not_change_the_result(ours):
+    """The host's bound on the newest position only saves reading; any bound that holds gives the same."""
+    for name in ("llama3", "mistral-v0.1", "gemma3"):
+        model, ids = ours(name), prompt_ids(20, seed=13)
+        position = torch.arange(20)[None]
+        expected = model(torch.tensor([ids]), position, cache_of(model))
+        for bound in (20, 33, 64, 1000):
+            logits = model(torch.tensor([ids]), position, cache_of(model), key_length=bound)
+            torch.testing.assert_close(logits, expected, **SAME)

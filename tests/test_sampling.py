@@ -1,0 +1,197 @@
+"""Logits -> probabilities -> token: against transformers' processors and by exact enumeration."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from transformers import (
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
+
+from minillm.sampling import Sampling, next_token, penalize, probabilities, sample, uniform
+
+V = 37
+
+
+def logits_of(seed, rows=1, vocabulary=V):
+    return 3 * torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed))
+
+
+def column(value, rows=1):
+    return None if value is None else torch.tensor([value] * rows)
+
+
+def theirs(logits, temperature, top_k, top_p, min_p):
+    processors = LogitsProcessorList([TemperatureLogitsWarper(temperature)])
+    if top_k is not None:
+        processors.append(TopKLogitsWarper(top_k))
+    if top_p is not None:
+        processors.append(TopPLogitsWarper(top_p))
+    if min_p is not None:
+        processors.append(MinPLogitsWarper(min_p))
+    return processors(None, logits).softmax(-1)
+
+
+COMBINATIONS = list(itertools.product([0.3, 1.0, 1.7], [None, 1, 5, 500], [None, 0.05, 0.6, 1.0], [None, 0.0, 0.2]))
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p", "min_p"), COMBINATIONS)
+def test_probabilities_agree_with_transformers(temperature, top_k, top_p, min_p):
+    logits = logits_of(1, rows=4)
+    arguments = [column(value, 4) for value in (temperature, top_k, top_p, min_p)]
+    ours = probabilities(logits, *arguments)
+    # Softmax in float32 twice at most: a few units in the last place of numbers below 1.
+    torch.testing.assert_close(ours, theirs(logits, temperature, top_k, top_p, min_p), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(ours.sum(-1), torch.ones(4))
+
+
+def test_rows_have_their_own_parameters():
+    settings = [(0.0, V, 1.0, 0.0), (1.0, 3, 1.0, 0.0), (0.7, V, 0.5, 0.0), (1.3, V, 1.0, 0.3)]
+    logits = logits_of(2, rows=4)
+    temperature, top_k, top_p, min_p = (torch.tensor(list(values)) for values in zip(*settings, strict=True))
+    together = probabilities(logits, temperature, top_k, top_p, min_p)
+    for row, setting in enumerate(settings):
+        alone = probabilities(logits[row : row + 1], *[torch.tensor([value]) for value in setting])
+        torch.testing.assert_close(together[row : row + 1], alone)
+    assert together[0].max() == 1.0  # the greedy row
+    assert (together[1] > 0).sum() == 3
+
+
+def test_temperature_zero_is_the_one_hot_limit():
+    logits = logits_of(3, rows=5)
+    exact = probabilities(logits, torch.zeros(5))
+    assert torch.equal(exact, torch.nn.functional.one_hot(logits.argmax(-1), V).float())
+    nearly = probabilities(logits, torch.full((5,), 1e-3))
+    torch.testing.assert_close(nearly, exact)
+    # Filters cannot take the argmax away, and a tie goes to the first, as with argmax.
+    filtered = probabilities(logits, torch.zeros(5), column(1, 5), column(0.01, 5), column(1.0, 5))
+    assert torch.equal(filtered, exact)
+    assert probabilities(torch.tensor([[1.0, 2.0, 2.0]]), torch.zeros(1)).tolist() == [[0.0, 1.0, 0.0]]
+
+
+def test_large_logits_stay_finite():
+    for logits in (torch.tensor([[1e4, -1e4, 9.9e3]]), torch.tensor([[0.0, float("-inf"), 1.0]])):
+        for temperature in (0.0, 1e-2, 1.0):
+            probs = probabilities(logits, torch.tensor([temperature]), column(2), column(0.9), column(0.1))
+            assert probs.isfinite().all()
+            torch.testing.assert_close(probs.sum(), torch.tensor(1.0))
+            assert probs[0, 1] == 0
+
+
+def test_sample_by_enumeration():
+    """Over an even grid of N numbers every token comes up p * N times, to within one."""
+    count = 20000
+    u = (torch.arange(count, dtype=torch.float64) + 0.5) / count
+    probs = probabilities(logits_of(4), torch.tensor([1.0]), column(9))
+    tokens = sample(probs.expand(count, V), u)
+    counts = torch.bincount(tokens, minlength=V)
+    assert ((counts - probs[0].double() * count).abs() <= 1.0).all()
+    assert (counts[probs[0] == 0] == 0).all()
+
+
+@pytest.mark.parametrize("u", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
+def test_sample_never_returns_an_impossible_token(u):
+    """Also at both ends of [0, 1), with zeros at the ends and probabilities that do not add up to 1."""
+    u = torch.tensor([u], dtype=torch.float64)
+    for weights in ([0, 0.3, 0, 0.7, 0, 0], [0, 1, 0], [1], [0, 0, 1e-30], [0.1] * 10 + [0], [3.0, 0, 5.0, 0]):
+        token = sample(torch.tensor([weights], dtype=torch.float32), u)
+        assert weights[int(token)] > 0
+    vocabulary = 100_003
+    probs = torch.rand(1, vocabulary).masked_fill(torch.rand(1, vocabulary) < 0.5, 0.0)
+    probs[0, -1] = 0.0
+    assert probs[0, int(sample(probs / probs.sum(), u))] > 0
+
+
+def test_repetition_penalty_agrees_with_transformers():
+    logits = logits_of(5, rows=3)
+    seen_ids = torch.tensor([[1, 5, 5, 9], [0, 0, 0, 0], [36, 2, 3, 4]])
+    seen = torch.zeros(3, V, dtype=torch.bool).scatter(1, seen_ids, True)
+    for penalty in (1.0, 1.3, 0.8):
+        expected = RepetitionPenaltyLogitsProcessor(penalty)(seen_ids, logits.clone())
+        ours = penalize(logits, seen, torch.full((3,), penalty))
+        torch.testing.assert_close(ours, expected)
+
+
+def test_next_token_is_the_composition():
+    logits = logits_of(6, rows=4)
+    seen = torch.rand(4, V, generator=torch.Generator().manual_seed(0)) < 0.3
+    position = torch.tensor([3, 900, 0, 17])
+    sampling = Sampling.uniform_rows(
+        [1, 2, 3, 4], "cpu", temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2
+    )
+    penalised = penalize(logits, seen, torch.full((4,), 1.2))
+    probs = theirs(penalised, 0.9, 20, 0.9, 0.01)
+    expected = sample(probs, uniform(torch.tensor([1, 2, 3, 4]), position))
+    assert torch.equal(next_token(logits, sampling, position, seen), expected)
+    greedy = Sampling.uniform_rows([1, 2, 3, 4], "cpu")
+    assert torch.equal(next_token(logits, greedy, position), logits.argmax(-1))
+
+
+# -- random numbers --------------------------------------------------------------------------
+
+
+def splitmix64(z: int) -> int:
+    """The finaliser of SplitMix64 after one increment, on Python's own integers."""
+    z = (z + 0x9E3779B97F4A7C15) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return z ^ (z >> 31)
+
+
+def test_mixing_is_splitmix64():
+    """The published first outputs for seed 1234567, and our tensors against Python integers."""
+    state, outputs = 1234567, []
+    for _ in range(3):
+        outputs.append(splitmix64(state))
+        state += 0x9E3779B97F4A7C15
+    assert outputs == [6457827717110365317, 3203168211198807973, 9817491932198370423]
+
+    seeds = [0, 1, -1, 2**63 - 1, -(2**63), 123456789]
+    for stream in (0, 1, 5):
+        for position in (0, 1, 4095):
+            ours = uniform(torch.tensor(seeds), torch.full((6,), position), stream)
+            assert ours.dtype == torch.float64
+            for seed, value in zip(seeds, ours.tolist(), strict=True):
+                bits = splitmix64(splitmix64(splitmix64(seed % 2**64) ^ position) ^ stream)
+                assert value == (bits >> 11) * 2.0**-53
+
+
+@pytest.mark.parametrize("vary", ["seed", "position", "stream"])
+def test_numbers_look_uniform_along_every_axis(vary):
+    """Neighbouring seeds, positions or streams: mean, distribution and correlation of 20,000 numbers."""
+    count = 20000
+    counter, fixed = torch.arange(count), torch.full((count,), 7)
+    if vary == "stream":
+        u = torch.cat([uniform(fixed[:1], fixed[:1], stream) for stream in range(count)])
+    else:
+        u = uniform(counter, fixed) if vary == "seed" else uniform(fixed, counter)
+    assert u.min() >= 0
+    assert u.max() < 1
+    assert abs(u.mean() - 0.5) < 5 * math.sqrt(1 / 12 / count)  # five standard errors
+    grid = (torch.arange(count, dtype=torch.float64) + 1) / count
+    distance = (u.sort().values - grid).abs().max()
+    assert distance < 2.0 / math.sqrt(count)  # Kolmogorov-Smirnov: exceeded with probability 7e-4
+    centred = u - 0.5
+    correlation = (centred[1:] * centred[:-1]).mean() * 12
+    assert abs(correlation) < 5 / math.sqrt(count)
+
+
+def test_numbers_do_not_depend_on_the_batch():
+    seed, position = torch.tensor([9, 8, 7]), torch.tensor([3, 3, 100])
+    together = uniform(seed, position, 2)
+    for row in range(3):
+        assert uniform(seed[row : row + 1], position[row : row + 1], 2) == together[row]
+    assert uniform(seed, position, 2).tolist() != uniform(seed, position, 3).tolist()
+
+
+def test_any_python_integer_is_a_seed():
+    seeds = [0, -1, 2**63, 2**64 - 1, 2**80 + 5]
+    sampling = Sampling.uniform_rows(seeds, "cpu", temperature=1.0)
+    assert sampling.seed.tolist()[:2] == [0, -1]
+    assert uniform(sampling.seed, torch.zeros(5, dtype=torch.int64)).isfinite().all()
