@@ -337,7 +337,7 @@ def export(model: LlamaForCausalLM, tokenizer: Tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model = copy.deepcopy(model).to(torch.bfloat16).eval()
     model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=0, **GENERATION)
-    model.save_pretrained(folder)
+    model.save_pretrained(folder)  # one shard: model.safetensors
     tokenizer.save(str(folder / "tokenizer.json"))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -375,7 +375,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("train_demo_work"), help="tokens and checkpoints")
     parser.add_argument("--minutes", type=float, default=70, help="training time of the target")
     parser.add_argument("--draft-minutes", type=float, default=15, help="training time of the draft")
-    parser.add_argument("--dropout", type=float, default=0.1, help="residual dropout of the target")
+    parser.add_argument("--dropout", type=float, default=0.0, help="residual dropout of the target")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.003)
     parser.add_argument("--seed", type=int, default=1)
