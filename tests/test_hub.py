@@ -15,7 +15,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 import pytest
-from families import FAMILIES, save_checkpoint
+from families import FAMILIES, load_reference, reference_greedy, save_checkpoint
 
 REPO = "tiny/llama"
 TOKEN = "hf_secretsecretsecret"
@@ -150,46 +150,73 @@ def hub(repository):
     hub.close()
 
 
-CLIENT = """
-import json, sys
+# Importing torch takes seconds, so one process does that and forks a child per request; each child
+# imports huggingface_hub by itself, with its own environment.
+FORKER = """
+import json, os, sys
+import torch
 from minillm import LLM
 from minillm.errors import MinillmError
-try:
-    llm = LLM.from_pretrained(sys.argv[1], dtype="float32", device="cpu", **json.loads(sys.argv[2]))
-    out = llm.generate([5, 6, 7, 8], max_new_tokens=6, temperature=0.0, eos_token_id=[])
-    print(json.dumps({"token_ids": out.token_ids}))
-except MinillmError as error:
-    print(json.dumps({"error": str(error), "kind": type(error).__name__}))
+torch.set_num_threads(1)
+assert "huggingface_hub" not in sys.modules
+for line in sys.stdin:
+    request = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        os.environ.update(request["environ"])
+        try:
+            llm = LLM.from_pretrained(request["name"], dtype="float32", device="cpu", **request["arguments"])
+            out = llm.generate([5, 6, 7, 8], max_new_tokens=6, temperature=0.0, eos_token_id=[])
+            answer = {"token_ids": out.token_ids}
+        except MinillmError as error:
+            answer = {"error": str(error), "kind": type(error).__name__}
+        except BaseException as error:
+            answer = {"crash": repr(error)}
+        print(json.dumps(answer), flush=True)
+        os._exit(0)
+    os.waitpid(child, 0)
 """
 
 
-def client(hub_or_endpoint, home: Path, environment=(), name=REPO, **arguments) -> dict:
-    """Load and generate in a fresh process that sees only this endpoint and this HF_HOME."""
-    endpoint = getattr(hub_or_endpoint, "endpoint", hub_or_endpoint)
+@pytest.fixture(scope="module")
+def forker():
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING", "TRANSFORMERS"))}
-    environ = {**inherited, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", CLIENT, name, json.dumps(arguments)],
-        env={**environ, **dict(environment)},
+    process = subprocess.Popen(
+        [sys.executable, "-c", FORKER],
+        env={**inherited, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"},
         cwd=Path(__file__).parent.parent,
-        capture_output=True,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
         text=True,
-        timeout=120,
     )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    yield process
+    process.stdin.close()
+    process.wait(timeout=30)
+
+
+@pytest.fixture
+def client(forker, hub, tmp_path):
+    """client(...) -> what loading and generating gave in a fresh process that sees only this endpoint."""
+
+    def ask(environ=(), endpoint=None, home="home", name=REPO, **arguments) -> dict:
+        environ = {"HF_ENDPOINT": endpoint or hub.endpoint, "HF_HOME": str(tmp_path / home), **dict(environ)}
+        forker.stdin.write(json.dumps({"environ": environ, "name": name, "arguments": arguments}) + "\n")
+        forker.stdin.flush()
+        answer = json.loads(forker.stdout.readline())
+        assert "crash" not in answer, answer
+        return answer
+
+    return ask
 
 
 def expected_tokens(folder: Path) -> list[int]:
-    from families import load_reference, reference_greedy
-
     return reference_greedy(load_reference(folder), [5, 6, 7, 8], 6)
 
 
-def test_download_then_offline_from_the_cache(hub, repository, tmp_path):
-    first = client(hub, tmp_path)
+def test_download_then_offline_from_the_cache(hub, client, repository, tmp_path):
+    first = client()
     assert first == {"token_ids": expected_tokens(repository[0])}
-    assert (tmp_path / "hub" / "models--tiny--llama").is_dir()  # HF_HOME was respected
+    assert (tmp_path / "home" / "hub" / "models--tiny--llama").is_dir()  # HF_HOME was respected
 
     shards = {p.name for p in repository[0].glob("model-*.safetensors")}
     assert len(shards) > 1
@@ -197,43 +224,45 @@ def test_download_then_offline_from_the_cache(hub, repository, tmp_path):
     assert not hub.fetched & set(UNWANTED)
 
     hub.requests.clear()
-    assert client(hub, tmp_path, {"HF_HUB_OFFLINE": "1"}) == first
-    assert client(hub, tmp_path, local_files_only=True) == first
+    assert client({"HF_HUB_OFFLINE": "1"}) == first
+    assert client(local_files_only=True) == first
     assert hub.requests == []
 
 
-def test_a_server_that_is_down_leaves_the_cache_usable(hub, tmp_path):
-    first = client(hub, tmp_path)
-    gone = "http://127.0.0.1:1"  # nothing listens there
-    assert client(gone, tmp_path) == first
+def test_a_server_that_is_down_leaves_the_cache_usable(client):
+    first = client()
+    assert client(endpoint="http://127.0.0.1:1") == first  # nothing listens there
 
 
-def test_revision_selects_the_weights(hub, repository, tmp_path):
-    tokens = client(hub, tmp_path, revision="v2")
+def test_revision_selects_the_weights(client, repository):
+    tokens = client(revision="v2")
     assert tokens == {"token_ids": expected_tokens(repository[1])}
     assert tokens != {"token_ids": expected_tokens(repository[0])}
-    unknown = client(hub, tmp_path, revision="v3")
+    unknown = client(revision="v3")
     assert unknown["kind"] == "CheckpointError"
     assert "v3" in unknown["error"]
 
 
-def test_token_argument_and_environment(hub, tmp_path):
+def test_token_argument_and_environment(hub, client):
     hub.needs_token = True
-    refused = client(hub, tmp_path / "a")
+    refused = client(home="a")
     assert refused["kind"] == "CheckpointError"
     assert "token" in refused["error"].lower()
-    assert "token_ids" in client(hub, tmp_path / "b", {"HF_TOKEN": TOKEN})
-    assert "token_ids" in client(hub, tmp_path / "c", token=TOKEN)
+    assert "token_ids" in client({"HF_TOKEN": TOKEN}, home="b")
+    assert "token_ids" in client(home="c", token=TOKEN)
+    wrong = client(home="d", token="hf_" + "wrong" * 4)
+    assert wrong["kind"] == "CheckpointError"
+    assert "wrongwrong" not in wrong["error"]  # a token is never shown
 
 
-def test_unknown_repository_is_one_clear_error(hub, tmp_path):
-    answer = client(hub, tmp_path, name="tiny/nobody")
+def test_unknown_repository_is_one_clear_error(client):
+    answer = client(name="tiny/nobody")
     assert answer["kind"] == "CheckpointError"
     assert "tiny/nobody" in answer["error"]
 
 
-def test_offline_without_a_cache_says_so(hub, tmp_path):
-    answer = client(hub, tmp_path, {"HF_HUB_OFFLINE": "1"})
+def test_offline_without_a_cache_says_so(hub, client):
+    answer = client({"HF_HUB_OFFLINE": "1"})
     assert answer["kind"] == "CheckpointError"
     assert REPO in answer["error"]
     assert hub.requests == []
