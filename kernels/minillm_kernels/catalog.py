@@ -15,10 +15,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from minillm_kernels.decode_attention import decode_attention
-from minillm_kernels.flash_attention import flash_attention
+from minillm_kernels.decode_attention import decode_attention, decode_attention_cuda
+from minillm_kernels.flash_attention import flash_attention, flash_attention_cuda
 from minillm_kernels.launch import interpreting
-from minillm_kernels.norm_rope import add_rms_norm, rms_norm, rope_and_cache_write
+from minillm_kernels.norm_rope import (
+    add_rms_norm,
+    add_rms_norm_cuda,
+    rms_norm,
+    rms_norm_cuda,
+    rope_and_cache_write,
+    rope_and_cache_write_cuda,
+)
 from torch import Tensor
 
 Results = tuple[Tensor, ...]
@@ -28,8 +35,9 @@ Results = tuple[Tensor, ...]
 class Entry:
     """Everything the tests and tools need to know about one op.
 
-    `make_inputs(case, dtype, device, generator)` returns the op's keyword arguments; `run(**inputs)` calls
-    the op and returns all its results, a tensor the op wrote into included (it writes into a clone).
+    `make_inputs(case, dtype, device, generator)` returns the op's keyword arguments (on fake tensors too);
+    `run(**inputs)` calls the op and returns all its results, a tensor the op wrote into included (it writes
+    into a clone). `cuda(**inputs)` is the op's CUDA implementation: the cross-compiler looks at what it launches.
     `reference(**inputs)` returns the same tuple in float64, `bounds(expected, **inputs)` one tensor of
     allowed absolute errors per result. `bytes_moved(**inputs)` is what the kernel cannot avoid reading and
     writing: the numerator of its bandwidth. `small_cases` suit the interpreter (about 10 ms per program);
@@ -39,6 +47,7 @@ class Entry:
     name: str
     make_inputs: Callable[..., dict]
     run: Callable[..., Results]
+    cuda: Callable
     reference: Callable[..., Results]
     bounds: Callable[..., Results]
     bytes_moved: Callable[..., int]
@@ -75,8 +84,8 @@ def decode_attention_inputs(case: dict, dtype: torch.dtype, device, generator: t
     head_dim, slots = case["head_dim"], case["slots"]
     random = {"generator": generator, "device": device}
     k_cache, v_cache = torch.full((2, batch, kv_heads, slots + 1, head_dim), float("nan"), device=device)
-    for row, last in enumerate(position.max(dim=1).values.tolist()):
-        written = min(last + 1, slots)
+    for row, positions in enumerate(case["positions"]):
+        written = min(max(positions) + 1, slots)
         k_cache[row, :, :written] = torch.randn(kv_heads, written, head_dim, **random)
         v_cache[row, :, :written] = torch.randn(kv_heads, written, head_dim, **random)
     alibi = torch.rand(heads, **random) if case.get("alibi") else None
@@ -151,9 +160,11 @@ def decode_attention_bytes(q, k, v, cache_position, scale, window, softcap, alib
     return kv + 2 * q.numel() * q.element_size()
 
 
-def decode_case(batch: int, position: int, heads: int, kv_heads: int, head_dim: int, slots: int, **more) -> dict:
-    """A real model's shape: every row at the same position, one token each."""
-    positions = [[position]] * batch
+def decode_case(
+    batch: int, position: int, heads: int, kv_heads: int, head_dim: int, slots: int, tokens: int = 1, **more
+) -> dict:
+    """A real model's shape: every row's newest token at the same position."""
+    positions = [list(range(position - tokens + 1, position + 1))] * batch
     return dict(positions=positions, heads=heads, kv_heads=kv_heads, head_dim=head_dim, slots=slots, **more)
 
 
@@ -161,6 +172,7 @@ DECODE_ATTENTION = Entry(
     name="decode_attention",
     make_inputs=decode_attention_inputs,
     run=lambda **inputs: (decode_attention(**inputs),),
+    cuda=decode_attention_cuda,
     reference=decode_attention_reference,
     bounds=decode_attention_bounds,
     bytes_moved=decode_attention_bytes,
@@ -198,6 +210,11 @@ DECODE_ATTENTION = Entry(
         "Llama-3-8B, 8 rows at 8192": decode_case(8, 8191, 32, 8, 128, 8192),
         "Llama-3-8B, 1 row at 2048": decode_case(1, 2047, 32, 8, 128, 8192),
         "Gemma-2b, 32 rows at 4096": decode_case(32, 4095, 8, 1, 256, 8192),
+        "Llama-3-8B, 6 tokens at 2048": decode_case(1, 2047, 32, 8, 128, 8192, tokens=6),
+        "Llama-3-8B, chunk of 256 at 2048": decode_case(1, 2047, 32, 8, 128, 8192, tokens=256),
+        "Gemma-2-9b layer, chunk of 256": decode_case(1, 6000, 16, 8, 256, 4351, tokens=256, window=4096, softcap=50.0),
+        "MPT-7b, 1 row at 1024": decode_case(1, 1023, 32, 32, 128, 2048, alibi=True),
+        "Phi-3-mini, 1 row at 2048": decode_case(1, 2047, 32, 32, 96, 4096),
         "TinyLlama, 1 row at 1024": decode_case(1, 1023, 32, 4, 64, 2048),
     },
 )
@@ -250,6 +267,7 @@ FLASH_ATTENTION = Entry(
     name="flash_attention",
     make_inputs=flash_attention_inputs,
     run=lambda **inputs: (flash_attention(**inputs),),
+    cuda=flash_attention_cuda,
     reference=flash_attention_reference,
     bounds=lambda expected, q, k, v, scale, softcap, **_: (attention_bound(expected[0], q, k, v, scale, softcap),),
     bytes_moved=lambda q, k, v, **_: (2 * q.numel() + k.numel() + v.numel()) * q.element_size(),
@@ -348,6 +366,7 @@ RMS_NORM = Entry(
     name="rms_norm",
     make_inputs=rms_norm_inputs,
     run=lambda **inputs: (rms_norm(**inputs),),
+    cuda=rms_norm_cuda,
     reference=rms_norm_reference,
     bounds=rms_norm_bounds,
     bytes_moved=lambda x, weight, **_: (2 * x.numel() + weight.numel()) * x.element_size(),
@@ -359,6 +378,7 @@ ADD_RMS_NORM = Entry(
     name="add_rms_norm",
     make_inputs=add_rms_norm_inputs,
     run=lambda **inputs: add_rms_norm(**inputs),
+    cuda=add_rms_norm_cuda,
     reference=add_rms_norm_reference,
     bounds=add_rms_norm_bounds,
     bytes_moved=lambda x, weight, **_: (4 * x.numel() + weight.numel()) * x.element_size(),
@@ -434,6 +454,7 @@ ROPE_AND_CACHE_WRITE = Entry(
     name="rope_and_cache_write",
     make_inputs=rope_inputs,
     run=run_rope,
+    cuda=rope_and_cache_write_cuda,
     reference=rope_reference,
     bounds=rope_bounds,
     # q, k and v in, as much out again, and the angles

@@ -61,7 +61,7 @@ def decode_attention(
 
 
 @decode_attention.register_kernel("cuda")
-def _(q, k, v, cache_position, scale, window=None, softcap=None, alibi_slopes=None):
+def decode_attention_cuda(q, k, v, cache_position, scale, window=None, softcap=None, alibi_slopes=None):
     from minillm_kernels.gpu import decode_attention as triton_kernel
 
     check(q, k, v, cache_position, window, softcap, alibi_slopes)

@@ -57,7 +57,7 @@ def flash_attention(
 
 
 @flash_attention.register_kernel("cuda")
-def _(q, k, v, scale, window=None, softcap=None, alibi_slopes=None, cu_seqlens=None):
+def flash_attention_cuda(q, k, v, scale, window=None, softcap=None, alibi_slopes=None, cu_seqlens=None):
     from minillm_kernels.gpu import flash_attention as triton_kernel
 
     check(q, k, v, window, softcap, alibi_slopes, cu_seqlens)
@@ -74,7 +74,7 @@ def _(q, k, v, scale, window=None, softcap=None, alibi_slopes=None, cu_seqlens=N
 def sequence_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
     """For every token the index at which its sequence starts [T], without asking the device how many."""
     token = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return cu_seqlens[torch.searchsorted(cu_seqlens, token, right=True) - 1]
+    return cu_seqlens.index_select(0, torch.searchsorted(cu_seqlens, token, right=True) - 1)
 
 
 def check(q, k, v, window, softcap, alibi_slopes, cu_seqlens) -> None:

@@ -13,6 +13,7 @@ import os
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 DATACENTER = (80, 90, 100)  # A100, H100/H200, B100/B200: 163 KiB of shared memory per block and more
 
@@ -21,8 +22,10 @@ DATACENTER = (80, 90, 100)  # A100, H100/H200, B100/B200: 163 KiB of shared memo
 class Launch:
     """One row: block sizes (handed to the kernel as constexpr arguments), warps and pipeline stages.
 
-    `size` means what the kernel's comment in TABLE says (bytes of one head, rows of x, ...). The row
+    `size` means what the kernel's comment in TABLE says (head_dim, elements of a row, ...). The row
     serves a launch when the chip is in `chips` (None: any chip) and the size is at most `max_size`.
+    `half_only` rows are not for float32, whose products bypass the tensor cores: a tile that suits bfloat16
+    takes ten times the registers there.
     """
 
     blocks: dict[str, int]
@@ -30,36 +33,40 @@ class Launch:
     num_stages: int
     max_size: int | None = None
     chips: tuple[int, ...] | None = None
+    half_only: bool = False
 
     def arguments(self) -> dict:
         """Keyword arguments for `kernel[grid](...)`."""
-        # Triton 3.9 leaves multiply-add unfused unless asked; 3.6 fuses by default. Say it, for both.
-        options = {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
-        return self.blocks | options
+        return self.blocks | self.options()
+
+    def options(self) -> dict:
+        """The compiler's part of `arguments`. Triton 3.9 leaves multiply-add unfused unless asked, 3.6 fuses by
+        default: say it for both."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-# kernel -> rows, first match wins, the last row is the default. What `size` is stands beside each kernel.
+# kernel -> rows (blocks, warps, stages); first match wins, the last row is the default. What `size` is stands beside each kernel.
 TABLE: dict[str, tuple[Launch, ...]] = {
-    # size: bytes of one head vector (head_dim * itemsize); the K and V tiles are BLOCK_N such vectors each
+    # size: head_dim. At most BLOCK_M query rows (16 if that is enough) against tiles of BLOCK_N keys
     "decode_attention": (
-        Launch({"BLOCK_N": 64}, num_warps=4, num_stages=3, max_size=256, chips=DATACENTER),
-        Launch({"BLOCK_N": 32}, num_warps=4, num_stages=2, max_size=512),
-        Launch({"BLOCK_N": 16}, num_warps=4, num_stages=2),
+        Launch({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3, max_size=128, chips=DATACENTER, half_only=True),
+        Launch({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2, half_only=True),
+        Launch({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 2),
     ),
-    # size: bytes of one head vector; BLOCK_M query rows against tiles of BLOCK_N keys
+    # size: head_dim. BLOCK_M query rows against tiles of BLOCK_N keys
     "flash_attention": (
-        Launch({"BLOCK_M": 128, "BLOCK_N": 64}, num_warps=8, num_stages=2, max_size=256, chips=(90, 100)),
-        Launch({"BLOCK_M": 64, "BLOCK_N": 32}, num_warps=4, num_stages=2, max_size=512),
-        Launch({"BLOCK_M": 32, "BLOCK_N": 16}, num_warps=4, num_stages=2),
+        Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2, max_size=128, chips=(90, 100), half_only=True),
+        Launch({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2, half_only=True),
+        Launch({"BLOCK_M": 32, "BLOCK_N": 16}, 4, 2),
     ),
     # size: elements of a row, held in registers by one program
     "rms_norm": (
-        Launch({}, num_warps=4, num_stages=1, max_size=2048),
-        Launch({}, num_warps=8, num_stages=1, max_size=8192),
-        Launch({}, num_warps=16, num_stages=1),
+        Launch({}, 4, 1, max_size=2048),
+        Launch({}, 8, 1, max_size=8192),
+        Launch({}, 16, 1),
     ),
     # size: head_dim
-    "rope_and_cache_write": (Launch({}, num_warps=1, num_stages=1),),
+    "rope_and_cache_write": (Launch({}, 1, 1),),
 }
 
 
@@ -78,10 +85,14 @@ def architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def choose(kernel: str, device: torch.device, size: int) -> Launch:
-    """The row of TABLE that serves this kernel on this device at this size."""
-    chip = architecture(device)
+def choose(kernel: str, x: Tensor, size: int) -> Launch:
+    """The row of TABLE that serves this kernel on x's device, for x's dtype, at this size."""
+    chip = architecture(x.device)
     for row in TABLE[kernel]:
-        if (row.chips is None or chip in row.chips) and (row.max_size is None or size <= row.max_size):
+        if (
+            (row.chips is None or chip in row.chips)
+            and (row.max_size is None or size <= row.max_size)
+            and not (row.half_only and x.dtype == torch.float32)
+        ):
             return row
     raise AssertionError(f"TABLE[{kernel!r}] has no default row: its last row must serve everything")

@@ -93,7 +93,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 @rms_norm.register_kernel("cuda")
-def _(x, weight, eps, offset, multiply_in_fp32):
+def rms_norm_cuda(x, weight, eps, offset, multiply_in_fp32):
     from minillm_kernels.gpu import norm_rope as triton_kernel
 
     check_norm(x, weight, offset, multiply_in_fp32)
@@ -102,7 +102,7 @@ def _(x, weight, eps, offset, multiply_in_fp32):
 
 
 @add_rms_norm.register_kernel("cuda")
-def _(x, residual, weight, eps, offset, multiply_in_fp32):
+def add_rms_norm_cuda(x, residual, weight, eps, offset, multiply_in_fp32):
     from minillm_kernels.gpu import norm_rope as triton_kernel
 
     check_norm(x, weight, offset, multiply_in_fp32)
@@ -112,7 +112,7 @@ def _(x, residual, weight, eps, offset, multiply_in_fp32):
 
 
 @rope_and_cache_write.register_kernel("cuda")
-def _(q, k, v, cos, sin, k_cache, v_cache, cache_position):
+def rope_and_cache_write_cuda(q, k, v, cos, sin, k_cache, v_cache, cache_position):
     from minillm_kernels.gpu import norm_rope as triton_kernel
 
     check_rope(q, k, v, cos, sin, k_cache, v_cache, cache_position)

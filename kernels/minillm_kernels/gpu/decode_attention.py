@@ -160,16 +160,16 @@ def launch(
     batch, heads, tokens, head_dim = q.shape
     kv_heads, slots = k.shape[1], k.shape[2]
     group = heads // kv_heads
-    row = choose("decode_attention", q.device, size=head_dim * q.element_size())
-    block_m = min(max(16, triton.next_power_of_2(tokens * group)), 64)  # tl.dot wants 16 rows at least
+    row = choose("decode_attention", q, size=head_dim)
+    # tl.dot wants 16 rows at least
+    block_m = min(max(16, triton.next_power_of_2(tokens * group)), row.blocks["BLOCK_M"])
     n_splits = splits(slots, tokens)
-    shape = {
+    constants = row.arguments() | {
         "TOKENS": tokens, "HEADS": heads, "GROUP": group, "D": head_dim,
-        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_M": block_m, "SPLITS": n_splits,
+        "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_M": block_m,
+        "SPLITS": n_splits, "CHUNK": CHUNK,
     }  # fmt: skip
     window = NO_WINDOW if window is None else min(window, NO_WINDOW)
-    chunk = max(CHUNK, row.blocks["BLOCK_N"])
-
     cache_position = cache_position.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     partial = partial_lse = None
@@ -178,12 +178,9 @@ def launch(
         partial_lse = torch.empty(*q.shape[:3], n_splits, dtype=torch.float32, device=q.device)
     attend_kernel[(batch * kv_heads, triton.cdiv(tokens * group, block_m), n_splits)](
         q, k, v, cache_position, alibi_slopes, out, partial, partial_lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
-        slots, scale, softcap, window, CHUNK=chunk, **shape, **row.arguments(),
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], slots, scale, softcap, window, **constants,
     )  # fmt: skip
     if n_splits > 1:
-        combine_kernel[(batch * heads * tokens,)](
-            cache_position, out, partial, partial_lse, window, CHUNK=chunk,
-            BLOCK_N=row.blocks["BLOCK_N"], num_warps=4, **shape,
-        )  # fmt: skip
+        constants["num_warps"] = 8  # it holds a tile of SPLITS x D
+        combine_kernel[(batch * heads * tokens,)](cache_position, out, partial, partial_lse, window, **constants)
     return out

@@ -112,7 +112,7 @@ def launch(
 ) -> Tensor:
     """The Triton implementation of `minillm::flash_attention`; see there for the arguments."""
     batch, heads, tokens, head_dim = q.shape
-    row = choose("flash_attention", q.device, size=head_dim * q.element_size())
+    row = choose("flash_attention", q, size=head_dim)
     starts = None if cu_seqlens is None else sequence_starts(cu_seqlens, tokens).to(torch.int32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     flash_attention_kernel[(triton.cdiv(tokens, row.blocks["BLOCK_M"]), heads, batch)](

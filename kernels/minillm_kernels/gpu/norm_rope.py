@@ -53,7 +53,7 @@ def launch_rms_norm(
             rows, residual_rows, weight.contiguous(), out, total,
             rows.stride(0), 0 if residual is None else residual_rows.stride(0), eps, float(offset),
             SIZE=size, BLOCK=triton.next_power_of_2(size), MULTIPLY_IN_FP32=multiply_in_fp32,
-            **choose("rms_norm", x.device, size).arguments(),
+            **choose("rms_norm", x, size).arguments(),
         )  # fmt: skip
     return out, total
 
@@ -123,6 +123,6 @@ def launch_rope(
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
         k_cache.shape[2] - 1,
         TOKENS=tokens, HEADS=heads, D=head_dim, HALF=cos.shape[-1], BLOCK=triton.next_power_of_2(head_dim),
-        **choose("rope_and_cache_write", q.device, head_dim).arguments(),
+        **choose("rope_and_cache_write", q, head_dim).arguments(),
     )  # fmt: skip
     return out
