@@ -38,6 +38,8 @@ class GenerationConfig:
     eos_token_id: int | Sequence[int] | None = None  # unset: the checkpoint's; []: none
     stop_strings: str | Sequence[str] | None = None
     logprobs: bool = False  # also return the model's log-probability of each new token
+    num_assistant_tokens: int | str | None = None  # drafted per step by assistant_model; unset: "auto"
+    prompt_lookup_num_tokens: int | None = None  # copied per step from the text so far; unset: none
 
     def __post_init__(self):
         _check("max_new_tokens", self.max_new_tokens, int, 1)
@@ -46,6 +48,9 @@ class GenerationConfig:
         _check("top_p", self.top_p, float, 0.0, 1.0)
         _check("min_p", self.min_p, float, 0.0, 1.0)
         _check("repetition_penalty", self.repetition_penalty, float, 1e-6)
+        _check("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, int, 1)
+        if self.num_assistant_tokens != "auto":
+            _check("num_assistant_tokens", self.num_assistant_tokens, int, 1, hint=' or "auto"')
         if self.top_p == 0:
             raise RequestError("top_p must be above 0 (1 keeps every token)")
         for name in ("do_sample", "logprobs"):
@@ -90,12 +95,13 @@ def _as_list(value) -> list:
     return [] if value is None else [value] if isinstance(value, int | str) else list(value)
 
 
-def _check(name: str, value, kind: type, low: float, high: float = float("inf")) -> None:
+def _check(name: str, value, kind: type, low: float, high: float = float("inf"), hint: str = "") -> None:
     """Reject a value of the wrong type or outside [low, high]; a whole number passes for a float."""
     fits = type(value) is int or (kind is float and type(value) is float)
     if value is not None and not (fits and low <= value <= high):
         limit = f"from {low} to {high}" if high != float("inf") else f">= {low}"
-        raise RequestError(f"{name} must be {'a whole number' if kind is int else 'a number'} {limit}, not {value!r}")
+        number = "a whole number" if kind is int else "a number"
+        raise RequestError(f"{name} must be {number} {limit}{hint}, not {value!r}")
 
 
 @dataclass
@@ -110,17 +116,23 @@ class Row:
     logprobs: list[float] = field(default_factory=list)
     text: str = ""
     finish_reason: str | None = None  # None while running, then "eos", "stop_string" or "length"
+    target_steps: int = 0  # forward passes of the model that gave this row tokens, prefill's included
+    drafted: int = 0  # tokens that were proposed to this row
+    from_draft: list[bool] = field(default_factory=list)  # for each of token_ids, whether it was one of them
 
-    def commit(self, tokens: Sequence[int], logprobs: Sequence[float] = ()) -> int:
-        """Accept tokens one by one until the row is finished; returns how many were accepted.
+    def commit(self, tokens: Sequence[int], logprobs: Sequence[float] = (), drafts: int = 0) -> int:
+        """Accept what one forward pass gave, token by token, until the row is finished; returns how many.
 
         Every way of generating ends here, so that none can differ about when to stop. The EOS token is
-        counted among `token_ids` but is no text; text ends before a stop string.
+        counted among `token_ids` but is no text; text ends before a stop string. The first `drafts` of the
+        tokens were proposed by a draft.
         """
+        self.target_steps += 1
         for count, token in enumerate(tokens):
             if self.finish_reason is not None:
                 return count
             self.token_ids.append(token)
+            self.from_draft.append(count < drafts)
             self.logprobs.extend(logprobs[count : count + 1])
             if token in self.eos_token_ids:
                 self.finish_reason = "eos"
@@ -204,19 +216,42 @@ def decode_one_token(
     return next_token(logits, sampling, cache_position[:, 0] + 1)[:, None]
 
 
+def reuse_prefix(cache: StaticCache, prompts: Sequence[Sequence[int]]) -> list[int]:
+    """Cut the cache back to what it shares with the prompts; returns how many tokens of each it still holds."""
+    kept = []
+    for row, (held, prompt) in enumerate(zip(cache.token_ids, prompts, strict=True)):
+        # One token at least must be fed: its logits are not in the cache.
+        limit = min(len(held), len(prompt) - 1)
+        same = next((i for i in range(limit) if held[i] != prompt[i]), limit)
+        # A ring that has moved on cannot be cut that far back: start that row again.
+        kept.append(same if cache.can_truncate(row, same) else 0)
+    cache.truncate(kept)
+    return kept
+
+
+def begin(model: Decoder, cache: StaticCache, rows: list[Row], sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+    """Feed what the cache does not hold yet of each prompt.
+
+    Returns the logits of the first new token, `[B, V]`, and, where a repetition penalty is set, which
+    tokens each row has seen, `[B, V]` bool.
+    """
+    held = cache.lengths
+    logits = prefill(model, cache, [row.prompt[n:] for row, n in zip(rows, held, strict=True)], held)  # [B, V]
+    if sampling.repetition_penalty is None:
+        return logits, None
+    seen = torch.zeros_like(logits, dtype=torch.bool)  # [B, V]
+    for b, row in enumerate(rows):
+        seen[b, torch.tensor(row.prompt, device=cache.device)] = True
+    return logits, seen
+
+
 def run(model: Decoder, cache: StaticCache, rows: list[Row], sampling: Sampling, logprobs: bool) -> Iterator[None]:
     """Generate until every row is finished; yields after each commit, for whoever streams.
 
     The cache may already hold the beginning of each prompt: only what follows is computed. On return
     it holds every token but each row's last, whose keys nobody has needed yet.
     """
-    held = cache.lengths
-    logits = prefill(model, cache, [row.prompt[n:] for row, n in zip(rows, held, strict=True)], held)  # [B, V]
-    seen = None
-    if sampling.repetition_penalty is not None:
-        seen = torch.zeros_like(logits, dtype=torch.bool)  # [B, V]
-        for b, row in enumerate(rows):
-            seen[b, torch.tensor(row.prompt, device=cache.device)] = True
+    logits, seen = begin(model, cache, rows, sampling)  # [B, V]
     position = torch.tensor([[len(row.prompt)] for row in rows], device=cache.device)  # [B, 1]
     while True:
         token = next_token(logits, sampling, position[:, 0], seen)  # [B]
