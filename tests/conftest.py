@@ -15,6 +15,7 @@ from families import FAMILIES, load_reference, save_checkpoint, seed_of
 
 from minillm.checkpoint import load_decoder
 from minillm.config import load_config
+from minillm.llm import LLM
 
 # The tiny models are all overhead: on a busy machine waking a second thread for each small
 # operation makes the suite nine times slower (80 s against 9 s for test_families.py).
@@ -71,3 +72,15 @@ def text_checkpoint(tmp_path_factory, text_tokenizer_files):
     text_tokenizer_files.copy_to(folder)
     (folder / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}')
     return folder
+
+
+@pytest.fixture(scope="session")
+def llm(text_checkpoint):
+    """Our LLM of `text_checkpoint`, fp32 on the CPU; do not alter it."""
+    return LLM.from_pretrained(text_checkpoint, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def text_reference(text_checkpoint):
+    """transformers' model of `text_checkpoint`."""
+    return load_reference(text_checkpoint)
