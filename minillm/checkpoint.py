@@ -96,15 +96,21 @@ def find_checkpoint(
     if str(name) in DEMOS:
         return DEMOS[str(name)]
     folder = Path(name).expanduser()
-    if folder.is_dir():
+    if str(name) and folder.is_dir():
         return folder
-    if folder.exists():
+    if str(name) and folder.exists():
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json and the .safetensors files")
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)):
-        raise CheckpointError(f"no folder {name}, and it is no Hub id either (owner/name), nor one of {list(DEMOS)}")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
+        raise CheckpointError(f"no folder {str(name)!r}, and it is no Hub id (owner/name) nor one of {list(DEMOS)}")
     # Imported here: a folder on disk should not pay for the network client.
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     try:
         return Path(
@@ -121,6 +127,12 @@ def find_checkpoint(
             f"no folder {name}, and the Hub id {name} is not in the local cache and cannot be downloaded: "
             f"{_first_line(error)}"
         ) from error
+    except RepositoryNotFoundError as error:  # also what the Hub answers for a private or gated one
+        raise CheckpointError(
+            f"the Hub id {name} does not exist or needs another token: check the name, give token=... or set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"the Hub id {name} has no revision {revision!r}") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(f"the Hub id {name} cannot be downloaded: {_first_line(error)}") from error
 
@@ -194,11 +206,12 @@ def _tensor_files(folder: Path) -> dict[str, str]:
     if index.exists():
         try:
             files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        except (ValueError, KeyError, TypeError, OSError) as error:
+            shards = sorted(map(str, set(files.values())))
+        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise CheckpointError(f"{index} has no readable weight_map: {error!r}") from None
-        for shard in sorted(set(files.values())):
+        for shard in shards:
             # A path could point anywhere on the disk; a shard lies beside its index.
-            if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+            if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
                 raise CheckpointError(f"{index} names {shard!r}: only bare .safetensors file names are opened")
             if not (folder / shard).exists():
                 raise CheckpointError(f"{folder / shard} is missing: {index.name} lists it; download it again")
@@ -221,8 +234,9 @@ def _match(slots: dict[str, Slot], files: dict[str, str], config: ModelConfig, f
     shapes = {}
     for shard in sorted({files[name] for name in renamed.values()}):
         with _open(folder / shard) as handle:
-            held = set(handle.keys())
-            shapes |= {name: tuple(handle.get_slice(name).get_shape()) for name in renamed.values() if name in held}
+            for name in handle.keys():  # noqa: SIM118 (a file handle, not a dict)
+                if files.get(name) == shard:  # a tensor elsewhere than the index says counts as missing
+                    shapes[name] = tuple(handle.get_slice(name).get_shape())
     problems = [f"missing {name}" for name in slots if renamed.get(name) not in shapes]
     for name, original in renamed.items():
         if name not in slots:

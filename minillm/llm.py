@@ -218,14 +218,21 @@ class _Request:
 
     def steps(self) -> Iterator[None]:
         """Run the request; yields whenever rows have grown."""
+        self.started = time.perf_counter()
         with torch.inference_mode():
-            self.started = time.perf_counter()
             self.reused = _reuse(self.cache, [row.prompt for row in self.rows])
-            for count, _ in enumerate(run(self.llm.model, self.cache, self.rows, self.sampling, self.logprobs)):
-                self.last = time.perf_counter()
-                if count == 0:
-                    self.first = self.last
-                yield
+        self.first = None
+        steps = run(self.llm.model, self.cache, self.rows, self.sampling, self.logprobs)
+        while True:
+            # Only around our own work: across a yield the mode would leak into the caller's code.
+            with torch.inference_mode():
+                try:
+                    next(steps)
+                except StopIteration:
+                    return
+            self.last = time.perf_counter()
+            self.first = self.first or self.last
+            yield
 
     def pieces(self) -> Iterator[str]:
         sent = 0

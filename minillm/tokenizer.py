@@ -8,6 +8,7 @@ never show half a character.
 import json
 from collections.abc import Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ class Tokenizer:
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Tokenizer":
         return cls(folder)
+
+    @cached_property
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id, added and special ones included."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
 
     @property
     def bos_token_id(self) -> int | None:
