@@ -6,14 +6,19 @@ step, and each step reads every weight of the model for one column of output: it
 bandwidth. This room holds both, and `Row.commit`, which alone decides when a row is finished.
 """
 
+import dataclasses
+import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minillm.cache import StaticCache
-from minillm.errors import RequestError
+from minillm.config import ModelConfig, token_ids
+from minillm.errors import CheckpointError, RequestError
 from minillm.model import Decoder
 from minillm.sampling import Sampling, next_token
 from minillm.tokenizer import TextStream, Tokenizer
@@ -91,13 +96,47 @@ class GenerationConfig:
         )
 
 
+def merge_options(defaults: GenerationConfig, given: GenerationConfig | None, options: dict) -> GenerationConfig:
+    """Keywords over the caller's object over the checkpoint's defaults."""
+    asked = {} if given is None else dataclasses.asdict(given)
+    asked = {name: value for name, value in asked.items() if value is not None} | options
+    if "do_sample" not in asked and any(asked.get(name) is not None for name in ("temperature", "top_k", "top_p")):
+        asked["do_sample"] = None  # the caller's wish decides, whatever the file says
+    if isinstance(asked.get("eos_token_id"), int):
+        asked["eos_token_id"] = [asked["eos_token_id"]]
+    if asked.get("eos_token_id", 0) is None:
+        del asked["eos_token_id"]
+    return dataclasses.replace(defaults, **asked)
+
+
+def generation_defaults(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> GenerationConfig:
+    """The checkpoint's own sampling defaults, and the union of every EOS id it names anywhere."""
+    path = folder / "generation_config.json"
+    raw = {}
+    if path.exists():
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    eos = [*config.eos_token_ids, *token_ids(raw.get("eos_token_id"), f"{path}: eos_token_id")]
+    if tokenizer.eos_token_id is not None:
+        eos.append(tokenizer.eos_token_id)
+    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+    values = {name: raw[name] for name in names if raw.get(name) is not None}
+    try:
+        return GenerationConfig(**values, eos_token_id=list(dict.fromkeys(eos)))
+    except RequestError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
 def _as_list(value) -> list:
-    return [] if value is None else [value] if isinstance(value, int | str) else list(value)
+    """Nothing, one thing, or several of them, as a list."""
+    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
 
 
 def _check(name: str, value, kind: type, low: float, high: float = float("inf"), hint: str = "") -> None:
     """Reject a value of the wrong type or outside [low, high]; a whole number passes for a float."""
-    fits = type(value) is int or (kind is float and type(value) is float)
+    fits = type(value) is int or (kind is float and type(value) is float and math.isfinite(value))
     if value is not None and not (fits and low <= value <= high):
         limit = f"from {low} to {high}" if high != float("inf") else f">= {low}"
         number = "a whole number" if kind is int else "a number"

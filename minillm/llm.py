@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import json
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -13,10 +12,11 @@ import torch
 
 from minillm.cache import StaticCache
 from minillm.checkpoint import find_checkpoint, load_decoder
-from minillm.config import ModelConfig, load_config, token_ids
-from minillm.decode import GenerationConfig, new_row, run
-from minillm.errors import BackendError, CheckpointError, RequestError
+from minillm.config import ModelConfig, load_config
+from minillm.decode import GenerationConfig, generation_defaults, merge_options, new_row, reuse_prefix, run
+from minillm.errors import BackendError, RequestError
 from minillm.model import Decoder
+from minillm.speculative import Proposer, make_proposer, run_speculative
 from minillm.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -35,11 +35,23 @@ class Stats:
     new_tokens: int
     prefill_seconds: float  # until the first new token
     decode_seconds: float  # from the first new token to the last
+    target_steps: int  # forward passes of the model that gave tokens, the prompt's included; plain: new_tokens
+    drafted: int  # tokens that a draft model or prompt lookup proposed
+    accepted: int  # of them, those that became text
 
     @property
     def tokens_per_second(self) -> float:
         """Decode speed of this row: the first token is prefill's."""
         return (self.new_tokens - 1) / self.decode_seconds if self.decode_seconds > 0 else 0.0
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Share of the drafted tokens that became text; what follows a rejected one counts as rejected."""
+        return self.accepted / self.drafted if self.drafted else 0.0
+
+    @property
+    def tokens_per_target_step(self) -> float:
+        return self.new_tokens / self.target_steps if self.target_steps else 0.0
 
 
 @dataclass(frozen=True)
@@ -50,6 +62,7 @@ class Completion:
     token_ids: list[int]  # the new tokens, EOS included if it was produced
     finish_reason: str  # "eos" | "stop_string" | "length"
     logprobs: list[float] | None  # of each new token under the model itself, before temperature and filters
+    from_draft: list[bool]  # for each of token_ids, whether it is an accepted draft
     stats: Stats
 
 
@@ -88,7 +101,7 @@ class LLM:
         folder = find_checkpoint(name, revision=revision, token=token, local_files_only=local_files_only)
         config = load_config(folder, strict=strict)
         tokenizer = Tokenizer.from_folder(folder)
-        defaults = _generation_defaults(folder, config, tokenizer)
+        defaults = generation_defaults(folder, config, tokenizer)
         model = load_decoder(folder, config, choose_dtype(dtype, config), _device(device), attention)
         return cls(model, tokenizer, config, defaults, name=str(name))
 
@@ -106,6 +119,7 @@ class LLM:
         generation_config: GenerationConfig | None = None,
         *,
         cache: StaticCache | None = None,
+        assistant_model: "LLM | None" = None,
         **options,
     ) -> Completion | list[Completion]:
         """Continue a prompt, or several at once.
@@ -116,13 +130,15 @@ class LLM:
             generation_config: options as an object; keywords override it.
             cache: a `StaticCache` of yours with one row per prompt. Where it already holds the beginning of
                 a prompt, that part is not computed again; afterwards it holds prompt and answer.
+            assistant_model: a smaller `LLM` with the same tokenizer that drafts `num_assistant_tokens` per step
+                for this one to check: the same text (sampling: the same law) in fewer steps, see speculative.py.
             options: the fields of `GenerationConfig`; what is unset comes from the checkpoint's
                 `generation_config.json`.
 
         Raises `RequestError` before anything is computed: an unknown option, a value out of range, or a
         prompt that together with `max_new_tokens` exceeds the cache or the model's positions.
         """
-        request = _Request(self, prompt, generation_config, cache, options)
+        request = _Request(self, prompt, generation_config, cache, assistant_model, options)
         for _ in request.steps():
             pass
         completions = request.completions()
@@ -134,6 +150,7 @@ class LLM:
         generation_config: GenerationConfig | None = None,
         *,
         cache: StaticCache | None = None,
+        assistant_model: "LLM | None" = None,
         **options,
     ) -> Iterator[str]:
         """`generate` for one prompt, as pieces of text while they come.
@@ -141,13 +158,14 @@ class LLM:
         The pieces never hold half a character and concatenate to exactly the text `generate` returns.
         The request is checked here and now, not at the first piece.
         """
-        request = _Request(self, prompt, generation_config, cache, options)
+        request = _Request(self, prompt, generation_config, cache, assistant_model, options)
         if not request.single:
             raise RequestError("stream takes one prompt; use generate for a list")
         return request.pieces()
 
     def conversation(self, system: str | None = None, max_cache_len: int | None = None, **options) -> "Conversation":
-        """A chat over one cache; `options` (as for `generate`) hold for every turn unless one overrides them."""
+        """A chat over one cache; `options` (as for `generate`, `assistant_model` too) hold for every turn
+        unless one overrides them."""
         return Conversation(self, system, max_cache_len, options)
 
 
@@ -160,7 +178,9 @@ class _Request:
         prompt: Prompt | Sequence[Prompt],
         generation_config: GenerationConfig | None,
         cache: StaticCache | None,
+        assistant: LLM | None,
         options: dict,
+        previous: Proposer | None = None,
     ):
         unknown = [name for name in options if name not in _OPTIONS]
         if unknown:
@@ -168,24 +188,28 @@ class _Request:
             hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(_OPTIONS)}"
             raise RequestError(f"unknown option {unknown[0]!r}{hint}")
         self.llm = llm
-        config = _merge(llm.defaults, generation_config, options)
+        config = merge_options(llm.defaults, generation_config, options)
         prompts, self.single = _prompts(prompt)
         ids = [self._ids(one, number) for number, one in enumerate(prompts)]
         explicit = options.get("max_new_tokens") or (generation_config and generation_config.max_new_tokens)
         room = llm.config.max_positions if cache is None else min(cache.max_cache_len, llm.config.max_positions)
         budgets = [self._budget(len(row), number, room, explicit, config, cache) for number, row in enumerate(ids)]
         lengths = [len(row) + budget for row, budget in zip(ids, budgets, strict=True)]
+        planned = lengths if cache is None else cache.max_cache_len
         if cache is None:
             cache = StaticCache(
-                llm.config, len(ids), max(lengths), device=llm.device, dtype=llm.dtype, planned_length=lengths
+                llm.config, len(ids), max(lengths), device=llm.device, dtype=llm.dtype, planned_length=planned
             )
         else:
             _check_cache(cache, llm, len(ids))
+        if assistant is not None and not isinstance(assistant, LLM):
+            raise RequestError(f"assistant_model must be an LLM (LLM.from_pretrained(...)), not {assistant!r}")
         self.cache = cache
         eos = frozenset(config.eos_token_id or ())
         self.rows = [new_row(row, config, budget, eos, llm.tokenizer) for row, budget in zip(ids, budgets, strict=True)]
         self.sampling = config.sampling(_seeds(config, len(ids)), llm.device)
         self.logprobs = config.logprobs
+        self.proposer = make_proposer(llm, assistant, config, self.rows, cache, planned, previous)
 
     def _ids(self, prompt: Prompt, number: int) -> list[int]:
         vocabulary = self.llm.config.vocab_size
@@ -220,9 +244,10 @@ class _Request:
         """Run the request; yields whenever rows have grown."""
         self.started = time.perf_counter()
         with torch.inference_mode():
-            self.reused = _reuse(self.cache, [row.prompt for row in self.rows])
+            self.reused = reuse_prefix(self.cache, [row.prompt for row in self.rows])
         self.first = None
-        steps = run(self.llm.model, self.cache, self.rows, self.sampling, self.logprobs)
+        arguments = (self.llm.model, self.cache, self.rows, self.sampling, self.logprobs)
+        steps = run_speculative(*arguments, self.proposer) if self.proposer else run(*arguments)
         while True:
             # Only around our own work: across a yield the mode would leak into the caller's code.
             with torch.inference_mode():
@@ -249,12 +274,16 @@ class _Request:
                 token_ids=row.token_ids,
                 finish_reason=row.finish_reason,
                 logprobs=row.logprobs if self.logprobs else None,
+                from_draft=row.from_draft,
                 stats=Stats(
                     prompt_tokens=len(row.prompt),
                     reused_tokens=reused,
                     new_tokens=len(row.token_ids),
                     prefill_seconds=self.first - self.started,
                     decode_seconds=self.last - self.first,
+                    target_steps=row.target_steps,
+                    drafted=row.drafted,
+                    accepted=sum(row.from_draft),
                 ),
             )
             for row, reused in zip(self.rows, self.reused, strict=True)
@@ -273,6 +302,7 @@ class Conversation:
         self.llm, self.options = llm, options
         length = max_cache_len or min(_DEFAULT_CONVERSATION, llm.config.max_positions)
         self.cache = StaticCache(llm.config, 1, length, device=llm.device, dtype=llm.dtype)
+        self.proposer: Proposer | None = None  # the last turn's: a draft model keeps its cache as well
         self.messages: list[dict[str, str]] = []
         if system is not None:
             self.messages.append({"role": "system", "content": system})
@@ -298,7 +328,11 @@ class Conversation:
     def _request(self, text: str, options: dict) -> _Request:
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self.llm.tokenizer.encode_chat(messages)
-        return _Request(self.llm, ids, None, self.cache, self.options | options)
+        options = self.options | options
+        assistant = options.pop("assistant_model", None)
+        request = _Request(self.llm, ids, None, self.cache, assistant, options, self.proposer)
+        self.proposer = request.proposer
+        return request
 
     def _remember(self, text: str, request: _Request) -> Completion | None:
         row = request.rows[0]
@@ -310,12 +344,12 @@ def _prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """The prompts as a list, and whether there was just one."""
     if isinstance(prompt, str):
         return [prompt], True
-    if not isinstance(prompt, Sequence) or not prompt:
+    if not isinstance(prompt, list | tuple) or not prompt:
         raise RequestError(f"a prompt is a text, a list of token ids, or a non-empty list of those, not {prompt!r}")
     if all(isinstance(item, int) for item in prompt):
         return [prompt], True
     for item in prompt:
-        if not isinstance(item, str) and not isinstance(item, Sequence):
+        if not isinstance(item, str | list | tuple):
             raise RequestError(f"a list of prompts holds texts or lists of token ids, not {item!r}")
     return list(prompt), False
 
@@ -340,52 +374,6 @@ def _check_cache(cache: StaticCache, llm: LLM, rows: int) -> None:
             f"the cache is {cache.dtype} on {cache.device}, the model {llm.dtype} on {llm.device}: "
             "build it with device=llm.device, dtype=llm.dtype"
         )
-
-
-def _reuse(cache: StaticCache, prompts: list[list[int]]) -> list[int]:
-    """Cut the cache back to what it shares with the prompts; returns how many tokens of each it still holds."""
-    kept = []
-    for row, (held, prompt) in enumerate(zip(cache.token_ids, prompts, strict=True)):
-        # One token at least must be fed: its logits are not in the cache.
-        limit = min(len(held), len(prompt) - 1)
-        same = next((i for i in range(limit) if held[i] != prompt[i]), limit)
-        # A ring that has moved on cannot be cut that far back: start that row again.
-        kept.append(same if cache.can_truncate(row, same) else 0)
-    cache.truncate(kept)
-    return kept
-
-
-def _merge(defaults: GenerationConfig, given: GenerationConfig | None, options: dict) -> GenerationConfig:
-    """Keywords over the caller's object over the checkpoint's defaults."""
-    asked = {} if given is None else dataclasses.asdict(given)
-    asked = {name: value for name, value in asked.items() if value is not None} | options
-    if "do_sample" not in asked and any(asked.get(name) is not None for name in ("temperature", "top_k", "top_p")):
-        asked["do_sample"] = None  # the caller's wish decides, whatever the file says
-    if isinstance(asked.get("eos_token_id"), int):
-        asked["eos_token_id"] = [asked["eos_token_id"]]
-    if asked.get("eos_token_id", 0) is None:
-        del asked["eos_token_id"]
-    return dataclasses.replace(defaults, **asked)
-
-
-def _generation_defaults(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> GenerationConfig:
-    """The checkpoint's own sampling defaults, and the union of every EOS id it names anywhere."""
-    path = folder / "generation_config.json"
-    raw = {}
-    if path.exists():
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
-    eos = [*config.eos_token_ids, *token_ids(raw.get("eos_token_id"), f"{path}: eos_token_id")]
-    if tokenizer.eos_token_id is not None:
-        eos.append(tokenizer.eos_token_id)
-    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
-    values = {name: raw[name] for name in names if raw.get(name) is not None}
-    try:
-        return GenerationConfig(**values, eos_token_id=list(dict.fromkeys(eos)))
-    except RequestError as error:
-        raise CheckpointError(f"{path}: {error}") from None
 
 
 def choose_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
