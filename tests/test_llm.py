@@ -10,7 +10,7 @@ import transformers
 from families import FAMILIES, prompt_ids, reference_greedy, save_checkpoint
 
 from minillm import LLM, Completion, GenerationConfig, MinillmError, StaticCache
-from minillm.errors import BackendError, CheckpointError, RequestError, TokenizerError
+from minillm.errors import BackendError, CheckpointError, ConfigError, RequestError, TokenizerError
 from minillm.tokenizer import Tokenizer
 
 PROMPTS = [
