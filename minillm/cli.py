@@ -5,6 +5,7 @@ one line; 2: the command line itself was wrong; 130: interrupted.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,6 +42,11 @@ def _parser() -> argparse.ArgumentParser:
         "--stream",
         action=argparse.BooleanOptionalAction,
         help="print pieces as they come (default on a terminal)",
+    )
+    generate.add_argument(
+        "--show-draft",
+        action="store_true",
+        help="mark the tokens that a draft guessed right: in colour on a terminal, else in [brackets]",
     )
     _model_options(generate)
     _generation_options(generate)
@@ -87,31 +93,55 @@ def _generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repetition-penalty", type=float, metavar="R")
     parser.add_argument("--seed", type=int, metavar="S")
     parser.add_argument("--stop", action="append", metavar="TEXT", help="end before this text; may be repeated")
+    parser.add_argument("--draft-model", metavar="M", help="a smaller model with the same tokenizer guesses ahead")
+    parser.add_argument(
+        "--num-assistant-tokens",
+        type=lambda text: text if text == "auto" else int(text),
+        metavar="N",
+        help="how many tokens it guesses per step (default: auto)",
+    )
+    parser.add_argument(
+        "--prompt-lookup-num-tokens", type=int, metavar="N", help="guess ahead by copying from the text so far"
+    )
 
 
-def _load(options: argparse.Namespace):
+def _load(options: argparse.Namespace, name: str | None = None):
     from minillm.llm import LLM  # here, so that --help and usage errors do not wait for torch
 
     return LLM.from_pretrained(
-        options.model,
+        name or options.model,
         dtype=options.dtype,
         device=options.device,
         attention=options.attention,
-        revision=options.revision,
+        revision=None if name else options.revision,
         local_files_only=options.local_files_only,
     )
 
 
 def _asked(options: argparse.Namespace) -> dict:
     """The generation options that were given on the command line."""
-    names = "max_new_tokens temperature top_k top_p min_p repetition_penalty seed".split()
+    names = """
+        max_new_tokens temperature top_k top_p min_p repetition_penalty seed num_assistant_tokens
+        prompt_lookup_num_tokens
+    """.split()
     asked = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
-    return asked | ({"stop_strings": options.stop} if options.stop else {})
+    if options.stop:
+        asked["stop_strings"] = options.stop
+    if options.draft_model is not None:
+        asked["assistant_model"] = _load(options, options.draft_model)
+    return asked
 
 
 def _generate(options: argparse.Namespace) -> None:
+    if options.show_draft and options.stream:
+        raise RequestError("--show-draft prints the text when it is complete: leave out --stream")
+    if options.show_draft and options.draft_model is None and options.prompt_lookup_num_tokens is None:
+        raise RequestError("--show-draft needs somebody who drafts: --draft-model or --prompt-lookup-num-tokens")
     prompt = _read_prompt(options)
     llm = _load(options)
+    if options.show_draft:
+        _show_draft(llm, prompt, llm.generate(prompt, **_asked(options)), options.stop or ())
+        return
     streaming = sys.stdout.isatty() if options.stream is None else options.stream
     if not streaming:
         completion = llm.generate(prompt, **_asked(options))
@@ -124,6 +154,32 @@ def _generate(options: argparse.Namespace) -> None:
             print(piece, end="", flush=True)
     finally:
         print(flush=True)
+
+
+def _show_draft(llm, prompt: str, completion, stops: Sequence[str]) -> None:
+    """Print the text with its accepted drafts marked, and on stderr what they were good for."""
+    from rich.console import Console
+    from rich.text import Text
+
+    from minillm.tokenizer import TextStream
+
+    stream = TextStream(llm.tokenizer, llm.tokenizer.encode(prompt), stops)
+    said = completion.token_ids[:-1] if completion.finish_reason == "eos" else completion.token_ids
+    pieces = [*map(stream.push, said), stream.finish()]
+    drafts = [*completion.from_draft[: len(said)], False]
+    text = Text(prompt)
+    terminal = sys.stdout.isatty()
+    for drafted, group in itertools.groupby(zip(drafts, pieces, strict=True), key=lambda pair: pair[0]):
+        run = "".join(piece for _, piece in group)
+        text.append(run if terminal or not drafted else f"[{run}]", style="green" if drafted else "")
+    Console(highlight=False).print(text, soft_wrap=True)
+    stats = completion.stats
+    print(
+        f"{stats.accepted} of {stats.drafted} drafted tokens accepted ({stats.acceptance_rate:.0%}); "
+        f"{stats.new_tokens} tokens in {stats.target_steps} passes of the model: "
+        f"{stats.tokens_per_target_step:.2f} per pass",
+        file=sys.stderr,
+    )
 
 
 def _read_prompt(options: argparse.Namespace) -> str:
