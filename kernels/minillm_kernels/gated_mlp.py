@@ -1,0 +1,86 @@
+"""The first half of a gated MLP in one pass: `minillm::gated_mlp`, act(x Wg^T) * (x Wu^T).
+
+What bounds it: reading Wg and Wu (arXiv 2002.05202 introduced the form). Fusing saves no weight bytes; it saves
+writing and re-reading the two [rows, F] intermediates and the launches of an activation and a product, which
+is what a small model's time is made of. Gate and up lie in one matrix [2F, K], gate first.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minillm_kernels import cpu
+from minillm_kernels.int4_linear import FEW_ROWS as FEW_ROWS_INT4
+from minillm_kernels.int4_linear import check_int4, int4_linear_torch
+from minillm_kernels.int8_linear import FEW_ROWS as FEW_ROWS_INT8
+from minillm_kernels.int8_linear import check_int8, int8_linear_torch
+from minillm_kernels.linear import FEW_ROWS, check_linear, count_rows, library_linear
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+def gated_mlp_cpu(
+    x: Tensor,
+    weight: Tensor,
+    activation: str,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    group_size: int = 0,
+) -> Tensor:
+    """The CPU implementation itself, for callers outside a graph: an op call costs 5 us more."""
+    check_gated(x, weight, activation, scale, zero, group_size)
+    few_rows = {torch.int8: FEW_ROWS_INT8, torch.uint8: FEW_ROWS_INT4}.get(weight.dtype, FEW_ROWS)
+    if count_rows(x) <= few_rows and cpu.available():
+        return cpu.product(x, weight, scale, zero, group_size, gate=activation)
+    if weight.dtype == torch.int8:
+        both = int8_linear_torch(x, weight, scale, None)
+    elif weight.dtype == torch.uint8:
+        both = int4_linear_torch(x, weight, scale, zero, group_size, None)
+    else:
+        both = library_linear(x, weight)
+    gate, up = both.float().chunk(2, dim=-1)  # [..., F] each
+    gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    return (gate * up).to(x.dtype)
+
+
+@torch.library.custom_op("minillm::gated_mlp", mutates_args=(), device_types="cpu")
+def gated_mlp(
+    x: Tensor,
+    weight: Tensor,
+    activation: str,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    group_size: int = 0,
+) -> Tensor:
+    """act(x Wg^T) * (x Wu^T) with activation "silu" or "gelu_tanh"; returns [..., F] in x.dtype.
+
+    x [..., K]; weight's rows are gate first, then up, in one of three formats: [2F, K] in x.dtype; [2F, K] int8
+    with scale [2F] float32; or [2F, K / 2] uint8 (int4) with scale, zero [K / G, 2F] and group_size G, as in
+    `int4_linear`. Activation and product are taken in float32. No gradient. Raises ValueError or TypeError.
+    """
+    return gated_mlp_cpu(x, weight, activation, scale, zero, group_size)
+
+
+@gated_mlp.register_fake
+def _(x, weight, activation, scale=None, zero=None, group_size=0):
+    check_gated(x, weight, activation, scale, zero, group_size)
+    return x.new_empty((*x.shape[:-1], weight.shape[0] // 2))
+
+
+def check_gated(x, weight, activation, scale, zero, group_size) -> None:
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"gated_mlp: activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if weight.shape[0] % 2:
+        raise ValueError(f"gated_mlp: weight holds gate and up rows, an even number, got {weight.shape[0]}")
+    if weight.dtype == torch.int8:
+        if scale is None:
+            raise ValueError("gated_mlp: int8 weights need scale")
+        check_int8("gated_mlp", x, weight, scale, None)
+    elif weight.dtype == torch.uint8:
+        if scale is None or zero is None:
+            raise ValueError("gated_mlp: int4 weights need scale and zero")
+        check_int4("gated_mlp", x, weight, scale, zero, group_size, None)
+    else:
+        check_linear("gated_mlp", x, weight, weight.shape[1], None)
+        if weight.dtype != x.dtype:
+            raise TypeError(f"gated_mlp: x is {x.dtype} but weight is {weight.dtype}; cast one of them")

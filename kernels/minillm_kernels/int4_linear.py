@@ -1,0 +1,89 @@
+"""x W^T with int4 weights, a scale and a zero point per group of inputs: `minillm::int4_linear`.
+
+What bounds it: reading W, half a byte per weight plus 3 bytes per group (0.59 bytes at group 32, 0.52 at 128),
+as long as unpacking keeps up. Two choices make unpacking cheap:
+
+  - planar packing: byte i of a group of G holds element i in its low half and element i + G/2 in its high
+    half, so one AND and one shift turn a run of bytes into two runs of neighbouring weights;
+  - w = (q - zero) * scale, so sum(w x) = scale * (sum(q x) - zero * sum(x)): the loop multiplies bare codes,
+    and the zero points are settled once per group from sums of x that all outputs share.
+"""
+
+import torch
+from torch import Tensor
+
+from minillm_kernels import cpu
+from minillm_kernels.linear import check_linear, count_rows, library_linear
+
+GROUP_SIZES = (32, 64, 128)
+FEW_ROWS = 64  # above: dequantize W piece by piece and let the library multiply
+PIECE = 1 << 20  # weights dequantized at a time: they stay in cache until multiplied
+
+
+def int4_linear_cpu(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, bias: Tensor | None = None
+) -> Tensor:
+    """The CPU implementation itself, for callers outside a graph: an op call costs 5 us more."""
+    check_int4("int4_linear", x, packed, scale, zero, group_size, bias)
+    if count_rows(x) <= FEW_ROWS and cpu.available():
+        return cpu.product(x, packed, scale, zero, group_size, bias)
+    return int4_linear_torch(x, packed, scale, zero, group_size, bias)
+
+
+def int4_linear_torch(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, bias: Tensor | None
+) -> Tensor:
+    """Dequantize some outputs' weights, multiply, next: never holds the dequantized matrix."""
+    outputs_at_once = max(1, PIECE // max(x.shape[-1], 1))
+    pieces = []
+    for start in range(0, packed.shape[0], outputs_at_once):
+        piece = slice(start, start + outputs_at_once)
+        weight = dequantize_int4(packed[piece], scale[:, piece], zero[:, piece], group_size)  # [n, K]
+        pieces.append(library_linear(x, weight.to(x.dtype)))  # [..., n]
+    y = torch.cat(pieces, dim=-1) if pieces else x.new_empty((*x.shape[:-1], 0))  # [..., N]
+    return y if bias is None else y + bias
+
+
+def dequantize_int4(packed: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
+    """(q - zero) * scale as float32 [N, K], from packed [N, K / 2], scale and zero [K / G, N]."""
+    outputs, groups = packed.shape[0], scale.shape[0]
+    planes = packed.view(outputs, groups, group_size // 2)  # [N, K/G, G/2] bytes
+    codes = torch.cat([planes & 15, planes >> 4], dim=2).float()  # [N, K/G, G]
+    weight = (codes - zero.t().unsqueeze(2).float()) * scale.t().unsqueeze(2).float()
+    return weight.view(outputs, groups * group_size)  # [N, K]
+
+
+@torch.library.custom_op("minillm::int4_linear", mutates_args=(), device_types="cpu")
+def int4_linear(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, bias: Tensor | None = None
+) -> Tensor:
+    """x W^T + bias with w = (q - zero) * scale. x [..., K] float32, bfloat16 or float16, K a multiple of
+    group_size G in {32, 64, 128}; packed [N, K / 2] uint8 (planar, see above); scale [K / G, N] float16;
+    zero [K / G, N] uint8; bias [N] in x.dtype. Returns [..., N] in x.dtype. No gradient.
+    Raises ValueError or TypeError.
+
+    With up to 64 rows on CPU a row's result does not depend on the other rows or on the number of threads.
+    """
+    return int4_linear_cpu(x, packed, scale, zero, group_size, bias)
+
+
+@int4_linear.register_fake
+def _(x, packed, scale, zero, group_size, bias=None):
+    check_int4("int4_linear", x, packed, scale, zero, group_size, bias)
+    return x.new_empty((*x.shape[:-1], packed.shape[0]))
+
+
+def check_int4(name: str, x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, bias) -> None:
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"{name}: group_size must be one of {GROUP_SIZES}, got {group_size}")
+    check_linear(name, x, packed, packed.shape[1] * 2, bias)
+    if packed.dtype != torch.uint8 or zero.dtype != torch.uint8 or scale.dtype != torch.float16:
+        raise TypeError(
+            f"{name}: packed and zero must be uint8 and scale float16, got {packed.dtype}, {zero.dtype}, {scale.dtype}"
+        )
+    outputs, inputs = packed.shape[0], packed.shape[1] * 2
+    if inputs % group_size or scale.shape != (inputs // group_size, outputs) or zero.shape != scale.shape:
+        raise ValueError(
+            f"{name}: {inputs} inputs in groups of {group_size} need scale and zero of shape "
+            f"[{inputs / group_size:g}, {outputs}], got {tuple(scale.shape)} and {tuple(zero.shape)}"
+        )
