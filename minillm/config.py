@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from minillm.errors import ConfigError
+from minillm.errors import ConfigError, MinillmError
 from minillm.families import FAMILIES, HARMLESS, NEUTRAL, Family
 
 
@@ -110,15 +110,22 @@ _ROPE_KEYS = frozenset(
 def load_config(folder: str | Path, strict: bool = True) -> ModelConfig:
     """Read `folder/config.json`. See `parse_config`."""
     path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist: a checkpoint folder holds a config.json")
+    return parse_config(read_json(path, ConfigError), strict=strict)
+
+
+def read_json(path: Path, error: type[MinillmError]) -> dict[str, Any]:
+    """The JSON object in a small file of the checkpoint; {} if there is no such file, `error` if it is broken."""
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path} does not exist: a checkpoint folder holds a config.json") from None
-    except (ValueError, OSError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ConfigError(f"{path} holds a {type(raw).__name__}, not a JSON object")
-    return parse_config(raw, strict=strict)
+        return {}
+    except (ValueError, OSError) as problem:
+        raise error(f"{path} cannot be read as JSON: {problem}") from None
+    if not isinstance(content, dict):
+        raise error(f"{path} holds a {type(content).__name__}, not a JSON object")
+    return content
 
 
 def parse_config(raw: dict[str, Any], strict: bool = True) -> ModelConfig:

@@ -7,7 +7,6 @@ bandwidth. This room holds both, and `Row.commit`, which alone decides when a ro
 """
 
 import dataclasses
-import json
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor
 
 from minillm.cache import StaticCache
-from minillm.config import ModelConfig, token_ids
+from minillm.config import ModelConfig, read_json, token_ids
 from minillm.errors import CheckpointError, RequestError
 from minillm.model import Decoder
 from minillm.sampling import Sampling, next_token
@@ -112,12 +111,7 @@ def merge_options(defaults: GenerationConfig, given: GenerationConfig | None, op
 def generation_defaults(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> GenerationConfig:
     """The checkpoint's own sampling defaults, and the union of every EOS id it names anywhere."""
     path = folder / "generation_config.json"
-    raw = {}
-    if path.exists():
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be read as JSON: {error}") from None
+    raw = read_json(path, CheckpointError)
     eos = [*config.eos_token_ids, *token_ids(raw.get("eos_token_id"), f"{path}: eos_token_id")]
     if tokenizer.eos_token_id is not None:
         eos.append(tokenizer.eos_token_id)

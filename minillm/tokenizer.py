@@ -17,6 +17,7 @@ from jinja2.ext import LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as _Tokenizer
 
+from minillm.config import read_json
 from minillm.errors import TokenizerError
 
 # How far back to look in a prompt for a token that ends on a whole character.
@@ -47,7 +48,7 @@ class Tokenizer:
         # Some files ask for truncation or padding, which belonged to training.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        config = _read_json(folder / "tokenizer_config.json")
+        config = read_json(folder / "tokenizer_config.json", TokenizerError)
         self._special = {
             name: _content(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
         }
@@ -215,19 +216,9 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
     separate = folder / "chat_template.jinja"
     if separate.exists():
         return separate.read_text(encoding="utf-8")
-    template = _read_json(folder / "chat_template.json").get("chat_template") or config.get("chat_template")
+    template = read_json(folder / "chat_template.json", TokenizerError).get("chat_template") or config.get(
+        "chat_template"
+    )
     if isinstance(template, list):  # several named templates: the plain one is called "default"
         return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
     return template
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, OSError) as error:
-        raise TokenizerError(f"{path} cannot be read as JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise TokenizerError(f"{path} holds a {type(content).__name__}, not a JSON object")
-    return content
