@@ -112,6 +112,32 @@ def test_truncate_and_redo_equals_never_did(name, length, cut, ours):
     expected = feed(model, clean, right, 5, start=cut)
     torch.testing.assert_close(redone, expected, **SAME)
     assert cache.token_ids == clean.token_ids == [wrong[:cut] + right]
+    # And it can be done again, also after a cut to nothing.
+    for each in (cache, clean):
+        each.truncate(cut + 4)
+    again = [run(model, each, [[9]], [cut + 4])[0] for each in (cache, clean)]
+    torch.testing.assert_close(again[0], again[1], **SAME)
+
+
+@pytest.mark.parametrize("max_step", [1, 3, 8])
+@pytest.mark.parametrize("length", [15, 20, 31])
+@pytest.mark.parametrize("name", ["mistral-v0.1", "gemma3"])
+def test_every_cut_near_the_wrap_is_exact_or_refused(name, length, max_step, ours):
+    """Each cut from max_step + 4 tokens down to none: up to max_step must succeed, beyond may only refuse."""
+    model, ids = ours(name), prompt_ids(length, seed=14)
+    expected = run(model, cache_of(model), [[*ids]], [0])[0]
+    refused = 0
+    for cut in range(max(length - max_step - 4, 1), length):
+        cache = cache_of(model, max_step=max_step)
+        feed(model, cache, ids, max_step)
+        try:
+            cache.truncate(cut)
+        except CacheError:
+            assert length - cut > max_step
+            refused += 1
+            continue
+        torch.testing.assert_close(run(model, cache, [[ids[cut]]], [cut])[0], expected[cut : cut + 1], **SAME)
+    assert refused > 0 or max_step == 8
 
 
 @pytest.mark.parametrize("name", ["mistral-v0.1", "qwen2-window", "gemma2", "gemma3", "phi3"])

@@ -11,7 +11,7 @@ from minillm.config import parse_config
 from minillm.rope import attention_scale, cos_sin, inverse_frequencies, rotary_table, rotate
 
 ORIGINAL = 64
-LENGTHS = [1, 40, 63, 64, 65, 100, 511, 2048]  # below, at and beyond the original context
+LENGTHS = [1, 16, 32, 33, 64, 65, 100, 511, 2048]  # below, at and beyond the original contexts
 _SHORT = [1.0, 1.1, 1.3, 1.7, 2.0]
 _LONG = [1.5, 2.0, 4.0, 8.0, 16.0]
 VARIANTS = {

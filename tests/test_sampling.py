@@ -75,6 +75,14 @@ def test_temperature_zero_is_the_one_hot_limit():
     assert probabilities(torch.tensor([[1.0, 2.0, 2.0]]), torch.zeros(1)).tolist() == [[0.0, 1.0, 0.0]]
 
 
+def test_exact_ties_at_the_border_of_top_p():
+    """Four equal tokens hold a quarter each; top_p 0.5 is reached by two, and nothing is rounded here."""
+    for top_p, kept in ((0.25, 1), (0.5, 2), (0.51, 3), (0.75, 3), (1.0, 4)):
+        ours = probabilities(torch.zeros(1, 4), torch.ones(1), None, torch.tensor([top_p]))
+        assert (ours > 0).sum() == kept
+        assert (theirs(torch.zeros(1, 4), 1.0, None, top_p, None) > 0).sum() == kept
+
+
 def test_large_logits_stay_finite():
     for logits in (torch.tensor([[1e4, -1e4, 9.9e3]]), torch.tensor([[0.0, float("-inf"), 1.0]])):
         for temperature in (0.0, 1e-2, 1.0):
