@@ -6,7 +6,9 @@ one line; 2: the command line itself was wrong; 130: interrupted.
 
 import argparse
 import itertools
+import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -230,32 +232,28 @@ def _answer(pieces) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     from minillm.checkpoint import find_checkpoint
     from minillm.config import load_config
     from minillm.describe import facts, trace
     from minillm.llm import choose_dtype
 
-    console = Console(highlight=False)
     folder = find_checkpoint(options.model, revision=options.revision, local_files_only=options.local_files_only)
     config = load_config(folder)
-    table = Table(box=None, show_header=False, pad_edge=False)
     for name, value in facts(config, choose_dtype(options.dtype, config)):
-        table.add_row(name, value)
-    console.print(table)
+        print(textwrap.fill(f"{name:<20}{value}", _width(), subsequent_indent=" " * 20))
     if options.trace is None:
         return
     walk = trace(_load(options), options.trace)
-    console.print(f"\n{len(walk.tokens)} tokens: {' | '.join(map(repr, walk.tokens))}\n", markup=False)
-    table = Table("step", "result", "dtype", "ms", box=None, pad_edge=False)
-    table.columns[-1].justify = "right"
+    print()
+    print(textwrap.fill(f"{len(walk.tokens)} tokens: {' | '.join(map(repr, walk.tokens))}", _width()))
+    print(f"\n{'step':<31}{'result':<20}{'dtype':<10}{'ms':>8}")
     for step in walk.steps:
-        table.add_row(
-            step.name, str(list(step.shape)), str(step.dtype).removeprefix("torch."), f"{step.milliseconds:.3f}"
-        )
-    console.print(table)
-    console.print(
-        "\nlikeliest next tokens:", ", ".join(f"{text!r} {p:.1%}" for text, p in walk.candidates), markup=False
-    )
+        dtype = str(step.dtype).removeprefix("torch.")
+        print(f"{step.name:<31}{list(step.shape)!s:<20}{dtype:<10}{step.milliseconds:>8.3f}")
+    candidates = ", ".join(f"{text!r} {p:.1%}" for text, p in walk.candidates)
+    print("\n" + textwrap.fill(f"likeliest next tokens: {candidates}", _width()))
+
+
+def _width() -> int:
+    """Columns to fill: the terminal's, within reason; 80 when piped."""
+    return max(40, min(shutil.get_terminal_size().columns, 100))
