@@ -318,7 +318,7 @@ def test_without_a_working_compiler_everything_works_and_says_so_once(tmp_path, 
 
 def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
     kernels = os.path.dirname(os.path.dirname(os.path.dirname(cpu.__file__)))
-    program = "import torch; from minillm_kernels.linear import linear; one = torch.ones(1, 40); print(linear(one, one).item())"
+    program = "import torch; from minillm_kernels.linear import linear; x = torch.ones(1, 40); print(linear(x, x).item())"
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": kernels}
     start = [subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE) for _ in "12"]
     assert [process.communicate()[0].decode().strip() for process in start] == ["40.0", "40.0"]

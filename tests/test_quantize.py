@@ -1,0 +1,224 @@
+"""Codes against the definition, the layers against plain products of what they hold, and bad input in words."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from minillm.errors import MinillmError
+from minillm.quantize import (
+    Int4Linear,
+    Int8Linear,
+    Linear,
+    QuantizeSpec,
+    dequantize_int4,
+    dequantize_int8,
+    make_linear,
+    parse_quantize,
+    quantize_int4,
+    quantize_int8,
+)
+
+WORDS = (None, "int8", "int4-g32", "int4-g64", "int4-g128")
+
+
+def round_to_nearest(weight, group_size):
+    """The baseline: 16 codes spread evenly over each group's range, zero included; returns the weights it gives."""
+    grouped = weight.view(weight.shape[0], -1, group_size)
+    low, high = grouped.amin(2, keepdim=True).clamp(max=0), grouped.amax(2, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 15).half().float().clamp(min=2**-24)
+    zero = (-low / scale).round().clamp(0, 15)
+    return (((grouped / scale + zero).round().clamp(0, 15) - zero) * scale).view_as(weight)
+
+
+def test_int8_moves_no_weight_by_more_than_half_a_step():
+    torch.manual_seed(0)
+    weight = torch.randn(300, 1001) * torch.logspace(-6, 3, 300)[:, None]  # several pieces, many magnitudes
+    weight[7] = 0
+    codes, scale = quantize_int8(weight)
+    assert codes.dtype == torch.int8
+    assert scale.dtype == torch.float32
+    assert codes.abs().max() == 127
+    step = weight.abs().amax(1, keepdim=True) / 127
+    error = (dequantize_int8(codes, scale).double() - weight.double()).abs()
+    assert (error <= step * (0.5 + 1e-4)).all()  # 127 * 2^-24 and such for the roundings on the way
+    assert dequantize_int8(codes, scale)[7].eq(0).all()
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int4_is_packed_as_documented(group_size, dtype):
+    """Unpacked here element by element from the words of the layout; each weight within reach of its code."""
+    torch.manual_seed(1)
+    weight = torch.randn(20, 256).to(dtype)
+    packed, scale, zero = quantize_int4(weight, group_size)
+    assert (packed.dtype, scale.dtype, zero.dtype) == (torch.uint8, torch.float16, torch.uint8)
+    assert packed.shape == (20, 128)
+    assert scale.shape == zero.shape == (256 // group_size, 20)
+    expected = torch.empty(20, 256)
+    for k in range(256):
+        group, i = divmod(k, group_size)
+        byte = packed[:, group * group_size // 2 + i % (group_size // 2)].int()
+        code = byte % 16 if i < group_size // 2 else byte // 16
+        expected[:, k] = (code - zero[group].int()) * scale[group].float()
+    assert torch.equal(dequantize_int4(packed, scale, zero, group_size), expected)
+    assert zero.max() <= 15
+
+
+@pytest.mark.parametrize(("group_size", "gain"), [(32, 0.08), (64, 0.07), (128, 0.09)])
+def test_int4_search_beats_round_to_nearest(group_size, gain):
+    """On normal weights by the share of squared error the docstring states (less a margin for the draw), and in no
+    group at all worse: round to nearest is among the candidates."""
+    torch.manual_seed(2)
+    weight = torch.randn(256, 1024)
+    found = dequantize_int4(*quantize_int4(weight, group_size), group_size) - weight
+    plain = round_to_nearest(weight, group_size) - weight
+    assert found.square().sum() < (1 - gain) * plain.square().sum()
+    per_group = [e.view(-1, group_size).square().sum(1) for e in (found, plain)]
+    assert (per_group[0] <= per_group[1] * (1 + 1e-5)).all()
+
+
+def test_int4_of_awkward_groups():
+    weight = torch.zeros(6, 32)
+    weight[1] = 1.0  # constant
+    weight[2] = -3e-4  # constant, negative
+    weight[3, 5] = 100.0  # a single spike
+    weight[4] = torch.linspace(5, 6, 32)  # far from zero: the range is stretched to include it
+    weight[5] = 1e-9  # below what float16 can scale
+    result = dequantize_int4(*quantize_int4(weight, 32), 32)
+    assert result[0].eq(0).all()
+    for row in (1, 2):  # a constant is up to 15 whole steps of a float16 scale, off by half its spacing
+        torch.testing.assert_close(result[row], weight[row], rtol=2**-11, atol=15 * 2**-25)
+    torch.testing.assert_close(result[3], weight[3], rtol=2**-11, atol=0)
+    assert (result[4] - weight[4]).abs().max() < 6 / 15
+    assert result[5].abs().max() < 2**-24
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("bias", [False, True])
+def test_layers_filled_by_row_slices_equal_one_filled_at_once(word, bias):
+    torch.manual_seed(3)
+    weight, values = torch.randn(100, 256).bfloat16(), torch.randn(100)
+    layers = [make_linear(256, 100, bias, parse_quantize(word), torch.float32) for _ in range(2)]
+    layers[0].load_rows(0, weight)
+    for start, stop in ((40, 100), (0, 33), (33, 40)):
+        layers[1].load_rows(start, weight[start:stop])
+    if bias:
+        for layer in layers:
+            layer.bias.data.copy_(values)
+    for a, b in zip(layers[0].state_dict().values(), layers[1].state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+    x = torch.randn(2, 3, 256)
+    held = held_weight(layers[0])
+    expected = F.linear(x.double(), held.double(), values.double() if bias else None)
+    with torch.no_grad():
+        torch.testing.assert_close(layers[0](x).double(), expected, rtol=1e-3, atol=1e-3 * expected.std().item())
+
+
+def held_weight(layer):
+    if isinstance(layer, Linear):
+        return layer.weight
+    if isinstance(layer, Int8Linear):
+        return dequantize_int8(layer.weight, layer.scale)
+    return dequantize_int4(layer.packed, layer.scale, layer.zero, layer.group_size)
+
+
+@pytest.mark.parametrize("word", WORDS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+def test_gated_is_activation_of_the_first_half_times_the_second(word, bias, activation):
+    torch.manual_seed(4)
+    layer = make_linear(128, 96, bias, parse_quantize(word), torch.float32)
+    layer.load_rows(0, torch.randn(96, 128) / 8)
+    if bias:
+        layer.bias.data.normal_()
+    x = torch.randn(5, 128)
+    gate, up = F.linear(x, held_weight(layer), layer.bias).double().chunk(2, dim=-1)
+    gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+    with torch.no_grad():
+        torch.testing.assert_close(layer.gated(x, activation).double(), gate * up, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("word", WORDS)
+def test_eager_and_compiled_layers_agree_and_compile_to_one_graph(word):
+    torch.manual_seed(5)
+    layer = make_linear(128, 64, True, parse_quantize(word), torch.bfloat16)
+    layer.load_rows(0, torch.randn(64, 128))
+    layer.bias.data.normal_()
+    plain = make_linear(128, 64, False, parse_quantize(word), torch.bfloat16)
+    plain.load_rows(0, torch.randn(64, 128))
+    x = torch.randn(3, 128).bfloat16()
+
+    def both(x):
+        return layer(x), plain.gated(x, "silu")
+
+    with torch.no_grad():
+        compiled = torch.compile(both, fullgraph=True, backend="aot_eager")(x)
+        assert all(map(torch.equal, compiled, both(x)))
+
+
+def test_dense_layer_gives_gradients():
+    layer = Linear(8, 6, bias=True)
+    for parameter in layer.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(3, 8, requires_grad=True)
+    (layer(x).square().sum() + layer.gated(x, "silu").sum()).backward()
+    assert all(t.grad.abs().sum() > 0 for t in (x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("word", ["int8", "int4-g32"])
+def test_layers_are_built_on_meta_and_keep_their_scales_when_cast(word):
+    """`model.to(bfloat16)` rounds parameters; rounding the scales too would change every weight."""
+    with torch.device("meta"):
+        layer = make_linear(64, 10, True, parse_quantize(word), torch.float32)
+    assert all(tensor.is_meta for tensor in layer.state_dict().values())
+    layer = layer.to_empty(device="cpu")
+    torch.manual_seed(6)
+    layer.load_rows(0, torch.randn(10, 64))
+    layer.bias.data.zero_()
+    before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
+    layer = layer.to(torch.bfloat16)
+    after = layer.state_dict()
+    assert after.pop("bias").dtype == torch.bfloat16
+    assert before.keys() - after.keys() == {"bias"}
+    assert all(
+        torch.equal(before[name], tensor) and before[name].dtype == tensor.dtype for name, tensor in after.items()
+    )
+    assert layer(torch.randn(2, 64).bfloat16()).dtype == torch.bfloat16
+
+
+def test_layers_hold_exactly_the_bytes_of_the_format():
+    def size(layer):
+        return sum(tensor.nbytes for tensor in layer.state_dict().values())
+
+    assert size(make_linear(256, 100, False, parse_quantize("int8"), torch.bfloat16)) == 100 * 256 + 100 * 4
+    assert size(make_linear(256, 100, True, parse_quantize("int4-g32"), torch.bfloat16)) == 100 * (128 + 8 * 3 + 2)
+
+
+def test_words():
+    assert parse_quantize(None) is None
+    assert parse_quantize("int8") == QuantizeSpec(8)
+    assert parse_quantize("int4") == QuantizeSpec(4, 64)
+    assert parse_quantize("int4-g128") == QuantizeSpec(4, 128)
+    for word in WORDS[1:]:
+        assert str(parse_quantize(word)) == word
+    for wrong in ("int5", "int4-g48", "INT8", "", "int8-g64", 8):
+        with pytest.raises(MinillmError, match="choose one of int8, int4, int4-g32"):
+            parse_quantize(wrong)
+
+
+def test_errors_name_the_shape_and_the_way_out():
+    with pytest.raises(
+        MinillmError, match=r'96 inputs and 10 outputs .* groups of 64; use quantize="int4-g32" or "int8"'
+    ):
+        make_linear(96, 10, False, QuantizeSpec(4, 64))
+    with pytest.raises(MinillmError, match=r'50 inputs and 10 outputs .* use quantize="int8"'):
+        quantize_int4(torch.ones(10, 50), 64)
+    with pytest.raises(MinillmError, match="groups hold 32, 64, 128 inputs, not 48"):
+        quantize_int4(torch.ones(10, 96), 48)
+    for wrong in (float("nan"), float("inf")):
+        weight = torch.ones(4, 64)
+        weight[2, 3] = wrong
+        with pytest.raises(MinillmError, match="infinite or not a number"):
+            quantize_int8(weight)
+        with pytest.raises(MinillmError, match="infinite or not a number"):
+            Int4Linear(64, 4, bias=False).load_rows(0, weight)
