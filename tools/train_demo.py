@@ -10,7 +10,7 @@ come out, as two ordinary Hugging Face checkpoint folders (OUT and OUT/draft):
 3. the draft: a Llama of under 0.8 M parameters on the same tokenizer, trained on the target's soft
    labels (distillation, https://arxiv.org/abs/1503.02531), for speculative decoding.
 
-What makes an hour on two cores enough:
+What makes an hour on a CPU enough:
 
 - bfloat16 matrix products under autocast, float32 master weights, and the whole of forward, loss and
   backward compiled into one graph;
@@ -21,7 +21,9 @@ What makes an hour on two cores enough:
   time, on a slow machine or a busy one.
 
 Everything between lives in --work (tokens, checkpoints); running the same command again continues from
-there. Steps longer than 30 s (the process was paused, or a graph was being compiled) count as 30 s.
+there (a work folder belongs to one text). Steps longer than 30 s, because the process was paused or a
+graph was being compiled, count as 30 s. A busy second core makes two threads slower than one: try
+`OMP_NUM_THREADS=1` when the machine is shared.
 """
 
 import argparse
@@ -42,7 +44,8 @@ END = "<|endoftext|>"  # token id 0: starts every record (bos) and ends it (eos)
 VOCAB = 4096
 BATCH_TOKENS = 8192  # tokens per optimizer step
 # (fraction of the time budget, window length): from that fraction on, train on windows of that length.
-WINDOWS = ((0.0, 256), (0.65, 512), (0.88, 1024))
+TARGET_WINDOWS = ((0.0, 256), (0.82, 1024))
+DRAFT_WINDOWS = ((0.0, 512),)
 LONGEST_STEP = 30.0  # seconds one step may add to the elapsed time
 CHECKPOINT_EVERY, VALID_EVERY, LOG_EVERY = 120.0, 300.0, 20.0  # seconds of elapsed training time
 
@@ -124,10 +127,10 @@ def prepare(work: Path, text: Path, valid: Path) -> tuple[Tokenizer, torch.Tenso
         np.save(train_file, tokenise(tokenizer, records))
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     if tokenizer.get_vocab_size() != VOCAB:
-        sys.exit(
-            f"train_demo: the text gave {tokenizer.get_vocab_size()} tokens, {VOCAB} are needed: too short"
-        )
+        sys.exit(f"train_demo: the text gave {tokenizer.get_vocab_size()} tokens, {VOCAB} are needed: too short")
     train_ids = torch.from_numpy(np.load(train_file).astype(np.int64))
+    if len(train_ids) < 2 * BATCH_TOKENS:
+        sys.exit(f"train_demo: {len(train_ids):,} training tokens; at least {2 * BATCH_TOKENS:,} are needed")
     valid_ids = torch.from_numpy(tokenise(tokenizer, valid_records).astype(np.int64))
     return tokenizer, train_ids, valid_ids, sum(len(record.encode()) for record in valid_records)
 
@@ -203,18 +206,10 @@ def agreement(target: LlamaForCausalLM, draft: LlamaForCausalLM, ids: torch.Tens
         same += (p.argmax(-1) == q.argmax(-1)).sum().item()
         overlap += torch.minimum(p, q).exp().sum().item()
         count += p.shape[1]
-    target.train(), draft.train()
     return same / count, overlap / count
 
 
 # --- training ---------------------------------------------------------------------------------------------
-
-
-def add_dropout(model: LlamaForCausalLM, p: float) -> None:
-    """Drop parts of what each block adds to the residual stream; only while training."""
-    for layer in model.model.layers:
-        for module in (layer.self_attn.o_proj, layer.mlp.down_proj):
-            module.register_forward_hook(lambda mod, args, out: F.dropout(out, p, mod.training))
 
 
 def make_loss(model: LlamaForCausalLM, teacher: LlamaForCausalLM | None):
@@ -243,7 +238,7 @@ def make_optimizers(model: LlamaForCausalLM, muon_lr: float, adam_lr: float, dec
     ]
 
 
-def schedule(fraction: float) -> float:
+def lr_factor(fraction: float) -> float:
     """Learning-rate factor: 2 % linear warm-up, then half a cosine down to zero."""
     if fraction < 0.02:
         return max(fraction, 0.001) / 0.02
@@ -255,8 +250,12 @@ def save_atomically(state: dict, path: Path) -> None:
     path.with_suffix(".part").replace(path)
 
 
-def train(name, config, data, args, minutes, dropout, decay, teacher=None) -> tuple[LlamaForCausalLM, dict]:
-    """Train `name` for `minutes`, from its checkpoint in args.work where one is; the best model, figures."""
+def train(name, config, schedule, data, args, minutes, decay, teacher=None) -> tuple[LlamaForCausalLM, dict]:
+    """Train `name` for `minutes`, continuing from its checkpoint in args.work where there is one.
+
+    `schedule` gives the window lengths, `decay` is Muon's weight decay. With a `teacher` the labels are its
+    distributions. Returns the model as it was at the best validation, and how far training went.
+    """
     _, train_ids, valid_ids, valid_bytes = data
     torch.manual_seed(args.seed)
     model = LlamaForCausalLM(config)
@@ -277,8 +276,6 @@ def train(name, config, data, args, minutes, dropout, decay, teacher=None) -> tu
     else:
         sizes = f"{len(train_ids):,} training tokens, {valid_bytes:,} validation bytes"
         print(f"{name}: {model.num_parameters():,} parameters, {sizes}", flush=True)
-    if dropout:
-        add_dropout(model, dropout)
     loss_fn = make_loss(model, teacher)
 
     def keep_checkpoint() -> None:
@@ -299,12 +296,12 @@ def train(name, config, data, args, minutes, dropout, decay, teacher=None) -> tu
     while now["elapsed"] < budget:
         began = time.perf_counter()
         fraction = now["elapsed"] / budget
-        length = [length for start, length in WINDOWS if fraction >= start][-1]
+        length = [length for start, length in schedule if fraction >= start][-1]
         loss = loss_fn(*windows.next(length))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, lr in zip(optimizers, base_lr, strict=True):
-            optimizer.param_groups[0]["lr"] = lr * schedule(fraction)
+            optimizer.param_groups[0]["lr"] = lr * lr_factor(fraction)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         now["step"] += 1
@@ -324,7 +321,6 @@ def train(name, config, data, args, minutes, dropout, decay, teacher=None) -> tu
             keep_checkpoint()
     validate()
     keep_checkpoint()
-    model = LlamaForCausalLM(config)  # a fresh one: no dropout hooks
     model.load_state_dict(torch.load(best, weights_only=True))
     return model, now
 
@@ -356,10 +352,10 @@ def figures(name: str, model: LlamaForCausalLM, now: dict, data) -> str:
     rounded = copy.deepcopy(model).to(torch.bfloat16).float()  # the weights as they are written
     tokens, elapsed = now["tokens"], now["elapsed"]
     lines = [
-        f"{name}: {model.num_parameters():,} parameters, {now['step']:,} steps (best at {now['best_step']:,})",
+        f"{name}: {model.num_parameters():,} parameters, best of {now['step']:,} steps: {now['best_step']:,}",
         f"{name}: {tokens:,} tokens, {tokens / len(train_ids):.1f} epochs, {elapsed / 60:.1f} min",
     ]
-    for length, overlap in ((512, 0), (512, 256), (1024, 512), (2048, 1024)):
+    for length, overlap in ((512, 0), (1024, 512)):
         bits = validation_bits(rounded, valid_ids, length, overlap)
         nats = bits * math.log(2) / (len(valid_ids) - 1)
         lines.append(f"{name}: window {length}, overlap {overlap}: {bits / valid_bytes:.4f} bits/byte, "
@@ -375,7 +371,6 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("train_demo_work"), help="tokens and checkpoints")
     parser.add_argument("--minutes", type=float, default=70, help="training time of the target")
     parser.add_argument("--draft-minutes", type=float, default=15, help="training time of the draft")
-    parser.add_argument("--dropout", type=float, default=0.0, help="residual dropout of the target")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.003)
     parser.add_argument("--seed", type=int, default=1)
@@ -384,15 +379,14 @@ def main() -> None:
 
     data = prepare(args.work, args.text, args.valid)
     tokenizer, _, valid_ids, _ = data
-    target, now = train("target", TARGET, data, args, args.minutes, dropout=args.dropout, decay=0.1)
+    target, target_run = train("target", TARGET, TARGET_WINDOWS, data, args, args.minutes, 0.1)
     export(target, tokenizer, args.out)
-    print(figures("target", target, now, data), flush=True)
-
     target.eval().requires_grad_(False)
-    draft, now = train("draft", DRAFT, data, args, args.draft_minutes, 0.0, decay=0.01, teacher=target)
+    draft, draft_run = train("draft", DRAFT, DRAFT_WINDOWS, data, args, args.draft_minutes, 0.01, target)
     export(draft, tokenizer, args.out / "draft")
+    print(figures("target", target, target_run, data), flush=True)
+    print(figures("draft", draft, draft_run, data), flush=True)
     same, overlap = agreement(target, draft, valid_ids)
-    print(figures("draft", draft, now, data))
     print(f"draft: argmax agrees with the target {same:.1%}, expected acceptance {overlap:.1%}")
 
 
