@@ -15,8 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
+
 from minillm_kernels.decode_attention import decode_attention, decode_attention_cuda
 from minillm_kernels.flash_attention import flash_attention, flash_attention_cuda
+from minillm_kernels.gated_mlp import gated_mlp, gated_mlp_cuda
+from minillm_kernels.int4_linear import int4_linear, int4_linear_cuda
+from minillm_kernels.int8_linear import int8_linear, int8_linear_cuda
 from minillm_kernels.launch import interpreting
 from minillm_kernels.norm_rope import (
     add_rms_norm,
@@ -26,7 +31,6 @@ from minillm_kernels.norm_rope import (
     rope_and_cache_write,
     rope_and_cache_write_cuda,
 )
-from torch import Tensor
 
 Results = tuple[Tensor, ...]
 
@@ -480,6 +484,226 @@ ROPE_AND_CACHE_WRITE = Entry(
 )
 
 
+# ---------------------------------------------------------------------------------------------------------
+# int8_linear, int4_linear, gated_mlp
+# ---------------------------------------------------------------------------------------------------------
+
+
+def linear_inputs(case: dict, dtype: torch.dtype, device, generator: torch.Generator) -> dict:
+    """x [rows, K] and a weight [N, K] in the case's format: "int8", "int4" or "dense"."""
+    random = {"generator": generator, "device": device}
+    (N, K), form, group = case["weight"], case["format"], case.get("group_size", 0)
+    inputs = {"x": torch.randn(*case["rows"], K, **random).to(dtype)}
+    if form == "dense":
+        inputs["weight"] = (torch.randn(N, K, **random) * K**-0.5).to(dtype)
+    elif form == "int8":
+        inputs["weight"] = torch.randint(-127, 128, (N, K), dtype=torch.int8, **random)
+        inputs["scale"] = (torch.rand(N, **random) + 0.5) / (70 * K**0.5)
+    else:
+        inputs["packed"] = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, **random)
+        inputs["scale"] = ((torch.rand(K // group, N, **random) + 0.5) / (5 * K**0.5)).half()
+        inputs["zero"] = torch.randint(0, 16, (K // group, N), dtype=torch.uint8, **random)
+        inputs["group_size"] = group
+    if "activation" in case:
+        inputs["activation"] = case["activation"]
+        if form == "int4":
+            inputs["weight"] = inputs.pop("packed")
+    elif case.get("bias"):
+        inputs["bias"] = torch.randn(N, **random).to(dtype)
+    return inputs
+
+
+def exact_weight(weight: Tensor, scale=None, zero=None, group_size: int = 0) -> Tensor:
+    """The weight [N, K] in float64, element by element from the definition of each format."""
+    if weight.dtype == torch.int8:
+        return weight.double() * scale.double()[:, None]
+    if weight.dtype != torch.uint8:
+        return weight.double()
+    K = 2 * weight.shape[1]
+    index = torch.arange(K, device=weight.device)  # input
+    group, inner = index // group_size, index % group_size
+    byte = weight[:, group * (group_size // 2) + inner % (group_size // 2)].long()  # [N, K]
+    code = torch.where(inner < group_size // 2, byte % 16, byte // 16)
+    return (code - zero[group].t().long()) * scale[group].t().double()
+
+
+def int8_reference(x, weight, scale, bias=None) -> Results:
+    y = x.double() @ exact_weight(weight, scale).t()
+    return (y if bias is None else y + bias.double(),)
+
+
+def int4_reference(x, packed, scale, zero, group_size, bias=None) -> Results:
+    y = x.double() @ exact_weight(packed, scale, zero, group_size).t()
+    return (y if bias is None else y + bias.double(),)
+
+
+def gated_reference(x, weight, activation, scale=None, zero=None, group_size=0) -> Results:
+    y = x.double() @ exact_weight(weight, scale, zero, group_size).t()
+    gate, up = y.chunk(2, dim=-1)
+    return (activated(gate, activation) * up,)
+
+
+def activated(gate: Tensor, activation: str) -> Tensor:
+    if activation == "silu":
+        return gate * torch.sigmoid(gate)
+    return torch.nn.functional.gelu(gate, approximate="tanh")
+
+
+def product_bound(x: Tensor, weight: Tensor, exact: Tensor) -> Tensor:
+    """Error of x @ exact.T before the result is rounded; `weight` tells the format.
+
+    - K float32 products and sums whose roundings walk randomly (Higham & Mary 2019): sqrt(K) * 2^-24 * sum|x w|;
+    - with more than 16 rows, or int4 and more than one, the weight is rounded to x's dtype first. K
+      independent errors, each uniform within unit * |x w|, add up to a spread of unit * |x w|_2 / sqrt(3); 4 * unit
+      * |x w|_2 is seven of those;
+    - on CPU the quantized formats round x to 16 bits of its row's largest element, 1.5e-5 of it each.
+    """
+    x, on_cpu, dtype, rows = x.double(), not (x.is_cuda or interpreting()), x.dtype, x.numel() // x.shape[-1]
+    bound = x.shape[-1] ** 0.5 * unit(torch.float32) * (x.abs() @ exact.abs().t())
+    if weight.dtype != dtype and (rows > 16 or (weight.dtype == torch.uint8 and rows > 1)):
+        bound = bound + 4 * unit(dtype) * (x.square() @ exact.square().t()).sqrt()
+    if weight.dtype != dtype and on_cpu:
+        bound = bound + 4 * 1.5e-5 * x.abs().amax(-1, keepdim=True) * exact.norm(dim=1)
+    return bound
+
+
+def linear_bound(expected: Tensor, x: Tensor, weight: Tensor, exact: Tensor, bias) -> Results:
+    """The product's error and one rounding of the result; the library paths round before the bias as well."""
+    bound = product_bound(x, weight, exact) + rounding(expected, x.dtype)
+    if bias is not None:
+        bound = bound + rounding(expected - bias.double(), x.dtype) + rounding(bias.double(), torch.float32)
+    return (bound,)
+
+
+def int8_bounds(expected, x, weight, scale, bias=None) -> Results:
+    return linear_bound(expected[0], x, weight, exact_weight(weight, scale), bias)
+
+
+def int4_bounds(expected, x, packed, scale, zero, group_size, bias=None) -> Results:
+    return linear_bound(expected[0], x, packed, exact_weight(packed, scale, zero, group_size), bias)
+
+
+def gated_bounds(expected, x, weight, activation, scale=None, zero=None, group_size=0) -> Results:
+    """An error d of the gate moves the activation by at most 1.13 d (its steepest slope), one of `up` counts in
+    proportion to the activation. With more than 16 rows both are rounded to x's dtype on the way. The
+    activation itself, through exp2: a relative (8 + |gate|) * 2^-24. One rounding at the end."""
+    exact = exact_weight(weight, scale, zero, group_size)
+    products = x.double() @ exact.t()
+    error = product_bound(x, weight, exact)
+    if x.numel() // x.shape[-1] > 16:
+        error = error + rounding(products, x.dtype)
+    (gate, up), (gate_error, up_error) = products.chunk(2, dim=-1), error.chunk(2, dim=-1)
+    bound = 1.13 * gate_error * (up.abs() + up_error) + activated(gate, activation).abs() * up_error
+    bound = bound + (8 + gate.abs()) * unit(torch.float32) * expected[0].abs()
+    return (bound + rounding(expected[0], x.dtype),)
+
+
+def linear_bytes(x: Tensor, weight: Tensor | None = None, packed: Tensor | None = None, **inputs) -> int:
+    """Weights, scales and zero points once, x once, the result once."""
+    weight = packed if weight is None else weight
+    read = [x, weight, *(inputs[name] for name in ("scale", "zero", "bias") if inputs.get(name) is not None)]
+    outputs = weight.shape[0] // (2 if "activation" in inputs else 1)
+    written = x.numel() // x.shape[-1] * outputs * x.element_size()
+    return sum(tensor.numel() * tensor.element_size() for tensor in read) + written
+
+
+def small_linear_cases(form: str, **more) -> dict[str, dict]:
+    """The three regimes by rows (1, 2..16, more), sizes that fill no tile, leading dimensions, a bias."""
+    cases = {
+        "1 row": dict(rows=(1,), weight=(96, 256)),
+        "1 row, ragged, bias": dict(rows=(1, 1), weight=(70, 160), bias=True),
+        "3 rows, bias": dict(rows=(3,), weight=(100, 192), bias=True),
+        "16 rows": dict(rows=(2, 8), weight=(40, 96)),
+        "17 rows, bias": dict(rows=(17,), weight=(48, 160), bias=True),
+    }
+    return {name: case | {"format": form} | more for name, case in cases.items()}
+
+
+def model_linear_cases(form: str, **more) -> dict[str, dict]:
+    cases = {
+        "Llama-2-7B qkv, 1 row": dict(rows=(1,), weight=(12288, 4096)),
+        "Llama-2-7B down, 1 row": dict(rows=(1,), weight=(4096, 11008)),
+        "Llama-3-8B qkv, 1 row": dict(rows=(1,), weight=(6144, 4096)),
+        "Gemma-2b down, 1 row": dict(rows=(1,), weight=(2048, 16384)),
+        "TinyLlama qkv, 1 row": dict(rows=(1,), weight=(2560, 2048)),
+        "Llama-2-7B qkv, 6 rows": dict(rows=(6,), weight=(12288, 4096)),
+        "Llama-2-7B down, 6 rows": dict(rows=(6,), weight=(4096, 11008)),
+        "Llama-2-7B qkv, 512 rows": dict(rows=(512,), weight=(12288, 4096)),
+    }
+    return {name: case | {"format": form} | more for name, case in cases.items()}
+
+
+INT8_LINEAR = Entry(
+    name="int8_linear",
+    make_inputs=linear_inputs,
+    run=lambda **inputs: (int8_linear(**inputs),),
+    cuda=int8_linear_cuda,
+    reference=int8_reference,
+    bounds=int8_bounds,
+    bytes_moved=linear_bytes,
+    small_cases=small_linear_cases("int8"),
+    model_cases=model_linear_cases("int8"),
+)
+
+INT4_LINEAR = Entry(
+    name="int4_linear",
+    make_inputs=linear_inputs,
+    run=lambda **inputs: (int4_linear(**inputs),),
+    cuda=int4_linear_cuda,
+    reference=int4_reference,
+    bounds=int4_bounds,
+    bytes_moved=linear_bytes,
+    small_cases={
+        f"{name}, groups of {group}": case
+        for group in (32, 64, 128)
+        for name, case in small_linear_cases("int4", group_size=group).items()
+        if case["weight"][1] % group == 0
+    },
+    model_cases=model_linear_cases("int4", group_size=128)
+    | {"Llama-2-7B qkv, 1 row, groups of 32": dict(rows=(1,), weight=(12288, 4096), format="int4", group_size=32)},
+)
+
+
+def gated_case(rows: tuple, weight: tuple, form: str, activation: str = "silu", group_size: int = 0) -> dict:
+    return dict(rows=rows, weight=weight, format=form, activation=activation, group_size=group_size)
+
+
+GATED_MLP = Entry(
+    name="gated_mlp",
+    make_inputs=linear_inputs,
+    run=lambda **inputs: (gated_mlp(**inputs),),
+    cuda=gated_mlp_cuda,
+    reference=gated_reference,
+    bounds=gated_bounds,
+    bytes_moved=linear_bytes,
+    small_cases={
+        f"{form}, {rows} rows, {activation}": gated_case((rows,), (2 * 37, 192), form, activation, 64)
+        for form in ("dense", "int8", "int4")
+        for rows, activation in ((1, "silu"), (1, "gelu_tanh"), (5, "silu"), (5, "gelu_tanh"), (19, "gelu_tanh"))
+    },
+    model_cases={
+        f"{model}, {form}, {rows} rows": gated_case((rows,), weight, form, activation, 128)
+        for model, weight, activation in (
+            ("Llama-2-7B", (22016, 4096), "silu"),
+            ("Gemma-2b", (32768, 2048), "gelu_tanh"),
+            ("TinyLlama", (11264, 2048), "silu"),
+        )
+        for form in ("dense", "int8", "int4")
+        for rows in (1, 6)
+    },
+)
+
+
 CATALOG: dict[str, Entry] = {
-    entry.name: entry for entry in (DECODE_ATTENTION, FLASH_ATTENTION, RMS_NORM, ADD_RMS_NORM, ROPE_AND_CACHE_WRITE)
+    entry.name: entry
+    for entry in (
+        DECODE_ATTENTION,
+        FLASH_ATTENTION,
+        RMS_NORM,
+        ADD_RMS_NORM,
+        ROPE_AND_CACHE_WRITE,
+        INT8_LINEAR,
+        INT4_LINEAR,
+        GATED_MLP,
+    )
 }

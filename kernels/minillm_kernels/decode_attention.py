@@ -7,8 +7,9 @@ row's position, never the capacity) and having enough programs in flight when ba
 """
 
 import torch
-from minillm_kernels.launch import interpreting
 from torch import Tensor
+
+from minillm_kernels.launch import interpreting
 
 
 @torch.library.custom_op("minillm::decode_attention", mutates_args=(), device_types="cpu")

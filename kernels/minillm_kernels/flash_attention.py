@@ -6,9 +6,10 @@ limit, provided that the T x T scores never go to memory: they live in registers
 """
 
 import torch
+from torch import Tensor
+
 from minillm_kernels.decode_attention import check_attention
 from minillm_kernels.launch import interpreting
-from torch import Tensor
 
 
 @torch.library.custom_op("minillm::flash_attention", mutates_args=(), device_types="cpu")

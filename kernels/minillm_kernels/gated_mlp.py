@@ -14,6 +14,7 @@ from minillm_kernels.int4_linear import FEW_ROWS as FEW_ROWS_INT4
 from minillm_kernels.int4_linear import check_int4, int4_linear_torch
 from minillm_kernels.int8_linear import FEW_ROWS as FEW_ROWS_INT8
 from minillm_kernels.int8_linear import check_int8, int8_linear_torch
+from minillm_kernels.launch import interpreting
 from minillm_kernels.linear import FEW_ROWS, check_linear, count_rows, library_linear
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -58,7 +59,32 @@ def gated_mlp(
     with scale [2F] float32; or [2F, K / 2] uint8 (int4) with scale, zero [K / G, 2F] and group_size G, as in
     `int4_linear`. Activation and product are taken in float32. No gradient. Raises ValueError or TypeError.
     """
-    return gated_mlp_cpu(x, weight, activation, scale, zero, group_size)
+    implementation = gated_mlp_triton if interpreting() else gated_mlp_cpu
+    return implementation(x, weight, activation, scale, zero, group_size)
+
+
+@gated_mlp.register_kernel("cuda")
+def gated_mlp_cuda(
+    x: Tensor,
+    weight: Tensor,
+    activation: str,
+    scale: Tensor | None = None,
+    zero: Tensor | None = None,
+    group_size: int = 0,
+) -> Tensor:
+    with torch.cuda.device(x.device):
+        return gated_mlp_triton(x, weight, activation, scale, zero, group_size)
+
+
+def gated_mlp_triton(
+    x: Tensor, weight: Tensor, activation: str, scale: Tensor | None, zero: Tensor | None, group_size: int
+) -> Tensor:
+    from minillm_kernels.gpu import int4_linear, linear
+
+    check_gated(x, weight, activation, scale, zero, group_size)
+    if weight.dtype == torch.uint8:
+        return int4_linear.launch(x, weight, scale, zero, group_size, None, activation)
+    return linear.launch(x, weight, scale, None, activation)
 
 
 @gated_mlp.register_fake

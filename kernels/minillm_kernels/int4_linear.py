@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from minillm_kernels import cpu
+from minillm_kernels.launch import interpreting
 from minillm_kernels.linear import check_linear, count_rows, library_linear
 
 GROUP_SIZES = (32, 64, 128)
@@ -64,7 +65,25 @@ def int4_linear(
 
     With up to 64 rows on CPU a row's result does not depend on the other rows or on the number of threads.
     """
-    return int4_linear_cpu(x, packed, scale, zero, group_size, bias)
+    implementation = int4_linear_triton if interpreting() else int4_linear_cpu
+    return implementation(x, packed, scale, zero, group_size, bias)
+
+
+@int4_linear.register_kernel("cuda")
+def int4_linear_cuda(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, bias: Tensor | None = None
+) -> Tensor:
+    with torch.cuda.device(x.device):
+        return int4_linear_triton(x, packed, scale, zero, group_size, bias)
+
+
+def int4_linear_triton(
+    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, bias: Tensor | None
+) -> Tensor:
+    from minillm_kernels.gpu import int4_linear as triton_kernel
+
+    check_int4("int4_linear", x, packed, scale, zero, group_size, bias)
+    return triton_kernel.launch(x, packed, scale, zero, group_size, bias, activation=None)
 
 
 @int4_linear.register_fake

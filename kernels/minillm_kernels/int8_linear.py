@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from minillm_kernels import cpu
+from minillm_kernels.launch import interpreting
 from minillm_kernels.linear import check_linear, count_rows, library_linear
 
 FEW_ROWS = 64  # above: widen W piece by piece and let the library multiply
@@ -43,7 +44,20 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
 
     With up to 64 rows on CPU a row's result does not depend on the other rows or on the number of threads.
     """
-    return int8_linear_cpu(x, weight, scale, bias)
+    return int8_linear_triton(x, weight, scale, bias) if interpreting() else int8_linear_cpu(x, weight, scale, bias)
+
+
+@int8_linear.register_kernel("cuda")
+def int8_linear_cuda(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    with torch.cuda.device(x.device):
+        return int8_linear_triton(x, weight, scale, bias)
+
+
+def int8_linear_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    from minillm_kernels.gpu import linear as triton_kernel
+
+    check_int8("int8_linear", x, weight, scale, bias)
+    return triton_kernel.launch(x, weight, scale, bias, activation=None)
 
 
 @int8_linear.register_fake

@@ -45,7 +45,8 @@ class Launch:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "enable_fp_fusion": True}
 
 
-# kernel -> rows (blocks, warps, stages); first match wins, the last row is the default. What `size` is stands beside each kernel.
+# kernel -> rows (blocks, warps, stages); first match wins, the last row is the default. What `size` is
+# stands beside each kernel.
 TABLE: dict[str, tuple[Launch, ...]] = {
     # size: head_dim. At most BLOCK_M query rows (16 if that is enough) against tiles of BLOCK_N keys
     "decode_attention": (
@@ -59,6 +60,27 @@ TABLE: dict[str, tuple[Launch, ...]] = {
         Launch({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2, half_only=True),
         Launch({"BLOCK_M": 32, "BLOCK_N": 16}, 4, 2),
     ),
+    # size: outputs N. Weight tiles [BLOCK_N, BLOCK_K]; few outputs want smaller tiles, to fill the chip
+    "gemv": (
+        Launch({"BLOCK_N": 2, "BLOCK_K": 1024}, 4, 3, max_size=2048),
+        Launch({"BLOCK_N": 4, "BLOCK_K": 1024}, 4, 3),
+    ),
+    "few_rows": (
+        Launch({"BLOCK_N": 32, "BLOCK_K": 256}, 4, 3, max_size=8192, half_only=True),
+        Launch({"BLOCK_N": 64, "BLOCK_K": 128}, 4, 3, half_only=True),
+        Launch({"BLOCK_N": 32, "BLOCK_K": 64}, 4, 2),
+    ),
+    # one stage: the instructions saved are worth more than loading ahead, which the other programs do
+    "int4_gemv": (
+        Launch({"BLOCK_N": 4, "BLOCK_K": 1024}, 4, 1, max_size=4096),
+        Launch({"BLOCK_N": 8, "BLOCK_K": 1024}, 4, 1),
+    ),
+    "int4_few_rows": (
+        Launch({"BLOCK_N": 32, "BLOCK_K": 512}, 4, 2, half_only=True),
+        Launch({"BLOCK_N": 32, "BLOCK_K": 128}, 4, 2),
+    ),
+    # size: inputs K
+    "dequantize": (Launch({"BLOCK_N": 4, "BLOCK_K": 1024}, 4, 1),),
     # size: elements of a row, held in registers by one program
     "rms_norm": (
         Launch({}, 4, 1, max_size=2048),

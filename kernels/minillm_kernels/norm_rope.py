@@ -6,8 +6,9 @@ same few KB. One launch each is the whole gain; see `gpu/norm_rope.py`.
 """
 
 import torch
-from minillm_kernels.launch import interpreting
 from torch import Tensor
+
+from minillm_kernels.launch import interpreting
 
 
 @torch.library.custom_op("minillm::rms_norm", mutates_args=(), device_types="cpu")

@@ -19,9 +19,10 @@ own positions only: results repeat bitwise, whatever the neighbouring rows do.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from minillm_kernels.gpu.softmax import NEVER, NO_WINDOW, load_rows, scores_log2, softmax_step
 from minillm_kernels.launch import choose
-from torch import Tensor
 
 CHUNK = 128  # positions per program at least: below this, launching costs more than it hides
 MAX_SPLITS = 64  # with one key head and one row that is 64 programs; the combine reads this many partials

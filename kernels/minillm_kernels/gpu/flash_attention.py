@@ -16,10 +16,11 @@ the time goes, compiles without compares and selects.
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
 from minillm_kernels.flash_attention import sequence_starts
 from minillm_kernels.gpu.softmax import NEVER, NO_WINDOW, load_rows, scores_log2, softmax_step
 from minillm_kernels.launch import choose
-from torch import Tensor
 
 
 @triton.jit

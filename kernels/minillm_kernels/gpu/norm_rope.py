@@ -9,8 +9,9 @@ rope:     grid (B * T, H + KV)        one program = one head of one token; progr
 import torch
 import triton
 import triton.language as tl
-from minillm_kernels.launch import choose
 from torch import Tensor
+
+from minillm_kernels.launch import choose
 
 
 @triton.jit
