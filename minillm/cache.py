@@ -29,6 +29,13 @@ from minillm.config import ModelConfig
 from minillm.errors import CacheError
 from minillm.rope import rotary_table
 
+MAX_STEP = 256  # tokens a single forward pass may add to a row, unless a cache is made for more or fewer
+
+
+def num_slots(window: int | None, max_cache_len: int, max_step: int) -> int:
+    """Slots of a layer: one per position, or a ring that is long enough for a step and its rollback."""
+    return max_cache_len if window is None else min(max_cache_len, window + max_step - 1)
+
 
 @dataclass(frozen=True)
 class KeyView:
@@ -68,7 +75,7 @@ class StaticCache:
         max_cache_len: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        max_step: int = 256,
+        max_step: int = MAX_STEP,
         planned_length: int | Sequence[int] | None = None,
     ):
         for name, value in (
@@ -100,7 +107,7 @@ class StaticCache:
 
     def num_slots(self, window: int | None) -> int:
         """Slots of a layer with this window, the bin not counted."""
-        return self.max_cache_len if window is None else min(self.max_cache_len, window + self.max_step - 1)
+        return num_slots(window, self.max_cache_len, self.max_step)
 
     def plan(self, planned_length: int | Sequence[int]) -> None:
         """Choose the rotary tables for rows that will reach this length. Only an empty cache can be re-planned."""

@@ -1,4 +1,4 @@
-"""Find a checkpoint, check every tensor it promises, and stream the weights into a decoder.
+"""Check every tensor a checkpoint promises, and stream the weights into a decoder.
 
 A checkpoint is a folder: `config.json`, one or more `.safetensors` files and, where there are
 several, `model.safetensors.index.json` saying which tensor lives in which file. Tensors are copied
@@ -8,35 +8,24 @@ finished model plus one tensor. Pickle files (`.bin`, `.pt`) can run code when o
 
 import json
 import re
+import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from minillm.attention import choose_backend
-from minillm.config import ModelConfig
-from minillm.errors import BackendError, CheckpointError
+from minillm.config import ModelConfig, load_config, read_json
+from minillm.errors import BackendError, CheckpointError, ConfigError
+from minillm.hub import HUB_PATTERNS, first_line
 from minillm.model import Decoder
-
-DEMOS = {"demo": Path(__file__).parent / "demo", "demo-draft": Path(__file__).parent / "demo" / "draft"}
-
-# What is asked of the Hub: weights as safetensors and the small files that describe them. Original-format
-# copies ("consolidated.safetensors") and pickle files stay where they are.
-HUB_PATTERNS = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-]
+from minillm.quantize import Linear, QuantizedLinear, QuantizeSpec, make_linear, parse_quantize
 
 # Where each tensor of the file goes: name in the file -> (name in Decoder, which part of a fused matrix).
 # {} stands for the layer number and the suffix weight/bias is carried over.
@@ -73,72 +62,22 @@ _NORM_NAMES = {
 }
 
 
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_SHARD_BYTES = 2**30  # of a checkpoint that is written here
+_REOPEN_BYTES = 2**28  # read through one mapping of a file before it is closed and opened again
+
+
 @dataclass(frozen=True)
 class Slot:
-    """Where one tensor of the file goes: rows `start : start + shape[0]` of a parameter of the decoder."""
+    """Where one tensor of the file goes: a slice of a tensor of one of the decoder's modules."""
 
-    parameter: str
+    module: str
+    tensor: str  # "weight", "bias", or a part of a quantized matrix
+    dimension: int  # along which a fused matrix is put together
     start: int
     shape: tuple[int, ...]
-
-
-def find_checkpoint(
-    name: str | Path,
-    revision: str | None = None,
-    token: str | bool | None = None,
-    local_files_only: bool = False,
-) -> Path:
-    """The folder of a checkpoint: "demo", "demo-draft", a folder on disk, or a Hub id (downloaded if needed).
-
-    `revision`, `token` and `local_files_only` go to `huggingface_hub.snapshot_download`, which also obeys
-    HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT. Raises `CheckpointError` naming what was looked for.
-    """
-    if str(name) in DEMOS:
-        return DEMOS[str(name)]
-    folder = Path(name).expanduser()
-    if str(name) and folder.is_dir():
-        return folder
-    if str(name) and folder.exists():
-        raise CheckpointError(f"{name} is a file; give the folder that holds config.json and the .safetensors files")
-    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
-        raise CheckpointError(f"no folder {str(name)!r}, and it is no Hub id (owner/name) nor one of {list(DEMOS)}")
-    # Imported here: a folder on disk should not pay for the network client.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
-
-    try:
-        return Path(
-            snapshot_download(
-                str(name),
-                revision=revision,
-                token=token,
-                local_files_only=local_files_only,
-                allow_patterns=HUB_PATTERNS,
-            )
-        )
-    except LocalEntryNotFoundError as error:
-        raise CheckpointError(
-            f"no folder {name}, and the Hub id {name} is not in the local cache and cannot be downloaded: "
-            f"{_first_line(error)}"
-        ) from error
-    except RepositoryNotFoundError as error:  # also what the Hub answers for a private or gated one
-        raise CheckpointError(
-            f"the Hub id {name} does not exist or needs another token: check the name, give token=... or set HF_TOKEN"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise CheckpointError(f"the Hub id {name} has no revision {revision!r}") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(f"the Hub id {name} cannot be downloaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    dtype: torch.dtype | None  # exactly this one; None: any float, converted on the way
 
 
 def load_decoder(
@@ -147,31 +86,65 @@ def load_decoder(
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
     attention: str = "auto",
+    quantize: str | None = None,
+    quantize_head: bool = False,
 ) -> Decoder:
     """Build the decoder of `config` and fill it from the safetensors files in `folder`.
 
     Raises `CheckpointError` listing every missing, unexpected and mis-shaped tensor at once, before any
-    weight is read; `BackendError` if `attention` cannot serve the model.
+    weight is read; `BackendError` if `attention` cannot serve the model. `quantize` and `quantize_head` as
+    for `empty_decoder`.
     """
     folder = Path(folder)
-    backend = choose_backend(attention, config)
-    with torch.device("meta"):
-        model = Decoder(config, backend).to(dtype)
-    files = _tensor_files(folder)
-    plan = _match(tensor_slots(config, model), files, config, folder)
+    model = empty_decoder(config, dtype, attention, quantize, quantize_head)
+    plan, files = _plan(folder, config, model)
     try:
         # Uninitialised memory: a page is only really taken when a tensor is copied into it.
         model.to_empty(device=device)
     except (RuntimeError, AssertionError) as error:
-        raise BackendError(f"device {str(device)!r}: {_first_line(error)}") from error
-    if config.tie_word_embeddings:
-        model.head.weight = model.embedding.weight  # to_empty gave each its own
-    parameters = dict(model.named_parameters())
+        raise BackendError(f"device {str(device)!r}: {first_line(error)}") from error
+    model.tie_head()  # to_empty gave it a matrix of its own
     with torch.no_grad():
-        for name, tensor in _stream(folder, {name: files[name] for name in plan}):
-            slot = plan[name]
-            parameters[slot.parameter][slot.start : slot.start + slot.shape[0]].copy_(tensor)
+        for name, tensor in _stream(folder, files, f"loading {folder.name}"):
+            _fill(model, plan[name], tensor)
+        if config.tie_word_embeddings and not isinstance(model.head, Linear) and config.quantization is None:
+            model.head.load_rows(0, model.embedding.weight)
     return model.eval().requires_grad_(False)
+
+
+def empty_decoder(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    attention: str = "auto",
+    quantize: str | None = None,
+    quantize_head: bool = False,
+) -> Decoder:
+    """The decoder without any memory behind its tensors: shapes and bytes are known, nothing is allocated.
+
+    `quantize` ("int8", "int4-g64", ...) is for the linear layers, `quantize_head` takes the output head to
+    int8; embedding and norms stay in `dtype`. A checkpoint that is quantized already says both itself.
+    """
+    if config.quantization is not None:
+        if quantize is not None or quantize_head:
+            raise ConfigError(f"the checkpoint is quantized already ({config.quantization}): load it without quantize")
+        quantize, quantize_head = config.quantization, config.quantized_head
+    spec = parse_quantize(quantize)
+    with torch.device("meta"):
+        return Decoder(
+            config,
+            choose_backend(attention, config),
+            linear=partial(make_linear, spec=spec),
+            head=partial(make_linear, spec=parse_quantize("int8" if quantize_head else None)),
+        ).to(dtype)
+
+
+def _fill(model: Decoder, slot: Slot, tensor: Tensor) -> None:
+    module = model.get_submodule(slot.module)
+    if slot.tensor == "weight" and slot.dtype is None and isinstance(module, Linear | QuantizedLinear):
+        module.load_rows(slot.start, tensor)
+    else:
+        whole = getattr(module, slot.tensor)
+        whole.narrow(slot.dimension, slot.start, slot.shape[slot.dimension]).copy_(tensor)
 
 
 def tensor_slots(config: ModelConfig, model: Decoder) -> dict[str, Slot]:
@@ -183,21 +156,35 @@ def tensor_slots(config: ModelConfig, model: Decoder) -> dict[str, Slot]:
         names[f"layers.{{}}.{old}"] = (f"blocks.{{}}.{new}", 0)
     if config.fused_tensors:
         names = {old: new for old, new in names.items() if new[0].rsplit(".", 1)[-1] not in parts} | _FUSED_NAMES
-    parameters = dict(model.named_parameters())
+        parts = {}
+    names = {f"model.{old}": new for old, new in names.items()}
+    if not config.tie_word_embeddings or config.quantized_head:
+        names["lm_head"] = ("head", 0)
+    modules = dict(model.named_modules())
     slots = {}
     for old, (new, part) in names.items():
         for layer in range(config.num_layers) if "{}" in old else [0]:
-            for suffix in ("weight", "bias"):
-                parameter = f"{new.format(layer)}.{suffix}"
-                if parameter not in parameters:
-                    continue
-                shape = tuple(parameters[parameter].shape)
-                rows = parts.get(new.rsplit(".", 1)[-1]) if not config.fused_tensors else None
-                start, count = (sum(rows[:part]), rows[part]) if rows else (0, shape[0])
-                slots[f"model.{old.format(layer)}.{suffix}"] = Slot(parameter, start, (count, *shape[1:]))
-    if not config.tie_word_embeddings:
-        slots["lm_head.weight"] = Slot("head.weight", 0, tuple(parameters["head.weight"].shape))
+            path = new.format(layer)
+            for tensor, dimension, shape, dtype in _tensors(modules.get(path), config.quantization is not None):
+                rows = parts.get(path.rsplit(".", 1)[-1])
+                start, count = (sum(rows[:part]), rows[part]) if rows else (0, shape[dimension])
+                shape = (*shape[:dimension], count, *shape[dimension + 1 :])
+                slots[f"{old.format(layer)}.{tensor}"] = Slot(path, tensor, dimension, start, shape, dtype)
     return slots
+
+
+def _tensors(module: nn.Module | None, stored: bool) -> Iterator[tuple[str, int, tuple[int, ...], torch.dtype | None]]:
+    """(name, dimension of outputs, shape, dtype) of what a file holds for a module; `stored`: quantized already."""
+    if isinstance(module, QuantizedLinear) and stored:
+        for name, dimension in module.row_dimension.items():
+            tensor = getattr(module, name)
+            yield name, dimension, tuple(tensor.shape), tensor.dtype
+    elif isinstance(module, QuantizedLinear):
+        yield "weight", 0, (module.out_features, module.in_features), None
+    elif hasattr(module, "weight"):
+        yield "weight", 0, tuple(module.weight.shape), None
+    if getattr(module, "bias", None) is not None:
+        yield "bias", 0, tuple(module.bias.shape), None
 
 
 def _tensor_files(folder: Path) -> dict[str, str]:
@@ -225,27 +212,35 @@ def _tensor_files(folder: Path) -> dict[str, str]:
         return dict.fromkeys(handle.keys(), single.name)
 
 
-def _match(slots: dict[str, Slot], files: dict[str, str], config: ModelConfig, folder: Path) -> dict[str, Slot]:
-    """Pair the names in the file with their slots, or raise one error that lists everything that is wrong."""
+def _plan(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dict[str, Slot], dict[str, str]]:
+    """The slot and the file of every tensor to read, by its name there, or one error that lists all that is wrong."""
+    slots, files = tensor_slots(config, model), _tensor_files(folder)
     renamed = {_plain_name(name, config): name for name in files}
     renamed.pop(None, None)
-    if config.tie_word_embeddings:
-        renamed.pop("lm_head.weight", None)  # some files repeat the embedding under this name
-    shapes = {}
+    if "lm_head.weight" not in slots:
+        renamed.pop("lm_head.weight", None)  # tied, but some files repeat the embedding under this name
+    found = {}
     for shard in sorted({files[name] for name in renamed.values()}):
         with _open(folder / shard) as handle:
             for name in handle.keys():  # noqa: SIM118 (a file handle, not a dict)
                 if files.get(name) == shard:  # a tensor elsewhere than the index says counts as missing
-                    shapes[name] = tuple(handle.get_slice(name).get_shape())
-    problems = [f"missing {name}" for name in slots if renamed.get(name) not in shapes]
+                    header = handle.get_slice(name)
+                    found[name] = tuple(header.get_shape()), header.get_dtype()
+    problems = [f"missing {name}" for name in slots if renamed.get(name) not in found]
     for name, original in renamed.items():
         if name not in slots:
             problems.append(f"unexpected {original}")
-        elif original in shapes and shapes[original] != slots[name].shape:
-            problems.append(f"{original} has shape {list(shapes[original])}, expected {list(slots[name].shape)}")
+        elif original in found:
+            slot, (shape, dtype) = slots[name], found[original]
+            if shape != slot.shape:
+                problems.append(f"{original} has shape {list(shape)}, expected {list(slot.shape)}")
+            if _DTYPES.get(dtype) not in ((slot.dtype,) if slot.dtype else _FLOATS):
+                problems.append(f"{original} is {dtype}, expected {slot.dtype or 'F32, BF16 or F16'}")
     if problems:
         raise CheckpointError(f"{folder}: tensors do not match config.json: " + "; ".join(problems))
-    return {renamed[name]: slot for name, slot in slots.items()}
+    return {renamed[name]: slot for name, slot in slots.items()}, {
+        renamed[name]: files[renamed[name]] for name in slots
+    }
 
 
 def _plain_name(name: str, config: ModelConfig) -> str | None:
@@ -261,11 +256,87 @@ def _plain_name(name: str, config: ModelConfig) -> str | None:
     return name
 
 
-def _stream(folder: Path, files: dict[str, str]) -> Iterator[tuple[str, Tensor]]:
+def quantize_checkpoint(source: str | Path, out: str | Path, quantize: str, quantize_head: bool = False) -> None:
+    """Write a quantized copy of the checkpoint folder `source` into the new folder `out`.
+
+    The result is an ordinary checkpoint: safetensors shards, the small files of the source, and a
+    `quantization_config` in config.json saying {"quant_method": "minillm", "format": "int8" | "int4-g64"
+    | ..., "head": bool}. A matrix `x.weight` becomes, in int8, `x.weight [N, K]` int8 and `x.scale [N]` float32;
+    in int4 `x.packed`, `x.scale` and `x.zero` as described in `quantize.py`. Loading it gives the very bits
+    that quantizing while loading gives. At no time is more than one shard (1 GiB) in memory.
+
+    Raises `CheckpointError` if `out` exists and is not empty; nothing is left behind if writing fails.
+    """
+    source, out = Path(source), Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise CheckpointError(f"{out} exists already: give a new folder, nothing is overwritten")
+    config = load_config(source)
+    # The dtype does not matter here: what is not quantized is written as it was read.
+    model = empty_decoder(config, torch.float32, quantize=quantize, quantize_head=quantize_head)
+    plan, files = _plan(source, config, model)
+    modules = dict(model.named_modules())
+    partial_out = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial_out, ignore_errors=True)
+    partial_out.mkdir(parents=True)
+    try:
+        writer = _ShardWriter(partial_out)
+        for name, tensor in _stream(source, files, f"quantizing {source.name}"):
+            module, plain = modules[plan[name].module], _plain_name(name, config)
+            if plan[name].tensor == "weight" and isinstance(module, QuantizedLinear):
+                writer.add_quantized(plain.removesuffix(".weight"), tensor, parse_quantize(quantize), module)
+            else:
+                writer.add(plain, tensor)
+            if config.tie_word_embeddings and quantize_head and plan[name].module == "embedding":
+                writer.add_quantized("lm_head", tensor, parse_quantize("int8"), model.head)
+        writer.finish()
+        for pattern in HUB_PATTERNS:
+            if "safetensors" not in pattern and (source / pattern).exists():
+                shutil.copy(source / pattern, partial_out)
+        raw = read_json(source / "config.json", CheckpointError)
+        raw["quantization_config"] = {"quant_method": "minillm", "format": quantize, "head": quantize_head}
+        (partial_out / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+        if out.exists():
+            out.rmdir()
+        partial_out.rename(out)
+    finally:
+        shutil.rmtree(partial_out, ignore_errors=True)
+
+
+class _ShardWriter:
+    """Collects tensors and writes a shard whenever enough have come together, the index at the end."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.waiting, self.weight_map, self.size = folder, {}, {}, 0
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.waiting[name] = tensor.clone()  # the original is a window on the source file
+        self.size += tensor.nbytes
+        if self.size >= _SHARD_BYTES:
+            self._write()
+
+    def add_quantized(self, name: str, weight: Tensor, spec: QuantizeSpec, like: QuantizedLinear) -> None:
+        outputs, inputs = weight.shape
+        layer = make_linear(inputs, outputs, False, spec)
+        layer.load_rows(0, weight)
+        for part in like.row_dimension:
+            self.add(f"{name}.{part}", getattr(layer, part))
+
+    def _write(self) -> None:
+        shard = f"model-{len(set(self.weight_map.values())) + 1:05d}.safetensors"
+        save_file(self.waiting, self.folder / shard, metadata={"format": "pt"})
+        self.weight_map |= dict.fromkeys(self.waiting, shard)
+        self.waiting, self.size = {}, 0
+
+    def finish(self) -> None:
+        if self.waiting:
+            self._write()
+        index = {"metadata": {}, "weight_map": self.weight_map}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _stream(folder: Path, files: dict[str, str], label: str) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor once, in file order, with a progress bar on stderr if it takes over a second."""
-    reopen_after = 256 * 2**20  # bytes
-    total, done, started = len(files), 0, time.monotonic()
-    progress = None
+    started, done, progress = time.monotonic(), 0, None
     try:
         for shard in dict.fromkeys(files.values()):
             names = [name for name, file in files.items() if file == shard]
@@ -274,7 +345,7 @@ def _stream(folder: Path, files: dict[str, str]) -> Iterator[tuple[str, Tensor]]
                 # closing the mapping every so often gives them back, so the peak is the model plus a bit.
                 taken = 0
                 with _open(folder / shard) as handle:
-                    while names and taken < reopen_after:
+                    while names and taken < _REOPEN_BYTES:
                         tensor = handle.get_tensor(names[0])
                         taken += tensor.nbytes
                         yield names.pop(0), tensor
@@ -282,7 +353,7 @@ def _stream(folder: Path, files: dict[str, str]) -> Iterator[tuple[str, Tensor]]
                         done += 1
                         if progress is None and time.monotonic() - started > 1:
                             progress = _progress_bar()
-                            task = progress.add_task(f"loading {folder.name}", total=total)
+                            task = progress.add_task(label, total=len(files))
                         if progress is not None:
                             progress.update(task, completed=done)
     finally:

@@ -232,9 +232,9 @@ def _answer(pieces) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from minillm.checkpoint import find_checkpoint
     from minillm.config import load_config
     from minillm.describe import facts, trace
+    from minillm.hub import find_checkpoint
     from minillm.llm import choose_dtype
 
     folder = find_checkpoint(options.model, revision=options.revision, local_files_only=options.local_files_only)

@@ -83,6 +83,8 @@ class ModelConfig:
     tie_word_embeddings: bool  # the head reads the embedding matrix
     fused_tensors: bool  # the file itself holds qkv_proj and gate_up_proj (Phi-3)
     nested: bool  # the decoder is the text half of a larger checkpoint (`text_config`)
+    quantization: str | None  # the file holds quantized matrices: "int8", "int4-g64", ... (`minillm quantize`)
+    quantized_head: bool  # and an int8 head
     dtype: str | None  # as the file says: "float32", "bfloat16" or "float16"
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
@@ -219,6 +221,7 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
         fused_tensors=family.fused,
         nested=nested,
+        **_quantization(reader),
         dtype=_dtype(reader),
         bos_token_id=reader.integer("bos_token_id", optional=True, minimum=0),
         eos_token_ids=token_ids(reader.get("eos_token_id"), "config.json: eos_token_id"),
@@ -338,6 +341,20 @@ def _activation(reader: "_Reader", family: Family) -> str:
     if name not in names:
         raise ConfigError(f"config.json: activation {name!r} is not supported; supported: {sorted(names)}")
     return names[name]
+
+
+def _quantization(reader: "_Reader") -> dict[str, Any]:
+    table = reader.get("quantization_config")
+    if table is None:
+        return dict(quantization=None, quantized_head=False)
+    method = table.get("quant_method") if isinstance(table, dict) else table
+    if method != "minillm":
+        raise ConfigError(
+            f"config.json: quantization_config of {method!r} is not supported: give the unquantized checkpoint "
+            'and quantize it here (quantize="int8", or `minillm quantize`)'
+        )
+    values = _Reader(table, {}, where="quantization_config")
+    return dict(quantization=values.get("format"), quantized_head=values.flag("head"))
 
 
 def _dtype(reader: "_Reader") -> str | None:

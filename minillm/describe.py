@@ -12,18 +12,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from minillm.attention import choose_backend
 from minillm.cache import StaticCache
+from minillm.checkpoint import empty_decoder
 from minillm.config import ModelConfig, RopeSpec
 from minillm.llm import LLM
-from minillm.model import Decoder
+from minillm.memory import format_bytes, parameter_count, weight_bytes
 
 
 def facts(config: ModelConfig, dtype: torch.dtype) -> list[tuple[str, str]]:
     """(name, value) pairs that say how the config was understood; no weights are read."""
-    with torch.device("meta"):
-        model = Decoder(config, choose_backend("auto", config)).to(dtype)
-    parameters = sum(parameter.numel() for parameter in model.parameters())  # tied weights count once
+    model = empty_decoder(config, dtype)
     embedding = model.embedding.weight.numel()
     kv_bytes = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize  # one position of one layer
     group = config.num_heads // config.num_kv_heads
@@ -51,9 +49,12 @@ def facts(config: ModelConfig, dtype: torch.dtype) -> list[tuple[str, str]]:
         rows.append(("embedding scale", f"{config.embedding_scale:g}"))
     rows += [
         ("EOS ids", ", ".join(map(str, config.eos_token_ids)) or "none"),
-        ("parameters", f"{parameters:,} ({embedding:,} of them embedding)"),
-        ("weights", f"{_bytes(parameters * dtype.itemsize)} in {str(dtype).removeprefix('torch.')}"),
-        ("KV cache", f"{_bytes(kv_bytes * config.num_layers)} per token (full layers)"),
+        ("parameters", f"{parameter_count(model):,} ({embedding:,} of them embedding)"),
+        (
+            "weights",
+            f"{format_bytes(weight_bytes(model))} in {config.quantization or str(dtype).removeprefix('torch.')}",
+        ),
+        ("KV cache", f"{format_bytes(kv_bytes * config.num_layers)} per token (full layers)"),
     ]
     return rows
 
@@ -85,18 +86,6 @@ def _norms(config: ModelConfig) -> str:
 def _biases(config: ModelConfig) -> str:
     there = {"q, k, v": config.qkv_bias, "attention output": config.output_bias, "MLP": config.mlp_bias}
     return ", ".join(name for name, present in there.items() if present) or "none"
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            break
-        size, last = size / 1024, unit
-    else:
-        unit = last
-        size *= 1024
-    return f"{size:.4g} {unit}"
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,11 @@ from pathlib import Path
 import torch
 
 from minillm.cache import StaticCache
-from minillm.checkpoint import find_checkpoint, load_decoder
+from minillm.checkpoint import load_decoder
 from minillm.config import ModelConfig, load_config
 from minillm.decode import GenerationConfig, generation_defaults, merge_options, new_row, reuse_prefix, run
 from minillm.errors import BackendError, RequestError
+from minillm.hub import find_checkpoint
 from minillm.model import Decoder
 from minillm.speculative import Proposer, make_proposer, run_speculative
 from minillm.tokenizer import Tokenizer
@@ -82,6 +83,8 @@ class LLM:
         dtype: str | torch.dtype = "auto",
         device: str | torch.device = "auto",
         attention: str = "auto",
+        quantize: str | None = None,
+        quantize_head: bool = False,
         revision: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
@@ -93,6 +96,8 @@ class LLM:
             dtype: "float32", "bfloat16", "float16", or "auto" for what the checkpoint's config.json says.
             device: "cpu", "cuda", ..., or "auto": a CUDA device if there is one.
             attention: "math", "sdpa", or "auto": the fastest backend that can serve the model.
+            quantize: "int8", "int4" or "int4-g32", "int4-g64", "int4-g128": store the linear layers' weights in
+                this format, quantizing while they stream in. quantize_head: the output head too, in int8.
             revision, token, local_files_only: for the Hub, as `huggingface_hub` understands them.
             strict: whether a key of config.json that is not understood is an error.
 
@@ -102,7 +107,9 @@ class LLM:
         config = load_config(folder, strict=strict)
         tokenizer = Tokenizer.from_folder(folder)
         defaults = generation_defaults(folder, config, tokenizer)
-        model = load_decoder(folder, config, choose_dtype(dtype, config), _device(device), attention)
+        model = load_decoder(
+            folder, config, choose_dtype(dtype, config), _device(device), attention, quantize, quantize_head
+        )
         return cls(model, tokenizer, config, defaults, name=str(name))
 
     @property

@@ -10,16 +10,16 @@ F intermediate_size, V vocab_size, S cache slots.
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from minillm.attention import Backend
 from minillm.cache import KeyView, StaticCache
 from minillm.config import LayerSpec, ModelConfig, NormSpec
+from minillm.quantize import Linear, QuantizedLinear, make_linear
 from minillm.rope import cos_sin, rotate
 
-# Builds the matrix of a projection: (in_features, out_features, bias) -> module.
-LinearFactory = Callable[[int, int, bool], nn.Module]
+# Builds an empty projection: (in_features, out_features, bias) -> layer.
+LinearFactory = Callable[[int, int, bool], Linear | QuantizedLinear]
 
 
 class RMSNorm(nn.Module):
@@ -85,9 +85,8 @@ class MLP(nn.Module):
         self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.gate_up(x).chunk(2, dim=-1)  # [B, T, F] each
-        gate = F.silu(gate) if self.activation == "silu" else F.gelu(gate, approximate="tanh")
-        return self.down(gate * up)  # [B, T, d]
+        # gate and up are one matrix, read once; the product of both comes out without a trip through memory.
+        return self.down(self.gate_up.gated(x, self.activation))  # [B, T, F] -> [B, T, d]
 
 
 class Block(nn.Module):
@@ -117,14 +116,24 @@ class Decoder(nn.Module):
     Build it through `checkpoint.load_decoder`; built directly its weights are uninitialised.
     """
 
-    def __init__(self, config: ModelConfig, backend: Backend, linear: LinearFactory = nn.Linear):
+    def __init__(
+        self,
+        config: ModelConfig,
+        backend: Backend,
+        linear: LinearFactory = make_linear,
+        head: LinearFactory = make_linear,
+    ):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i, backend, linear) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        if config.tie_word_embeddings:
+        self.head = head(config.hidden_size, config.vocab_size, False)
+        self.tie_head()
+
+    def tie_head(self) -> None:
+        """Let the head read the embedding matrix, if the model does (a quantized head has a copy of its own)."""
+        if self.config.tie_word_embeddings and isinstance(self.head, Linear):
             self.head.weight = self.embedding.weight
 
     def forward(

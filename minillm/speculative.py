@@ -163,13 +163,10 @@ def run_speculative(
             return
         lengths = [plan.choose() if busy else 0 for plan, busy in zip(plans, running, strict=True)]
         # The last token of a row's budget needs no draft: every step yields one token of its own.
-        counts = [min(length, _remaining(row) - 1) for length, row in zip(lengths, rows, strict=True)]
+        left = [row.max_new_tokens - len(row.token_ids) for row in rows]
+        counts = [max(0, min(length, room - 1)) for length, room in zip(lengths, left, strict=True)]
         draft = proposer.propose(texts, counts, sampling, seen) if max(counts) else no_draft(len(rows), device)
         logits = _verify_step(model, cache, texts, running, draft, 1 + max(lengths))  # [B, k + 1, V]
-
-
-def _remaining(row: Row) -> int:
-    return row.max_new_tokens - len(row.token_ids)
 
 
 def no_draft(rows: int, device: torch.device) -> Draft:

@@ -13,7 +13,8 @@ from families import FAMILIES, prompt_ids, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from minillm.cache import StaticCache
-from minillm.checkpoint import find_checkpoint, load_decoder
+from minillm.checkpoint import load_decoder
+from minillm.hub import find_checkpoint
 from minillm.config import load_config
 from minillm.errors import BackendError, CheckpointError
 

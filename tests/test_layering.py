@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 # Top to bottom, the order in which to read them. A room that is not built yet may be missing; a file
 # that is not in this list has no place in the house.
 ROOMS = """
-    errors families config rope cache attention quantize model checkpoint tokenizer sampling decode speculative
+    errors families config rope cache attention quantize model hub checkpoint tokenizer sampling decode speculative
     llm memory parallel finetune describe cli
 """.split()
 ENTRANCES = ["__init__", "__main__"]  # may import anything

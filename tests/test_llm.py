@@ -10,6 +10,7 @@ import transformers
 from families import FAMILIES, prompt_ids, reference_greedy, save_checkpoint
 
 from minillm import LLM, Completion, GenerationConfig, MinillmError, StaticCache
+from minillm.hub import find_checkpoint
 from minillm.errors import BackendError, CheckpointError, ConfigError, RequestError, TokenizerError
 from minillm.tokenizer import Tokenizer
 
@@ -611,3 +612,20 @@ def test_conversation_with_a_template_that_writes_bos(metaspace_files, tmp_path)
     assert first.token_ids == llm.generate(ids, max_new_tokens=5).token_ids
     chat.say("Again")
     assert chat.cache.token_ids[0].count(1) >= 2
+
+
+# -- the embedded model ----------------------------------------------------------------------------
+
+
+def test_the_embedded_model_is_an_ordinary_checkpoint():
+    """ "demo" loads here and in transformers, from the same folder, and says the same."""
+    llm = LLM.from_pretrained("demo", dtype="float32", device="cpu")
+    folder = find_checkpoint("demo")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    prompt = "Once upon a time"
+    ids = tokenizer(prompt).input_ids
+    assert llm.tokenizer.encode(prompt) == ids
+    out = llm.generate(prompt, max_new_tokens=30, temperature=0.0, repetition_penalty=1.0, eos_token_id=[])
+    assert out.token_ids == reference_greedy(model, ids, 30)
+    assert tokenizer.decode(ids + out.token_ids, skip_special_tokens=True) == prompt + out.text

@@ -1,0 +1,81 @@
+"""Find a checkpoint: the embedded ones, a folder on disk, or an id on the Hugging Face Hub."""
+
+import re
+from pathlib import Path
+
+from minillm.errors import CheckpointError
+
+DEMOS = {"demo": Path(__file__).parent / "demo", "demo-draft": Path(__file__).parent / "demo" / "draft"}
+
+# What is asked of the Hub: weights as safetensors and the small files that describe them. Original-format
+# copies ("consolidated.safetensors") and pickle files stay where they are.
+HUB_PATTERNS = [
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "model.safetensors",
+    "model-*.safetensors",
+    "model.safetensors.index.json",
+]
+
+
+def find_checkpoint(
+    name: str | Path,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    local_files_only: bool = False,
+) -> Path:
+    """The folder of a checkpoint: "demo", "demo-draft", a folder on disk, or a Hub id (downloaded if needed).
+
+    `revision`, `token` and `local_files_only` go to `huggingface_hub.snapshot_download`, which also obeys
+    HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT. Raises `CheckpointError` naming what was looked for.
+    """
+    if str(name) in DEMOS:
+        return DEMOS[str(name)]
+    folder = Path(name).expanduser()
+    if str(name) and folder.is_dir():
+        return folder
+    if str(name) and folder.exists():
+        raise CheckpointError(f"{name} is a file; give the folder that holds config.json and the .safetensors files")
+    if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
+        raise CheckpointError(f"no folder {str(name)!r}, and it is no Hub id (owner/name) nor one of {list(DEMOS)}")
+    # Imported here: a folder on disk should not pay for the network client.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        HFValidationError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
+
+    try:
+        return Path(
+            snapshot_download(
+                str(name),
+                revision=revision,
+                token=token,
+                local_files_only=local_files_only,
+                allow_patterns=HUB_PATTERNS,
+            )
+        )
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"no folder {name}, and the Hub id {name} is not in the local cache and cannot be downloaded: "
+            f"{first_line(error)}"
+        ) from error
+    except RepositoryNotFoundError as error:  # also what the Hub answers for a private or gated one
+        raise CheckpointError(
+            f"the Hub id {name} does not exist or needs another token: check the name, give token=... or set HF_TOKEN"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise CheckpointError(f"the Hub id {name} has no revision {revision!r}") from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(f"the Hub id {name} cannot be downloaded: {first_line(error)}") from error
+
+
+def first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
