@@ -6,6 +6,7 @@ one line; 2: the command line itself was wrong; 130: interrupted.
 
 import argparse
 import itertools
+import json
 import shutil
 import sys
 import textwrap
@@ -72,6 +73,32 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument("--trace", metavar="TEXT", help="also walk one forward pass over this text")
     _model_options(inspect)
     inspect.set_defaults(command=_inspect)
+
+    memory = commands.add_parser(
+        "memory",
+        help="how many bytes a model takes",
+        description="Show what a model will take, from config.json and the headers of its weights alone.",
+    )
+    memory.add_argument("model", nargs="?", default="demo", metavar="M", help="demo, a folder or a Hub id")
+    memory.add_argument("--batch", type=int, default=1, metavar="B", help="rows (default: 1)")
+    memory.add_argument("--context", type=int, metavar="N", help="tokens per row (default: 4096, or all positions)")
+    memory.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (default: the checkpoint's)")
+    memory.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    memory.add_argument("--local-files-only", action="store_true", help="do not ask the Hub for anything")
+    memory.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    memory.add_argument("--plot", type=Path, metavar="PNG", help="draw memory against context into this file")
+    memory.set_defaults(command=_memory)
+
+    quantize = commands.add_parser(
+        "quantize", help="write a quantized copy of a checkpoint", description="Write a quantized copy of a checkpoint."
+    )
+    quantize.add_argument("model", metavar="MODEL", help="demo, a folder or a Hub id")
+    quantize.add_argument("out", type=Path, metavar="OUT", help="a new folder")
+    quantize.add_argument("--to", required=True, metavar="FORMAT", help="int8, int4-g32, int4-g64 or int4-g128")
+    quantize.add_argument("--head", action="store_true", help="the output head too, in int8")
+    quantize.add_argument("--revision", help="branch, tag or commit of a Hub id")
+    quantize.add_argument("--local-files-only", action="store_true", help="do not ask the Hub for anything")
+    quantize.set_defaults(command=_quantize)
     return parser
 
 
@@ -81,6 +108,10 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dtype", default="auto", help="float32, bfloat16, float16 (default: the checkpoint's)")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
+    parser.add_argument(
+        "--quantize", metavar="FORMAT", help="int8, int4, int4-g32, int4-g64, int4-g128 (default: none)"
+    )
+    parser.add_argument("--quantize-head", action="store_true", help="the output head too, in int8")
     parser.add_argument("--attention", default="auto", help="math, sdpa (default: the fastest that fits)")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--local-files-only", action="store_true", help="do not ask the Hub for anything")
@@ -115,6 +146,8 @@ def _load(options: argparse.Namespace, name: str | None = None):
         dtype=options.dtype,
         device=options.device,
         attention=options.attention,
+        quantize=None if name else options.quantize,
+        quantize_head=options.quantize_head and not name,
         revision=None if name else options.revision,
         local_files_only=options.local_files_only,
     )
@@ -234,12 +267,10 @@ def _answer(pieces) -> None:
 def _inspect(options: argparse.Namespace) -> None:
     from minillm.config import load_config
     from minillm.describe import facts, trace
-    from minillm.hub import find_checkpoint
     from minillm.llm import choose_dtype
 
-    folder = find_checkpoint(options.model, revision=options.revision, local_files_only=options.local_files_only)
-    config = load_config(folder)
-    for name, value in facts(config, choose_dtype(options.dtype, config)):
+    config = load_config(_find(options))
+    for name, value in facts(config, choose_dtype(options.dtype, config), options.quantize, options.quantize_head):
         print(textwrap.fill(f"{name:<20}{value}", _width(), subsequent_indent=" " * 20))
     if options.trace is None:
         return
@@ -252,6 +283,36 @@ def _inspect(options: argparse.Namespace) -> None:
         print(f"{step.name:<31}{list(step.shape)!s:<20}{dtype:<10}{step.milliseconds:>8.3f}")
     candidates = ", ".join(f"{text!r} {p:.1%}" for text, p in walk.candidates)
     print("\n" + textwrap.fill(f"likeliest next tokens: {candidates}", _width()))
+
+
+def _find(options: argparse.Namespace, weights: bool = False) -> Path:
+    from minillm.hub import find_checkpoint
+
+    return find_checkpoint(
+        options.model, revision=options.revision, local_files_only=options.local_files_only, weights=weights
+    )
+
+
+def _memory(options: argparse.Namespace) -> None:
+    from minillm.config import load_config
+    from minillm.llm import choose_dtype
+    from minillm.memory import report, save_plot
+
+    folder = _find(options)
+    config = load_config(folder)
+    dtype = choose_dtype(options.dtype, config)
+    rep = report(config, dtype, options.batch, options.context, options.model, folder, options.revision)
+    print(json.dumps(rep.as_dict(), indent=2) if options.json else rep.as_text())
+    if options.plot is not None:
+        save_plot(options.plot, config, dtype, options.batch, rep.context)
+        print(f"wrote {options.plot}", file=sys.stderr)
+
+
+def _quantize(options: argparse.Namespace) -> None:
+    from minillm.checkpoint import quantize_checkpoint
+
+    quantize_checkpoint(_find(options, weights=True), options.out, options.to, options.head)
+    print(options.out)
 
 
 def _width() -> int:

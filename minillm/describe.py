@@ -19,10 +19,13 @@ from minillm.llm import LLM
 from minillm.memory import format_bytes, parameter_count, weight_bytes
 
 
-def facts(config: ModelConfig, dtype: torch.dtype) -> list[tuple[str, str]]:
+def facts(
+    config: ModelConfig, dtype: torch.dtype, quantize: str | None = None, quantize_head: bool = False
+) -> list[tuple[str, str]]:
     """(name, value) pairs that say how the config was understood; no weights are read."""
-    model = empty_decoder(config, dtype)
+    model = empty_decoder(config, dtype, quantize=quantize, quantize_head=quantize_head)
     embedding = model.embedding.weight.numel()
+    held_as = quantize or config.quantization or str(dtype).removeprefix("torch.")
     kv_bytes = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize  # one position of one layer
     group = config.num_heads // config.num_kv_heads
     sharing = "MHA" if group == 1 else "MQA" if config.num_kv_heads == 1 else f"GQA, {group} queries per key"
@@ -52,7 +55,7 @@ def facts(config: ModelConfig, dtype: torch.dtype) -> list[tuple[str, str]]:
         ("parameters", f"{parameter_count(model):,} ({embedding:,} of them embedding)"),
         (
             "weights",
-            f"{format_bytes(weight_bytes(model))} in {config.quantization or str(dtype).removeprefix('torch.')}",
+            f"{format_bytes(weight_bytes(model))} in {held_as}",
         ),
         ("KV cache", f"{format_bytes(kv_bytes * config.num_layers)} per token (full layers)"),
     ]

@@ -27,11 +27,13 @@ def find_checkpoint(
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
+    weights: bool = True,
 ) -> Path:
     """The folder of a checkpoint: "demo", "demo-draft", a folder on disk, or a Hub id (downloaded if needed).
 
     `revision`, `token` and `local_files_only` go to `huggingface_hub.snapshot_download`, which also obeys
-    HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT. Raises `CheckpointError` naming what was looked for.
+    HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT. With `weights=False` only config.json is fetched.
+    Raises `CheckpointError` naming what was looked for.
     """
     if str(name) in DEMOS:
         return DEMOS[str(name)]
@@ -59,7 +61,7 @@ def find_checkpoint(
                 revision=revision,
                 token=token,
                 local_files_only=local_files_only,
-                allow_patterns=HUB_PATTERNS,
+                allow_patterns=HUB_PATTERNS if weights else ["config.json"],
             )
         )
     except LocalEntryNotFoundError as error:

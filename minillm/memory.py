@@ -6,7 +6,7 @@ are exact here (a test compares them with what is allocated), the third is an es
 Sizes are bytes; GB is 10^9 and GiB is 2^30.
 """
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -15,7 +15,8 @@ from safetensors import safe_open
 from minillm.cache import MAX_STEP, num_slots
 from minillm.checkpoint import empty_decoder
 from minillm.config import ModelConfig
-from minillm.errors import CheckpointError
+from minillm.errors import CheckpointError, RequestError
+from minillm.hub import DEMOS
 from minillm.model import Decoder
 from minillm.quantize import QuantizedLinear
 
@@ -143,6 +144,117 @@ _ITEMSIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16":
     "F8_E4M3": 1,
     "F8_E5M2": 1,
 }
+
+
+@dataclass(frozen=True)
+class Report:
+    """Estimates for every format a model can be run in, and what the numbers hang on."""
+
+    name: str
+    batch_size: int
+    context: int
+    stored: dict[str, int]  # bytes in the checkpoint's files by dtype; empty if it has none here
+    estimates: dict[str, Estimate]  # by format
+    sharing: dict[str, int]  # KV cache of full attention at "MHA", "this model" and "MQA", bytes
+
+    def as_dict(self) -> dict:
+        """For `--json`: bytes throughout."""
+        estimates = {
+            name: asdict(one) | {"total": one.total, "fits_in_gib": one.fits_in} for name, one in self.estimates.items()
+        }
+        return asdict(self) | {"estimates": estimates}
+
+    def as_text(self) -> str:
+        rows = [
+            ("weights", [one.weights for one in self.estimates.values()]),
+            ("KV cache, full layers", [one.cache_full for one in self.estimates.values()]),
+            ("KV cache, sliding layers", [one.cache_sliding for one in self.estimates.values()]),
+            ("activations (estimate)", [one.activations for one in self.estimates.values()]),
+            ("logits", [one.logits for one in self.estimates.values()]),
+            ("total", [one.total for one in self.estimates.values()]),
+        ]
+        lines = [f"{self.name}: batch {self.batch_size}, context {self.context}", ""]
+        lines.append(f"{'':<26}" + "".join(f"{name:>13}" for name in self.estimates))
+        lines += [f"{name:<26}" + "".join(f"{format_bytes(size):>13}" for size in sizes) for name, sizes in rows]
+        fits = [f"{one.fits_in} GiB" if one.fits_in else "none" for one in self.estimates.values()]
+        lines.append(f"{'fits in':<26}" + "".join(f"{size:>13}" for size in fits))
+        lines += [
+            "",
+            "KV cache by heads shared: " + ", ".join(f"{k} {format_bytes(v)}" for k, v in self.sharing.items()),
+        ]
+        if self.stored:
+            lines.append("in the files: " + ", ".join(f"{format_bytes(v)} of {k}" for k, v in self.stored.items()))
+        return "\n".join(lines)
+
+
+def report(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    batch_size: int,
+    context: int | None,
+    name: str,
+    folder: Path,
+    revision: str | None = None,
+) -> Report:
+    """What `minillm memory` shows. `context` None: 4096 tokens, or as many as the model has positions."""
+    context = min(4096, config.max_positions) if context is None else context
+    for label, value in (("batch", batch_size), ("context", context)):
+        if value < 1:
+            raise RequestError(f"{label} must be at least 1, not {value}")
+    if context > config.max_positions:
+        raise RequestError(f"context {context} exceeds the model's {config.max_positions} positions")
+    stored = stored_bytes(folder) if any(folder.glob("*.safetensors")) else {}
+    if not stored and not Path(name).exists() and name not in DEMOS:
+        stored = hub_stored_bytes(name, revision)
+    length = batch_size * context
+    per_head = kv_values(config.num_layers, 1, config.head_dim, length) * dtype.itemsize
+    sharing = {"MHA": config.num_heads, "this model": config.num_kv_heads, "MQA": 1}
+    return Report(
+        name,
+        batch_size,
+        context,
+        stored,
+        {word: estimate(config, batch_size, context, dtype, quantize) for word, quantize in formats(config, dtype)},
+        {word: heads * per_head for word, heads in sharing.items()},
+    )
+
+
+def formats(config: ModelConfig, dtype: torch.dtype) -> list[tuple[str, str | None]]:
+    """(name, quantize=) of the formats this model can be held in: its own, or full precision, int8 and int4."""
+    if config.quantization is not None:
+        return [(config.quantization, None)]
+    words = [(str(dtype).removeprefix("torch."), None), ("int8", "int8")]
+    q_size = config.num_heads * config.head_dim
+    for group in (64, 32):
+        if all(size % group == 0 for size in (config.hidden_size, config.intermediate_size, q_size)):
+            return [*words, (f"int4-g{group}", f"int4-g{group}")]
+    return words
+
+
+def save_plot(path: Path, config: ModelConfig, dtype: torch.dtype, batch_size: int, context: int) -> None:
+    """Draw total memory against context, a line per format, into a PNG."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise RequestError("--plot needs matplotlib: install the extra, minillm[plot]") from None
+
+    lengths = sorted({max(1, context * step // 32) for step in range(1, 33)})
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.subplots()
+    highest = 0.0
+    for name, quantize in formats(config, dtype):
+        totals = [estimate(config, batch_size, length, dtype, quantize).total / 2**30 for length in lengths]
+        axes.plot(lengths, totals, label=name)
+        highest = max(highest, totals[-1])
+    for size in MEMORY_SIZES:
+        if size <= highest * 1.1:
+            axes.axhline(size, color="gray", linewidth=0.5, linestyle=":")
+    axes.set(xlabel="context, tokens per row", ylabel="memory, GiB", ylim=(0, None), title=f"batch {batch_size}")
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise RequestError(f"--plot {path}: {error}") from None
 
 
 def format_bytes(count: int) -> str:
