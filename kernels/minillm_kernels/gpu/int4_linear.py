@@ -18,9 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minillm_kernels.gpu.linear import FEW_ROWS, activate, gated
+from minillm_kernels.gpu.linear import FEW_ROWS, activate, blocks, gated
 from minillm_kernels.gpu.softmax import INTERPRETED
-from minillm_kernels.launch import choose
 
 
 @triton.jit
@@ -149,13 +148,13 @@ def launch(
     out = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     weight = (packed, scale, zero, bias)
     if M == 1:
-        arguments = blocks_of_groups("int4_gemv", x, N, group_size, 1 if activation is None else 2)
+        arguments = blocks_of_groups("int4_gemv", x, N, group_size, activation)
         int4_gemv_kernel[(triton.cdiv(N, arguments["BLOCK_N"]),)](
             flat, *weight, out, N, rows,
             K=K, GROUP=group_size, ACTIVATION=activation, STAGES=arguments["num_stages"], **arguments,
         )  # fmt: skip
     elif M > 1:
-        arguments = blocks_of_groups("int4_few_rows", x, N, group_size)
+        arguments = blocks_of_groups("int4_few_rows", x, N, group_size, activation)
         int4_few_rows_kernel[(triton.cdiv(N, arguments["BLOCK_N"]),)](
             flat, *weight, out, M, N, rows,
             K=K, GROUP=group_size, ACTIVATION=activation, BLOCK_M=FEW_ROWS, **arguments,
@@ -163,10 +162,10 @@ def launch(
     return out
 
 
-def blocks_of_groups(kernel: str, x: Tensor, size: int, group_size: int, products: int = 1) -> dict:
-    """The launch row's arguments with BLOCK_K, in inputs, turned into GROUPS."""
-    arguments = choose(kernel, x, size).arguments()
-    return arguments | {"GROUPS": arguments.pop("BLOCK_K") // (products * group_size)}
+def blocks_of_groups(kernel: str, x: Tensor, size: int, group_size: int, activation: str | None = None) -> dict:
+    """The launch row's arguments, with BLOCK_K, counted in inputs, turned into GROUPS."""
+    arguments = blocks(kernel, x, size, activation)
+    return arguments | {"GROUPS": max(1, arguments.pop("BLOCK_K") // group_size)}
 
 
 def dequantize(packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:

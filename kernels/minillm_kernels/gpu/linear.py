@@ -142,19 +142,25 @@ def launch(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
         return gated(F.linear(x, dense, bias), activation)
     out = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     if M == 1:
-        arguments = choose("gemv", x, size=N).arguments()
-        if activation is not None:
-            arguments["BLOCK_K"] //= 2  # two tiles of weights in flight instead of one
+        arguments = blocks("gemv", x, N, activation)
         gemv_kernel[(triton.cdiv(N, arguments["BLOCK_N"]),)](
             rows, weight, scale, bias, out, N,
             K=K, ACTIVATION=activation, STAGES=arguments["num_stages"], **arguments,
         )  # fmt: skip
     elif M > 1:
-        arguments = choose("few_rows", x, size=N).arguments()
+        arguments = blocks("few_rows", x, N, activation)
         few_rows_kernel[(triton.cdiv(N, arguments["BLOCK_N"]),)](
             rows, weight, scale, bias, out, M, N, K=K, ACTIVATION=activation, BLOCK_M=FEW_ROWS, **arguments
         )
     return out
+
+
+def blocks(kernel: str, x: Tensor, size: int, activation: str | None) -> dict:
+    """The launch row's arguments; a gated pair has two tiles of weights in flight, so each is half as long."""
+    arguments = choose(kernel, x, size).arguments()
+    if activation is not None:
+        arguments["BLOCK_K"] //= 2
+    return arguments
 
 
 def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
