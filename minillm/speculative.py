@@ -165,7 +165,7 @@ def run_speculative(
         # The last token of a row's budget needs no draft: every step yields one token of its own.
         left = [row.max_new_tokens - len(row.token_ids) for row in rows]
         counts = [max(0, min(length, room - 1)) for length, room in zip(lengths, left, strict=True)]
-        draft = proposer.propose(texts, counts, sampling, seen) if max(counts) else no_draft(len(rows), device)
+        draft = proposer.propose(texts, counts, sampling, seen)
         logits = _verify_step(model, cache, texts, running, draft, 1 + max(lengths))  # [B, k + 1, V]
 
 
@@ -305,16 +305,16 @@ class DraftModel:
         reuse_prefix(cache, [self._known(prompt) for prompt in prompts])
 
     def propose(self, texts: list[list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
+        # What the cache holds of the text is right up to where the last drafts were rejected; if all were
+        # accepted, the last of them was never fed. Either way the rest of the text is fed now.
+        held = [min(held, len(text) - 1) for held, text in zip(self.cache.lengths, texts, strict=True)]
+        self.cache.truncate(held)
         # A text that outgrows the draft's positions goes on without drafts.
         room = self.cache.max_cache_len + 1
         counts = [max(0, min(count, room - len(text))) for text, count in zip(texts, counts, strict=True)]
         k = max(counts)
         if k == 0:
             return no_draft(len(texts), self.cache.device)
-        # What the cache holds of the text is right up to where the last drafts were rejected; if all were
-        # accepted, the last of them was never fed. Either way the rest of the text is fed now.
-        held = [min(held, len(text) - 1) for held, text in zip(self.cache.lengths, texts, strict=True)]
-        self.cache.truncate(held)
         missing = [self._known(text[n:]) if c else [] for text, n, c in zip(texts, held, counts, strict=True)]
         logits = prefill(self.model, self.cache, missing, held)  # [B, V of the draft]
         position = torch.tensor([len(text) for text in texts], device=self.cache.device)  # [B]
