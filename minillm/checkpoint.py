@@ -65,7 +65,7 @@ _NORM_NAMES = {
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _SHARD_BYTES = 2**30  # of a checkpoint that is written here
-_REOPEN_BYTES = 2**28  # read through one mapping of a file before it is closed and opened again
+_REOPEN_BYTES = 2**25  # read through one mapping of a file before it is closed and opened again
 
 
 @dataclass(frozen=True)
@@ -331,7 +331,10 @@ class _ShardWriter:
         if self.waiting:
             self._write()
         index = {"metadata": {}, "weight_map": self.weight_map}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        path = self.folder / "model.safetensors.index.json"
+        path.write_text(json.dumps(index, indent=2) + "\n")
+        for shard in set(self.weight_map.values()):
+            shutil.copymode(path, self.folder / shard)  # safetensors writes for the owner alone
 
 
 def _stream(folder: Path, files: dict[str, str], label: str) -> Iterator[tuple[str, Tensor]]:

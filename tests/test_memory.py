@@ -1,0 +1,205 @@
+"""memory.py: what it predicts is what is allocated, and its arithmetic gives the published figures."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from families import FAMILIES
+from published_configs import PUBLISHED
+from safetensors.torch import save_file
+
+from minillm import StaticCache
+from minillm.checkpoint import empty_decoder, load_decoder
+from minillm.cli import main
+from minillm.config import load_config, parse_config
+from minillm.errors import RequestError
+from minillm.memory import (
+    activation_bytes,
+    cache_bytes,
+    estimate,
+    format_bytes,
+    kv_values,
+    parameter_count,
+    report,
+    score_bytes,
+    weight_bytes,
+)
+
+LLAMA2_70B = PUBLISHED["Llama-2-7b-hf"] | dict(
+    hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+)
+
+
+def allocated(model) -> int:
+    """Bytes of distinct storages: what the process really holds for the weights."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return sum({tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}.values())
+
+
+@pytest.mark.parametrize("quantize, head", [(None, False), ("int8", False), ("int8", True)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_weights_are_exactly_what_is_allocated(name, quantize, head, checkpoint):
+    config = load_config(checkpoint(name))
+    predicted = weight_bytes(empty_decoder(config, torch.bfloat16, quantize=quantize, quantize_head=head))
+    model = load_decoder(checkpoint(name), config, torch.bfloat16, quantize=quantize, quantize_head=head)
+    assert predicted == weight_bytes(model) == allocated(model)
+
+
+@pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma3-nested"])  # has a vision tower
+def test_parameters_are_counted_as_transformers_counts_them(name, checkpoint, reference):
+    config = load_config(checkpoint(name))
+    expected = sum(p.numel() for p in reference(name).parameters())
+    assert parameter_count(empty_decoder(config, torch.float32)) == expected
+    assert parameter_count(empty_decoder(config, torch.float32, quantize="int8", quantize_head=True)) == expected
+
+
+@pytest.mark.parametrize("batch, context", [(1, 7), (3, 300), (2, 512)])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_cache_is_exactly_what_is_allocated(name, batch, context, checkpoint):
+    config = load_config(checkpoint(name))
+    cache = StaticCache(config, batch, context, dtype=torch.bfloat16)
+    assert sum(cache_bytes(config, batch, context, torch.bfloat16)) == cache.nbytes
+
+
+def test_sliding_layers_stop_growing():
+    config = parse_config(PUBLISHED["gemma-2-2b"])
+    short, long = (cache_bytes(config, 1, context, torch.bfloat16) for context in (6000, 8000))
+    assert short[0] * 8001 == long[0] * 6001  # full layers: one slot per token, and the bin
+    assert short[1] == long[1] > 0
+
+
+def test_published_figures():
+    """Sizes people have printed for well-known models."""
+    config = parse_config(LLAMA2_70B)
+    assert weight_bytes(empty_decoder(config, torch.bfloat16)) / 1e9 == pytest.approx(140, rel=0.02)
+    mistral = parse_config(PUBLISHED["Mistral-7B-v0.1"])
+    bf16 = weight_bytes(empty_decoder(mistral, torch.bfloat16))
+    int8 = weight_bytes(empty_decoder(mistral, torch.bfloat16, quantize="int8", quantize_head=True))
+    assert bf16 / 2**30 == pytest.approx(13.5, abs=0.05)
+    assert int8 / bf16 == pytest.approx(0.5, abs=0.01)
+    # The guides' example: 40 layers, 48 heads of 128 channels, 16,000 tokens.
+    assert kv_values(40, 48, 128, 16_000) == pytest.approx(7.86e9, rel=1e-3)
+    assert kv_values(40, 48, 128, 16_000) == 48 * kv_values(40, 1, 128, 16_000)
+    assert score_bytes(40, 16_000, 16_000, 2) / 2**30 == pytest.approx(19, abs=0.1)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2", "qwen3"])
+def test_the_activation_estimate_brackets_the_measured_peak(name):
+    """The profiler adds up what one prefill chunk allocates and frees; the estimate is within a third of its peak.
+
+    Wide enough (hidden 256, 256 tokens) that tensors outweigh bookkeeping; a third because which temporaries
+    overlap is the library's business.
+    """
+    wide = dict(hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
+    config = parse_config(FAMILIES[name].config | wide)
+    model = empty_decoder(config, torch.float32).to_empty(device="cpu")
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    cache = StaticCache(config, 1, 256)
+    ids, position = torch.zeros(1, 256, dtype=torch.int64), torch.arange(256)[None]
+    with torch.inference_mode():
+        model.hidden_states(ids, position, cache)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            model.hidden_states(ids, position, cache)
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    predicted, _ = activation_bytes(config, 1, 256, torch.float32)
+    assert 0.66 < predicted / peak < 1.5
+
+
+def test_totals_add_up_and_say_where_they_fit():
+    config = parse_config(PUBLISHED["Llama-3.1-8B-Instruct"])
+    one = estimate(config, 1, 4096, torch.bfloat16)
+    assert one.total == one.weights + one.cache_full + one.cache_sliding + one.activations + one.logits
+    assert one.fits_in == 16
+    assert estimate(config, 1, 4096, torch.bfloat16, "int8").fits_in == 12
+    assert estimate(config, 512, 131072, torch.bfloat16).fits_in is None
+
+
+def test_format_bytes():
+    assert [format_bytes(n) for n in (0, 1023, 1536, 13 * 2**30)] == ["0 B", "1023 B", "1.5 KiB", "13 GiB"]
+
+
+def test_the_command_prints_a_table_json_and_a_plot(capsys, checkpoint, tmp_path):
+    folder = str(checkpoint("mistral-v0.1"))
+    assert main(["memory", folder, "--context", "300", "--batch", "2"]) == 0
+    table = capsys.readouterr().out
+    assert max(map(len, table.splitlines())) <= 80
+    assert "KV cache, sliding layers" in table
+    plot = tmp_path / "memory.png"
+    assert main(["memory", folder, "--context", "300", "--batch", "2", "--json", "--plot", str(plot)]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    config = load_config(folder)
+    assert answer["estimates"]["float32"]["cache_sliding"] == StaticCache(config, 2, 300).nbytes
+    assert sum(answer["stored"].values()) == answer["estimates"]["float32"]["weights"]
+    assert plot.read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize("arguments, told", [({"context": 10**6}, "positions"), ({"batch_size": 0}, "batch")])
+def test_impossible_requests(arguments, told, checkpoint):
+    folder = checkpoint("llama3")
+    request = {"batch_size": 1, "context": None} | arguments
+    with pytest.raises(RequestError, match=told):
+        report(load_config(folder), torch.float32, name="x", folder=folder, **request)
+
+
+@pytest.fixture(scope="module")
+def large_folder(tmp_path_factory):
+    """A bf16 checkpoint of about 150 MB: large beside the noise of a process's memory."""
+    folder = tmp_path_factory.mktemp("large")
+    config = dict(
+        model_type="llama", vocab_size=4096, hidden_size=1024, intermediate_size=2816, num_hidden_layers=5,
+        num_attention_heads=8, num_key_value_heads=8, torch_dtype="bfloat16",
+    )  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    tensors = {"model.embed_tokens.weight": (4096, 1024), "lm_head.weight": (4096, 1024), "model.norm.weight": (1024,)}
+    for i in range(5):
+        layer = f"model.layers.{i}."
+        tensors |= {f"{layer}self_attn.{x}_proj.weight": (1024, 1024) for x in "qkvo"}
+        tensors |= {f"{layer}mlp.{x}_proj.weight": (2816, 1024) for x in ("gate", "up")}
+        tensors |= {f"{layer}mlp.down_proj.weight": (1024, 2816)}
+        tensors |= {f"{layer}{x}_layernorm.weight": (1024,) for x in ("input", "post_attention")}
+    save_file(
+        {name: torch.randn(shape, dtype=torch.bfloat16) for name, shape in tensors.items()},
+        folder / "model.safetensors",
+    )
+    return folder
+
+
+PEAK = """
+import resource, sys, torch
+from minillm.config import load_config
+from minillm.checkpoint import load_decoder
+from minillm.memory import weight_bytes
+folder, quantize = sys.argv[1], sys.argv[2] if sys.argv[2] != "none" else None
+torch.set_num_threads(1)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+torch.randn(512, 512, dtype=torch.bfloat16) @ torch.randn(512, 512, dtype=torch.bfloat16)
+config = load_config(folder)
+before = peak()
+model = load_decoder(folder, config, torch.bfloat16, quantize=quantize)
+print(weight_bytes(model), peak() - before)
+"""
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "int4-g64"])
+def test_loading_never_holds_more_than_the_model_and_one_tensor(quantize, large_folder):
+    """Peak memory of a process that loads, against the calculator: 10 % slack, one tensor, one mapped window.
+
+    The window: pages of the source stay mapped for 32 MiB of reading before the file is reopened, and the
+    tensor after them is mapped already when the old window goes.
+    """
+    largest, window = 4096 * 1024 * 2, 2**25
+    answer = subprocess.run(
+        [sys.executable, "-c", PEAK, large_folder, quantize], capture_output=True, text=True, check=True
+    )
+    weights, peak = map(int, answer.stdout.split())
+    assert weights > 40e6
+    assert peak < 1.1 * weights + 2 * largest + window
+    full = (large_folder / "model.safetensors").stat().st_size
+    assert quantize == "none" or peak < 0.95 * full + 0.1 * weights
