@@ -12,6 +12,10 @@ p(x) is max(p(x) - q(x), 0), the *residual*: after a rejection the token is draw
 up to p(x), whatever q is; a bad draft costs speed and never changes the text. At temperature 0 both
 are one-hot, and the same formula reads "accept if it is the argmax, else take the argmax".
 
+"Exactly" is meant up to rounding: a pass over k + 1 tokens may add up in another order than k + 1 passes,
+as batches of another size do. In float32 that shows in no text of our tests; in bfloat16 two tokens that
+are almost equally likely may change places.
+
 In a batch each row accepts its own number. A row that kept fewer tokens than it was fed is cut back in
 the cache (`StaticCache.truncate`), and positions are data, so nothing else has to know.
 """
@@ -31,14 +35,10 @@ from minillm.model import Decoder
 from minillm.sampling import Sampling, penalize, probabilities, sample, uniform
 from minillm.tokenizer import Tokenizer
 
-# Independent random numbers at one position (see `sampling.uniform`); stream 0 is plain decoding's.
-_DRAFT_STREAM, _ACCEPT_STREAM = 1, 2
-# The longest n-gram prompt lookup tries to match.
-_MAX_NGRAM = 3
-# What "auto" chooses from: few lengths, so that a compiled verify step has few shapes.
-_AUTO_LENGTHS = (1, 2, 4, 8)
-# How fast "auto" forgets: about the last ten steps count.
-_AUTO_DECAY = 0.9
+_DRAFT_STREAM, _ACCEPT_STREAM = 1, 2  # random numbers beside plain decoding's stream 0, see `sampling.uniform`
+_MAX_NGRAM = 3  # the longest n-gram prompt lookup tries to match
+_AUTO_LENGTHS = (1, 2, 4, 8)  # what "auto" chooses from: few, so that a compiled verify step has few shapes
+_AUTO_DECAY = 0.9  # how fast "auto" forgets: about the last ten steps count
 
 
 @dataclass(frozen=True)
@@ -125,12 +125,7 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Ten
 
 
 def run_speculative(
-    model: Decoder,
-    cache: StaticCache,
-    rows: list[Row],
-    sampling: Sampling,
-    logprobs: bool,
-    proposer: Proposer,
+    model: Decoder, cache: StaticCache, rows: list[Row], sampling: Sampling, logprobs: bool, proposer: Proposer
 ) -> Iterator[None]:
     """`decode.run` with drafts: the same contract, the same `Row.commit`, fewer passes of the target."""
     device = cache.device
@@ -317,22 +312,24 @@ class DraftModel:
             return no_draft(len(texts), self.cache.device)
         missing = [self._known(text[n:]) if c else [] for text, n, c in zip(texts, held, counts, strict=True)]
         logits = prefill(self.model, self.cache, missing, held)  # [B, V of the draft]
-        position = torch.tensor([len(text) for text in texts], device=self.cache.device)  # [B]
         wanted = torch.tensor(counts, device=self.cache.device)  # [B]
+        place = torch.tensor([[*range(len(text), len(text) + k)] for text in texts], device=self.cache.device)  # [B, k]
+        numbers = uniform(sampling.seed[:, None], place, _DRAFT_STREAM)  # [B, k]
         common = min(self.vocab_size, logits.shape[-1])
         tokens, probs = [], []
         for i in range(k):
             if i > 0:
-                feed = torch.where(i < wanted, position + i - 1, -1)  # [B]
+                feed = torch.where(i < wanted, place[:, i - 1], -1)  # [B]
                 used = max(len(text) + i for text, count in zip(texts, counts, strict=True) if count > i)
                 logits = next_logits(self.model, tokens[-1][:, None], feed[:, None], self.cache, key_length=used)
                 if seen is not None:
                     seen = seen.scatter(1, tokens[-1][:, None], True)
             shared = None if seen is None else seen[:, None, :common]  # [B, 1, common]
             q = distribution(logits[:, None, :common], sampling, shared)[:, 0]  # [B, common]
-            tokens.append(sample(q, uniform(sampling.seed, position + i, _DRAFT_STREAM)))  # [B]
-            probs.append(F.pad(q, (0, self.vocab_size - common)))  # [B, V]
-        return Draft(torch.stack(tokens, dim=1), torch.stack(probs, dim=1), counts)  # [B, k], [B, k, V]
+            tokens.append(sample(q, numbers[:, i]))  # [B]
+            probs.append(q)
+        padded = F.pad(torch.stack(probs, dim=1), (0, self.vocab_size - common))  # [B, k, V]
+        return Draft(torch.stack(tokens, dim=1), padded, counts)  # tokens [B, k]
 
     def _known(self, ids: Sequence[int]) -> list[int]:
         """The ids as the draft can read them: one beyond its embedding becomes 0, which costs acceptance only."""
@@ -388,8 +385,8 @@ def make_proposer(
             assistant.config,
             len(rows),
             size,
-            device=assistant.device,
-            dtype=assistant.dtype,
+            assistant.device,
+            assistant.dtype,
             max_step=cache.max_step,
             planned_length=[min(length, size) for length in planned],
         )
