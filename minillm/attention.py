@@ -2,6 +2,8 @@
 
 * `math` spells attention out in float32: the oracle, and the one to read.
 * `sdpa` hands the same inputs to PyTorch's fused scaled-dot-product attention.
+* `triton` is this project's own kernels (`kernels/`): on a GPU each row reads only what its position makes
+  visible, and rotation and cache write are one launch. On a CPU the same ops run their PyTorch code.
 
 A backend declares what it can do; `choose_backend` picks once, at load. A backend that cannot serve
 a model is refused by name, never silently replaced.
@@ -12,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from minillm_kernels.decode_attention import decode_attention
+from minillm_kernels.flash_attention import flash_attention
 from torch import Tensor
 
 from minillm.cache import KeyView
@@ -26,6 +30,8 @@ class Backend:
     name: str
     attend: Callable[[Tensor, Tensor, Tensor, KeyView, LayerSpec], Tensor]
     softcap: bool
+    max_head_dim: int | None  # None: any
+    fused: bool = False  # norms, and rotation with the cache write, are one kernel each
 
 
 def attend_math(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
@@ -76,9 +82,23 @@ def attend_sdpa(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: La
     return out.view(B, KV, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
 
 
+def attend_triton(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
+    """The same through `minillm::flash_attention` and `minillm::decode_attention`; arguments as for `attend_math`."""
+    B, T, H, D = q.shape
+    q = q.transpose(1, 2)  # [B, H, T, D]
+    if view.from_start:
+        # The rows' first tokens: slots 0 .. T - 1 are the keys, whatever the layer.
+        out = flash_attention(q, keys[:, :, :T], values[:, :, :T], spec.query_scale, view.window, spec.softcap)
+    else:
+        keys, values = keys[:, :, : view.num_slots], values[:, :, : view.num_slots]  # [B, KV, S, D], without the bin
+        out = decode_attention(q, keys, values, view.cache_position, spec.query_scale, view.window, spec.softcap)
+    return out.transpose(1, 2).reshape(B, T, H * D)
+
+
 BACKENDS = {
-    "math": Backend("math", attend_math, softcap=True),
-    "sdpa": Backend("sdpa", attend_sdpa, softcap=False),
+    "math": Backend("math", attend_math, softcap=True, max_head_dim=None),
+    "sdpa": Backend("sdpa", attend_sdpa, softcap=False, max_head_dim=None),
+    "triton": Backend("triton", attend_triton, softcap=True, max_head_dim=256, fused=True),
 }
 
 
@@ -92,8 +112,14 @@ def choose_backend(name: str, config: ModelConfig) -> Backend:
         return BACKENDS["math" if needs_softcap else "sdpa"]
     if name not in BACKENDS:
         raise BackendError(f"attention={name!r} is not one of auto, {', '.join(BACKENDS)}")
-    if needs_softcap and not BACKENDS[name].softcap:
+    backend = BACKENDS[name]
+    if needs_softcap and not backend.softcap:
         raise BackendError(
             f"attention={name!r} has no score softcap, which {config.family} needs; use attention='auto' or 'math'"
         )
-    return BACKENDS[name]
+    if backend.max_head_dim is not None and config.head_dim > backend.max_head_dim:
+        raise BackendError(
+            f"attention={name!r} serves heads of up to {backend.max_head_dim} channels, {config.family} has "
+            f"{config.head_dim} here; use attention='auto'"
+        )
+    return backend

@@ -47,6 +47,7 @@ class KeyView:
     num_slots: int  # slots of the layer, without the bin
     key_length: int  # how many of them to read: the rest holds nothing yet
     mask: Tensor  # [B, T, key_length] bool, True where the query sees the slot
+    from_start: bool  # column t of every row is position t (or padding after the row's end)
 
 
 class StaticCache:
@@ -198,12 +199,19 @@ class StaticCache:
         self._ids[self._rows, column] = input_ids
         self._written.copy_(torch.maximum(self._written, cache_position.amax(dim=1) + 1))
 
-    def view(self, cache_position: Tensor, window: int | None, key_length: int | None = None) -> KeyView:
+    def view(
+        self,
+        cache_position: Tensor,
+        window: int | None,
+        key_length: int | None = None,
+        from_start: bool = False,
+    ) -> KeyView:
         """Which slots a step at `cache_position [B, T]` writes and sees, for layers with this window.
 
         `key_length` is a bound, known to the host, on the positions in use (newest + 1): reading no
         further is what makes a step cost what the text is long and not what was allocated. By default
-        it is read off the positions on the CPU, and is everything elsewhere.
+        it is read off the positions on the CPU, and is everything elsewhere. `from_start` is a promise that
+        the step is the beginning of every row, which lets a kernel skip the cache.
         """
         slots = self.num_slots(window)
         if key_length is None:
@@ -219,7 +227,7 @@ class StaticCache:
         # A padding query sees everything: its result is never used, and no softmax row is left empty.
         mask = seen | (query < 0)  # [B, T, key_length]
         writes = torch.where(cache_position < 0, slots, cache_position % slots)  # [B, T]
-        return KeyView(cache_position, window, writes, slots, key_length, mask)
+        return KeyView(cache_position, window, writes, slots, key_length, mask, from_start)
 
     def write(self, layer: int, keys: Tensor, values: Tensor, view: KeyView) -> None:
         """Put this step's `keys` and `values`, both `[B, T, KV, D]`, into their slots."""

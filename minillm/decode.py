@@ -208,7 +208,8 @@ def prefill(model: Decoder, cache: StaticCache, ids: Sequence[Sequence[int]], st
             device=device,
         )  # [B, T]
         used = max(first + begin + len(row) for row, first in zip(chunk, start, strict=True))
-        hidden = model.hidden_states(input_ids, positions, cache, key_length=used)  # [B, T, d]
+        fresh = begin == 0 and not any(start)
+        hidden = model.hidden_states(input_ids, positions, cache, key_length=used, from_start=fresh)  # [B, T, d]
         for b, row in enumerate(chunk):
             if row and begin + len(row) == len(ids[b]):
                 last[b] = hidden[b, len(row) - 1]

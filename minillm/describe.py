@@ -17,6 +17,7 @@ from minillm.checkpoint import empty_decoder
 from minillm.config import ModelConfig, RopeSpec
 from minillm.llm import LLM
 from minillm.memory import format_bytes, parameter_count, weight_bytes
+from minillm.model import NoNorm
 
 
 def facts(
@@ -133,7 +134,7 @@ def trace(llm: LLM, text: str) -> Trace:
     steps: list[Step] = []
     undo = []
     for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] in _SHOWN and not isinstance(module, torch.nn.Identity):
+        if name.rsplit(".", 1)[-1] in _SHOWN and not isinstance(module, NoNorm):
             undo += _watch(name, module, steps)
         if name.endswith(".attention"):
             undo.append(_watch_attend(f"{name}.attend", module, steps))

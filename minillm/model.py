@@ -10,6 +10,7 @@ F intermediate_size, V vocab_size, S cache slots.
 from collections.abc import Callable
 
 import torch
+from minillm_kernels.norm_rope import add_rms_norm, rms_norm, rope_and_cache_write
 from torch import Tensor, nn
 
 from minillm.attention import Backend
@@ -25,17 +26,38 @@ LinearFactory = Callable[[int, int, bool], Linear | QuantizedLinear]
 class RMSNorm(nn.Module):
     """x / rms(x) * (offset + weight) over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, size: int, spec: NormSpec):
+    def __init__(self, size: int, spec: NormSpec, fused: bool):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size))
-        self.spec = spec
+        self.spec, self.fused = spec, fused
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.fused:
+            return rms_norm(x, self.weight, self.spec.eps, self.spec.offset, self.spec.multiply_in_fp32)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.spec.eps)
         if self.spec.multiply_in_fp32:
             return (wide * (self.spec.offset + self.weight.float())).to(x.dtype)
         return wide.to(x.dtype) * self.weight
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        """Add to the residual stream and norm the sum: (norm(x + residual), x + residual)."""
+        if self.fused:
+            spec = self.spec
+            return add_rms_norm(x, residual, self.weight, spec.eps, spec.offset, spec.multiply_in_fp32)
+        total = x + residual
+        return self(total), total
+
+
+class NoNorm(nn.Module):
+    """Stands where a family has no norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
+        total = x + residual
+        return total, total
 
 
 class Attention(nn.Module):
@@ -56,8 +78,8 @@ class Attention(nn.Module):
         self.output = linear(q_size, config.hidden_size, config.output_bias)
         if self.qk_norm is not None:
             whole = self.qk_norm == "full"
-            self.q_norm = RMSNorm(q_size if whole else config.head_dim, config.norm)
-            self.k_norm = RMSNorm(kv_size if whole else config.head_dim, config.norm)
+            self.q_norm = RMSNorm(q_size if whole else config.head_dim, config.norm, backend.fused)
+            self.k_norm = RMSNorm(kv_size if whole else config.head_dim, config.norm, backend.fused)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], view: KeyView, cache: StaticCache) -> Tensor:
         B, T, _ = x.shape
@@ -69,9 +91,14 @@ class Attention(nn.Module):
         v = v.reshape(B, T, self.num_kv_heads, self.head_dim)
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        cache.write(self.index, k, v, view)
-        out = self.backend.attend(q, cache.keys[self.index], cache.values[self.index], view, self.spec)
+        keys, values = cache.keys[self.index], cache.values[self.index]  # [B, KV, S + 1, D]
+        if self.backend.fused:
+            cos, sin = (part[:, :, 0] for part in rotary)  # [B, T, D / 2]
+            q = rope_and_cache_write(q, k, v, cos, sin, keys, values, view.cache_position).transpose(1, 2)
+        else:
+            q, k = rotate(q, *rotary), rotate(k, *rotary)
+            cache.write(self.index, k, v, view)
+        out = self.backend.attend(q, keys, values, view, self.spec)  # [B, T, H * D]
         return self.output(out)  # [B, T, d]
 
 
@@ -96,7 +123,7 @@ class Block(nn.Module):
         super().__init__()
 
         def norm(present: bool) -> nn.Module:
-            return RMSNorm(config.hidden_size, config.norm) if present else nn.Identity()
+            return RMSNorm(config.hidden_size, config.norm, backend.fused) if present else NoNorm()
 
         self.attention_norm = norm(config.pre_norm)
         self.attention = Attention(config, config.layers[index], index, backend, linear)
@@ -106,8 +133,9 @@ class Block(nn.Module):
         self.mlp_post_norm = norm(config.post_norm)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], view: KeyView, cache: StaticCache) -> Tensor:
-        x = x + self.attention_post_norm(self.attention(self.attention_norm(x), rotary, view, cache))
-        return x + self.mlp_post_norm(self.mlp(self.mlp_norm(x)))  # [B, T, d]
+        attended = self.attention_post_norm(self.attention(self.attention_norm(x), rotary, view, cache))
+        normed, x = self.mlp_norm.add(attended, x)  # [B, T, d] each
+        return x + self.mlp_post_norm(self.mlp(normed))  # [B, T, d]
 
 
 class Decoder(nn.Module):
@@ -124,10 +152,10 @@ class Decoder(nn.Module):
         head: LinearFactory = make_linear,
     ):
         super().__init__()
-        self.config = config
+        self.config, self.fused = config, backend.fused
         self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
         self.blocks = nn.ModuleList(Block(config, i, backend, linear) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm)
+        self.norm = RMSNorm(config.hidden_size, config.norm, backend.fused)
         self.head = head(config.hidden_size, config.vocab_size, False)
         self.tie_head()
 
@@ -153,16 +181,22 @@ class Decoder(nn.Module):
         return self.logits(self.hidden_states(input_ids, cache_position, cache, key_length))
 
     def hidden_states(
-        self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache, key_length: int | None = None
+        self,
+        input_ids: Tensor,
+        cache_position: Tensor,
+        cache: StaticCache,
+        key_length: int | None = None,
+        from_start: bool = False,
     ) -> Tensor:
-        """The last hidden state of every input token, `[B, T, d]`; arguments as for `forward`."""
+        """The last hidden state of every input token, `[B, T, d]`; arguments as for `forward` and `cache.view`."""
         cache.record(input_ids, cache_position)
-        views = {window: cache.view(cache_position, window, key_length) for window in self.config.windows}
+        views = {w: cache.view(cache_position, w, key_length, from_start) for w in self.config.windows}
         x = self.embedding(input_ids)  # [B, T, d]
         if self.config.embedding_scale != 1.0:
             # Gemma multiplies by sqrt(d) rounded to the model's dtype, and was trained with that rounding.
             x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device=x.device)
-        rotary = [cos_sin(table, cache_position, x.dtype) for table in cache.rotary]
+        angles = torch.float32 if self.fused else x.dtype  # a kernel that rotates rounds once, at its end
+        rotary = [cos_sin(table, cache_position, angles) for table in cache.rotary]
         for block, spec in zip(self.blocks, self.config.layers, strict=True):
             x = block(x, rotary[spec.rope], views[spec.window], cache)
         return self.norm(x)
