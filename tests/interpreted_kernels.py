@@ -1,0 +1,91 @@
+"""The Triton kernels, run by Triton's interpreter on CPU, against the float64 references of the catalog.
+
+The interpreter has to be on before Triton is imported, so the suite runs this file in a process of its own
+(test_kernels_interpreter.py). While working on a kernel, run it directly:
+
+    TRITON_INTERPRET=1 python -m pytest tests/interpreted_kernels.py -k "decode_attention and ring"
+"""
+
+import random
+from dataclasses import replace
+
+import pytest
+import torch
+from minillm_kernels import launch
+from minillm_kernels.catalog import CATALOG
+
+assert launch.interpreting(), "run this file with TRITON_INTERPRET=1, or through test_kernels_interpreter.py"
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+CASES = [(name, case) for name, entry in CATALOG.items() for case in entry.small_cases]
+ROWS = [(name, index) for name, rows in launch.TABLE.items() for index in range(len(rows))]
+# Which op, at which case, launches the kernel a row of the launch table belongs to.
+OP_OF_ROW = {
+    "decode_attention": ("decode_attention", "everything"),
+    "flash_attention": ("flash_attention", "everything"),
+    "gemv": ("int8_linear", "1 row, ragged, bias"),
+    "few_rows": ("int8_linear", "3 rows, bias"),
+    "int4_gemv": ("int4_linear", "1 row, ragged, bias, groups of 32"),
+    "int4_few_rows": ("int4_linear", "3 rows, bias, groups of 64"),
+    "dequantize": ("int4_linear", "17 rows, bias, groups of 32"),
+    "rms_norm": ("add_rms_norm", "odd size, large eps"),
+    "rope_and_cache_write": ("rope_and_cache_write", "partial rotary"),
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_outputs():
+    """torch.empty hands out NaN: a result, or a partial result, that nobody wrote does not go unnoticed."""
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("name", "case"), CASES)
+def test_parity(name, case, dtype):
+    check(name, CATALOG[name].small_cases[case], DTYPES[dtype])
+
+
+@pytest.mark.parametrize(("kernel", "index"), ROWS)
+def test_parity_at_every_row_of_the_launch_table(kernel, index, monkeypatch):
+    row = replace(launch.TABLE[kernel][index], max_size=None, chips=None, half_only=False)
+    monkeypatch.setitem(launch.TABLE, kernel, (row,))
+    name, case = OP_OF_ROW[kernel]
+    check(name, CATALOG[name].small_cases[case], torch.float32)
+
+
+def test_decode_attention_of_a_row_ignores_its_neighbours():
+    entry, case = CATALOG["decode_attention"], CATALOG["decode_attention"].small_cases["grouped heads, ragged rows"]
+    inputs = entry.make_inputs(case, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
+    (together,) = entry.run(**inputs)
+    for row in range(together.shape[0]):
+        alone = {key: inputs[key][row : row + 1] for key in ("q", "k", "v", "cache_position")}
+        (result,) = entry.run(**inputs | alone)
+        assert torch.equal(result[0], together[row])
+
+
+def test_decode_attention_reads_nothing_outside_the_window():
+    entry, case = CATALOG["decode_attention"], CATALOG["decode_attention"].small_cases["window over several splits"]
+    inputs = entry.make_inputs(case, torch.float32, torch.device("cpu"), torch.Generator().manual_seed(0))
+    (before,) = entry.run(**inputs)
+    for row, (position,) in enumerate(case["positions"]):
+        for tensor in (inputs["k"], inputs["v"]):
+            tensor[row, :, : max(0, position - case["window"] + 1)] = float("nan")
+    (after,) = entry.run(**inputs)
+    assert torch.equal(before, after)
+
+
+def check(name: str, case: dict, dtype: torch.dtype) -> None:
+    entry, seed = CATALOG[name], random.SystemRandom().getrandbits(32)  # fresh inputs in every run
+    inputs = entry.make_inputs(case, dtype, torch.device("cpu"), torch.Generator().manual_seed(seed))
+    expected = entry.reference(**inputs)
+    bounds = entry.bounds(expected, **inputs)
+    for index, (result, exact, bound) in enumerate(zip(entry.run(**inputs), expected, bounds, strict=True)):
+        assert result.dtype == dtype
+        assert result.shape == exact.shape
+        assert result.isfinite().all(), f"result {index} is not finite (seed {seed})"
+        specified = ~exact.isnan()
+        excess = ((result.double() - exact).abs() - bound)[specified]
+        assert (excess <= 0).all(), f"result {index} is off by {excess.max():.2g} more than allowed (seed {seed})"
