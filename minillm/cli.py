@@ -74,6 +74,29 @@ def _parser() -> argparse.ArgumentParser:
     _model_options(inspect)
     inspect.set_defaults(command=_inspect)
 
+    bench = commands.add_parser(
+        "bench",
+        help="how fast a model runs here",
+        description="Time a model beside this machine's memory bandwidth, or score it on a text (--perplexity).",
+    )
+    bench.add_argument("--lengths", type=_numbers, metavar="N,N", help="prompt lengths (default: 64,256,1024)")
+    bench.add_argument(
+        "--capacities", type=_numbers, metavar="N,N", help="cache sizes to decode in (default: 128,1024,4096,16384)"
+    )
+    bench.add_argument("--new-tokens", type=int, default=32, metavar="N", help="decoded per measurement (default: 32)")
+    bench.add_argument("--repeats", type=int, default=5, metavar="N", help="(default: 5)")
+    bench.add_argument("--perplexity", type=Path, metavar="FILE", help="bits per byte of this text instead of speed")
+    bench.add_argument(
+        "--formats",
+        type=lambda text: text.split(","),
+        metavar="F,F",
+        help="with --perplexity: compare these, such as bf16,int8,int4-g32",
+    )
+    bench.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    bench.add_argument("--plot", type=Path, metavar="PNG", help="draw the speeds into this file")
+    _model_options(bench)
+    bench.set_defaults(command=_bench)
+
     memory = commands.add_parser(
         "memory",
         help="how many bytes a model takes",
@@ -136,6 +159,10 @@ def _generation_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prompt-lookup-num-tokens", type=int, metavar="N", help="guess ahead by copying from the text so far"
     )
+
+
+def _numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 def _load(options: argparse.Namespace, name: str | None = None):
@@ -291,6 +318,39 @@ def _find(options: argparse.Namespace, weights: bool = False) -> Path:
     return find_checkpoint(
         options.model, revision=options.revision, local_files_only=options.local_files_only, weights=weights
     )
+
+
+def _bench(options: argparse.Namespace) -> None:
+    if options.formats is not None and options.perplexity is None:
+        raise RequestError("--formats compares formats on a text: give it with --perplexity FILE")
+    if options.plot is not None and options.perplexity is not None:
+        raise RequestError("--plot draws speeds: leave out --perplexity")
+    if options.perplexity is not None:
+        _score(options)
+        return
+    from minillm.bench import measure, save_plot
+
+    rep = measure(lambda: _load(options), options.lengths, options.capacities, options.new_tokens, options.repeats)
+    print(json.dumps(rep.as_dict(), indent=2) if options.json else rep.as_text())
+    if options.plot is not None:
+        save_plot(options.plot, rep)
+        print(f"wrote {options.plot}", file=sys.stderr)
+
+
+def _score(options: argparse.Namespace) -> None:
+    from minillm.perplexity import parse_format, read_documents, score_text, scores_as_text
+
+    asked = [(options.dtype, options.quantize)]
+    if options.formats is not None:
+        asked = [parse_format(word, options.dtype) for word in options.formats]
+    scores = []
+    for dtype, quantize in asked:
+        llm = _load(argparse.Namespace(**vars(options) | {"dtype": dtype, "quantize": quantize}))
+        scores.append(score_text(llm, read_documents(options.perplexity, llm.tokenizer)))
+    if options.json:
+        print(json.dumps([score.as_dict() for score in scores], indent=2))
+    else:
+        print(scores_as_text(options.perplexity.name, scores))
 
 
 def _memory(options: argparse.Namespace) -> None:
