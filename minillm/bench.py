@@ -91,12 +91,12 @@ class Report:
 
     def as_text(self) -> str:
         best = self.decode[0]
-        speed, bandwidth = best.tokens_per_second.median, self.bandwidth.median
+        speed, size = best.tokens_per_second.median, best.bytes_per_token
         lines = [
             f"{self.name}: {self.format} on {self.device}, {self.threads} threads, torch {self.torch}",
             "",
-            f"{best.bandwidth_percent:.0f} % of memory bandwidth: {speed:.1f} tokens/s of {best.bytes_per_token / 1e6:.1f} "
-            f"MB each, {speed * best.bytes_per_token / 1e9:.1f} of {bandwidth / 1e9:.1f} GB/s",
+            f"{best.bandwidth_percent:.0f} % of memory bandwidth: {speed:.1f} tokens/s x {size / 1e6:.1f} MB = "
+            f"{speed * size / 1e9:.1f} of {self.bandwidth.median / 1e9:.1f} GB/s",
             "",
             f"{'weights':<42}{format_bytes(self.weight_bytes):>10}",
             f"{'peak memory, loading':<42}{format_bytes(self.load_peak_bytes):>10}",
