@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from minillm.cache import StaticCache
 from minillm.checkpoint import load_decoder
-from minillm.hub import find_checkpoint
 from minillm.config import load_config
 from minillm.errors import BackendError, CheckpointError
+from minillm.hub import find_checkpoint
 
 PROMPT = prompt_ids(12, seed=1)
 

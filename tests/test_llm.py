@@ -10,8 +10,8 @@ import transformers
 from families import FAMILIES, prompt_ids, reference_greedy, save_checkpoint
 
 from minillm import LLM, Completion, GenerationConfig, MinillmError, StaticCache
-from minillm.hub import find_checkpoint
 from minillm.errors import BackendError, CheckpointError, ConfigError, RequestError, TokenizerError
+from minillm.hub import find_checkpoint
 from minillm.tokenizer import Tokenizer
 
 PROMPTS = [
