@@ -14,7 +14,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from minillm.cache import StaticCache
 from minillm.config import ModelConfig
@@ -166,12 +165,11 @@ def measure(
     caches = [StaticCache(llm.config, 1, size, llm.device, llm.dtype) for size in capacities]
     for cache in caches:
         _request(llm, prompts[lengths[0]], 1, cache)
-    buffer = torch.ones(_BUFFER.get(llm.device.type, 256 << 20) // 4, dtype=torch.int32, device=llm.device)
     firsts, steps = {n: [] for n in lengths}, {n: [] for n in lengths}
     steps_in, bandwidths = [[] for _ in caches], []
     with progress_bar(repeats * (len(lengths) + len(caches)), "measuring") as advance:
         for _ in range(repeats):
-            bandwidths.append(_bandwidth(buffer))
+            bandwidths.append(memory_bandwidth(llm.device))
             for length in lengths:
                 first, step = _request(llm, prompts[length], new_tokens)
                 firsts[length].append(first)
@@ -252,8 +250,9 @@ def _request(llm: LLM, prompt: list[int], new_tokens: int, cache: StaticCache | 
     return time.perf_counter() - started - stats.decode_seconds, stats.decode_seconds / new_tokens
 
 
-def _bandwidth(buffer: Tensor) -> float:
-    """Bytes per second: the best of three passes over the buffer. CPU: reading it; CUDA: copying it."""
+def memory_bandwidth(device: torch.device) -> float:
+    """Bytes per second, the best of three passes over a large buffer. CPU: reading it; CUDA: copying it."""
+    buffer = torch.ones(_BUFFER.get(device.type, _BUFFER["cpu"]) // 4, dtype=torch.int32, device=device)
     best = 0.0
     for _ in range(3):
         if buffer.is_cuda:
