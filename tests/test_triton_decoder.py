@@ -1,0 +1,128 @@
+"""A whole decoder on the Triton kernels, run by Triton's interpreter, against the math backend.
+
+The kernels have tests of their own (test_kernels_*.py); here is what those cannot show: that the decoder hands
+them the right things. Every family, a prompt in two chunks (the second one does not start at position 0, so
+both attention kernels are used), rows of different length, decode steps past the wrap of small windows.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES
+
+from minillm.attention import BACKENDS, choose_backend
+from minillm.checkpoint import load_decoder
+from minillm.config import parse_config
+from minillm.errors import BackendError
+
+STEPS = """
+import json, sys
+import torch
+from minillm.cache import StaticCache
+from minillm.checkpoint import load_decoder
+from minillm.config import load_config
+from minillm.decode import next_logits, prefill
+
+torch.set_num_threads(1)
+generator = torch.Generator().manual_seed(0)
+for folder in sys.argv[1:]:
+    config = load_config(folder)
+    prompts = [torch.randint(4, config.vocab_size, (n,), generator=generator).tolist() for n in (11, 5)]
+    logits = {}
+    for attention in ("math", "triton"):
+        model = load_decoder(folder, config, torch.float32, attention=attention)
+        with torch.inference_mode():
+            cache = StaticCache(config, 2, 16, max_step=6)
+            steps = [prefill(model, cache, prompts, [0, 0])]
+            position = torch.tensor([[11], [5]])
+            for i in range(2):
+                token = torch.tensor([[7 + i], [9 + i]])
+                steps.append(next_logits(model, token, position + i, cache))
+            # one row is finished: padding must disturb nobody
+            steps.append(next_logits(model, token, torch.tensor([[13], [-1]]), cache)[:1].expand(2, -1))
+        logits[attention] = torch.stack(steps)
+    difference = (logits["math"] - logits["triton"]).abs().max().item()
+    print(json.dumps({"difference": difference, "spread": logits["math"].std().item()}))
+"""
+
+
+def run(folders: list[Path], interpret: bool) -> list[dict]:
+    environment = os.environ | {"TRITON_INTERPRET": "1" if interpret else "0"}
+    command = [sys.executable, "-c", STEPS, *map(str, folders)]
+    answer = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert answer.returncode == 0, answer.stderr
+    return [json.loads(line) for line in answer.stdout.splitlines()]
+
+
+@pytest.mark.parametrize("interpret", [True, False], ids=["interpreted kernels", "PyTorch code of the ops"])
+def test_every_family_gives_the_math_backends_logits(interpret, checkpoint):
+    """Both compute in float32 and differ in the order of sums only; the parity tests' 1e-4 is ample for that."""
+    if interpret:
+        pytest.importorskip("triton", reason="Triton's interpreter needs Triton: Linux on x86-64")
+    served = [name for name in FAMILIES if can_serve("triton", FAMILIES[name].config)]
+    assert len(served) == len(FAMILIES)
+    results = dict(zip(served, run([checkpoint(name) for name in served], interpret), strict=True))
+    assert all(result["spread"] > 0.5 for result in results.values())
+    assert {name: result for name, result in results.items() if not result["difference"] < 1e-4} == {}
+
+
+def can_serve(attention: str, config: dict) -> bool:
+    try:
+        choose_backend(attention, parse_config(config))
+    except BackendError:
+        return False
+    return True
+
+
+def test_what_a_backend_lacks_is_said_by_name():
+    wide = parse_config(FAMILIES["llama2"].config | {"head_dim": 288})
+    with pytest.raises(BackendError, match=r"'triton'.*256.*llama.*288"):
+        choose_backend("triton", wide)
+    with pytest.raises(BackendError, match=r"'sdpa'.*softcap.*gemma2"):
+        choose_backend("sdpa", parse_config(FAMILIES["gemma2"].config))
+    with pytest.raises(BackendError, match="flesh"):
+        choose_backend("flesh", wide)
+    assert choose_backend("auto", wide) is BACKENDS["sdpa"]
+
+
+def counting(name: str, op, calls: dict[str, int]):
+    def call(*arguments):
+        calls[name] = calls.get(name, 0) + 1
+        return op(*arguments)
+
+    return call
+
+
+def test_the_decoder_calls_the_kernels(checkpoint, ours, monkeypatch):
+    """attention="triton" must not quietly be something else: count the calls of each op."""
+    from minillm import attention, model
+    from minillm.cache import StaticCache
+
+    config = ours("llama3").config
+    decoder = load_decoder(checkpoint("llama3"), config, torch.float32, attention="triton")
+    calls = {}
+    for module, name in [
+        (attention, "flash_attention"),
+        (attention, "decode_attention"),
+        (model, "rms_norm"),
+        (model, "add_rms_norm"),
+        (model, "rope_and_cache_write"),
+    ]:
+        monkeypatch.setattr(module, name, counting(name, getattr(module, name), calls))
+    cache = StaticCache(config, 1, 16)
+    with torch.inference_mode():
+        decoder.hidden_states(torch.tensor([[5, 6, 7]]), torch.tensor([[0, 1, 2]]), cache, from_start=True)
+        decoder(torch.tensor([[8]]), torch.tensor([[3]]), cache)
+    layers = config.num_layers
+    assert calls == {
+        "flash_attention": layers,
+        "decode_attention": layers,
+        "rope_and_cache_write": 2 * layers,
+        "add_rms_norm": 2 * layers,
+        "rms_norm": 2 * (layers + 1),
+    }
