@@ -330,10 +330,10 @@ def _bench(options: argparse.Namespace) -> None:
         return
     from minillm.bench import measure, save_plot
 
-    rep = measure(lambda: _load(options), options.lengths, options.capacities, options.new_tokens, options.repeats)
-    print(json.dumps(rep.as_dict(), indent=2) if options.json else rep.as_text())
+    speeds = measure(lambda: _load(options), options.lengths, options.capacities, options.new_tokens, options.repeats)
+    print(json.dumps(speeds.as_dict(), indent=2) if options.json else speeds.as_text())
     if options.plot is not None:
-        save_plot(options.plot, rep)
+        save_plot(options.plot, speeds)
         print(f"wrote {options.plot}", file=sys.stderr)
 
 
@@ -361,10 +361,12 @@ def _memory(options: argparse.Namespace) -> None:
     folder = _find(options)
     config = load_config(folder)
     dtype = choose_dtype(options.dtype, config)
-    rep = report(config, dtype, options.batch, options.context, options.model, folder, options.revision)
-    print(json.dumps(rep.as_dict(), indent=2) if options.json else rep.as_text())
+    sizes = report(
+        config, dtype, options.batch, options.context, options.model, folder, options.revision, options.local_files_only
+    )
+    print(json.dumps(sizes.as_dict(), indent=2) if options.json else sizes.as_text())
     if options.plot is not None:
-        save_plot(options.plot, config, dtype, options.batch, rep.context)
+        save_plot(options.plot, config, dtype, options.batch, sizes.context)
         print(f"wrote {options.plot}", file=sys.stderr)
 
 

@@ -16,7 +16,7 @@ from minillm.cache import MAX_STEP, num_slots
 from minillm.checkpoint import empty_decoder
 from minillm.config import ModelConfig
 from minillm.errors import CheckpointError, RequestError
-from minillm.hub import DEMOS
+from minillm.hub import DEMOS, first_line
 from minillm.model import Decoder
 from minillm.quantize import QuantizedLinear
 
@@ -132,11 +132,18 @@ def stored_bytes(folder: Path) -> dict[str, int]:
     return sizes
 
 
-def hub_stored_bytes(name: str, revision: str | None = None, token: str | bool | None = None) -> dict[str, int]:
-    """`stored_bytes` of a Hub id: only the headers travel."""
+def hub_stored_bytes(name: str, revision: str | None = None) -> dict[str, int]:
+    """`stored_bytes` of a Hub id: only the headers travel. Raises `CheckpointError` if they cannot be had."""
     from huggingface_hub import get_safetensors_metadata
+    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
 
-    metadata = get_safetensors_metadata(name, revision=revision, token=token)
+    try:
+        metadata = get_safetensors_metadata(name, revision=revision)
+    except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError) as error:
+        raise CheckpointError(
+            f"the headers of {name} cannot be read from the Hub: {first_line(error)}; "
+            "with local_files_only the sizes follow from config.json alone"
+        ) from error
     return {dtype: count * _ITEMSIZE[dtype] for dtype, count in metadata.parameter_count.items()}
 
 
@@ -195,8 +202,13 @@ def report(
     name: str,
     folder: Path,
     revision: str | None = None,
+    local_files_only: bool = False,
 ) -> Report:
-    """What `minillm memory` shows. `context` None: 4096 tokens, or as many as the model has positions."""
+    """What `minillm memory` shows. `context` None: 4096 tokens, or as many as the model has positions.
+
+    `folder` holds config.json and perhaps weights; where it holds none, `name` is a Hub id whose safetensors
+    headers are asked for, unless `local_files_only`.
+    """
     context = min(4096, config.max_positions) if context is None else context
     for label, value in (("batch", batch_size), ("context", context)):
         if value < 1:
@@ -204,7 +216,7 @@ def report(
     if context > config.max_positions:
         raise RequestError(f"context {context} exceeds the model's {config.max_positions} positions")
     stored = stored_bytes(folder) if any(folder.glob("*.safetensors")) else {}
-    if not stored and not Path(name).exists() and name not in DEMOS:
+    if not stored and not Path(name).exists() and name not in DEMOS and not local_files_only:
         stored = hub_stored_bytes(name, revision)
     length = batch_size * context
     per_head = kv_values(config.num_layers, 1, config.head_dim, length) * dtype.itemsize

@@ -116,10 +116,9 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
     """
     # float64: over 100,000 tokens a float32 running sum would lose the rare ones.
     cumulative = probs.double().cumsum(dim=-1)  # [B, V]
-    total = cumulative[:, -1:]
-    # Strictly below the total even after rounding, so that the search ends on a token with mass.
-    goal = torch.minimum(u[:, None] * total, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cumulative, goal, right=True)[:, 0]
+    # u is at most 1 - 2^-53, so its share of the total stays below the total even after rounding, and the
+    # search ends on a token with mass.
+    return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
 
 
 def next_token(logits: Tensor, sampling: Sampling, position: Tensor, seen: Tensor | None = None) -> Tensor:

@@ -115,8 +115,14 @@ def _handler_of(hub: Hub):
             commit, folder = hub.revisions.get(revision, (None, None))
             if commit is None or not (folder / name).is_file():
                 return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
-            headers = {"ETag": f'"{_etag(folder / name)}"', "X-Repo-Commit": commit}
-            return self.answer(200, (folder / name).read_bytes(), headers)
+            headers = {"ETag": f'"{_etag(folder / name)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+            content = (folder / name).read_bytes()
+            if self.headers.get("Range") is None:
+                return self.answer(200, content, headers)
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            last = min(last, len(content) - 1)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            return self.answer(206, content[first : last + 1], headers)
 
     return Handler
 
@@ -153,9 +159,10 @@ def hub(repository):
 # Importing torch takes seconds, so one process does that and forks a child per request; each child
 # imports huggingface_hub by itself, with its own environment.
 FORKER = """
-import json, os, sys
+import contextlib, io, json, os, sys
 import torch
 from minillm import LLM
+from minillm.cli import main
 from minillm.errors import MinillmError
 torch.set_num_threads(1)
 assert "huggingface_hub" not in sys.modules
@@ -165,9 +172,14 @@ for line in sys.stdin:
     if child == 0:
         os.environ.update(request["environ"])
         try:
-            llm = LLM.from_pretrained(request["name"], dtype="float32", device="cpu", **request["arguments"])
-            out = llm.generate([5, 6, 7, 8], max_new_tokens=6, temperature=0.0, eos_token_id=[])
-            answer = {"token_ids": out.token_ids}
+            if request["command"]:
+                with contextlib.redirect_stdout(io.StringIO()) as output:
+                    status = main(request["command"])
+                answer = {"status": status, "output": output.getvalue()}
+            else:
+                llm = LLM.from_pretrained(request["name"], dtype="float32", device="cpu", **request["arguments"])
+                out = llm.generate([5, 6, 7, 8], max_new_tokens=6, temperature=0.0, eos_token_id=[])
+                answer = {"token_ids": out.token_ids}
         except MinillmError as error:
             answer = {"error": str(error), "kind": type(error).__name__}
         except BaseException as error:
@@ -198,9 +210,11 @@ def forker():
 def client(forker, hub, tmp_path):
     """client(...) -> what loading and generating gave in a fresh process that sees only this endpoint."""
 
-    def ask(environ=(), endpoint=None, home="home", name=REPO, **arguments) -> dict:
+    def ask(environ=(), endpoint=None, home="home", name=REPO, command=None, **arguments) -> dict:
         environ = {"HF_ENDPOINT": endpoint or hub.endpoint, "HF_HOME": str(tmp_path / home), **dict(environ)}
-        forker.stdin.write(json.dumps({"environ": environ, "name": name, "arguments": arguments}) + "\n")
+        forker.stdin.write(
+            json.dumps({"environ": environ, "name": name, "command": command, "arguments": arguments}) + "\n"
+        )
         forker.stdin.flush()
         answer = json.loads(forker.stdout.readline())
         assert "crash" not in answer, answer
@@ -266,3 +280,17 @@ def test_offline_without_a_cache_says_so(hub, client):
     assert answer["kind"] == "CheckpointError"
     assert REPO in answer["error"]
     assert hub.requests == []
+
+
+def test_memory_of_a_hub_id_reads_headers_and_no_weights(hub, client, repository):
+    answer = client(command=["memory", REPO, "--json"])
+    assert answer["status"] == 0
+    report = json.loads(answer["output"])
+    assert sum(report["stored"].values()) == report["estimates"]["float32"]["weights"]
+    whole = [path for method, path, _ in hub.requests if method == "GET" and path.endswith(".safetensors")]
+    shards = list(repository[0].glob("model-*.safetensors"))
+    assert len(whole) <= 2 * len(shards)  # a range with the header's length, and at most one with the header
+    assert not hub.fetched & set(UNWANTED)
+    # The same from the cache, which holds config.json only.
+    offline = client({"HF_HUB_OFFLINE": "1"}, command=["memory", REPO, "--json", "--local-files-only"])
+    assert json.loads(offline["output"]) == report | {"stored": {}}
