@@ -329,8 +329,12 @@ class Conversation:
     def _pieces(self, text: str, request: _Request) -> Iterator[str]:
         try:
             yield from request.pieces()
-        finally:
+        except Exception:
+            raise  # the history stays as it was
+        except BaseException:  # the caller has heard enough, or pressed Ctrl-C
             self._remember(text, request)
+            raise
+        self._remember(text, request)
 
     def _request(self, text: str, options: dict) -> _Request:
         messages = [*self.messages, {"role": "user", "content": text}]

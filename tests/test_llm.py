@@ -629,3 +629,23 @@ def test_the_embedded_model_is_an_ordinary_checkpoint():
     out = llm.generate(prompt, max_new_tokens=30, temperature=0.0, repetition_penalty=1.0, eos_token_id=[])
     assert out.token_ids == reference_greedy(model, ids, 30)
     assert tokenizer.decode(ids + out.token_ids, skip_special_tokens=True) == prompt + out.text
+
+
+def test_an_abandoned_answer_stays_in_the_history_and_a_failed_one_does_not(llm, monkeypatch):
+    chat = llm.conversation(temperature=0, max_new_tokens=30)
+    pieces = chat.stream("Hello")
+    first = next(pieces)
+    pieces.close()
+    assert [message["role"] for message in chat.messages] == ["user", "assistant"]
+    assert chat.messages[1]["content"].startswith(first)
+    kept = list(chat.messages)
+
+    def broken(*arguments, **keywords):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(llm.model, "hidden_states", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        list(chat.stream("And then?"))
+    assert chat.messages == kept
+    monkeypatch.undo()
+    assert chat.say("And then?").finish_reason is not None
