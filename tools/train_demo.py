@@ -45,7 +45,7 @@ VOCAB = 4096
 BATCH_TOKENS = 8192  # tokens per optimizer step
 # (fraction of the time budget, window length): from that fraction on, train on windows of that length.
 TARGET_WINDOWS = ((0.0, 256), (0.82, 1024))
-DRAFT_WINDOWS = ((0.0, 512),)
+DRAFT_WINDOWS = ((0.0, 512), (0.7, 1024))
 LONGEST_STEP = 30.0  # seconds one step may add to the elapsed time
 CHECKPOINT_EVERY, VALID_EVERY, LOG_EVERY = 120.0, 300.0, 20.0  # seconds of elapsed training time
 
@@ -185,7 +185,7 @@ def scored_windows(ids: torch.Tensor, length: int, overlap: int):
         done = stop
 
 
-def validation_bits(model: LlamaForCausalLM, ids: torch.Tensor, length: int = 512, overlap: int = 0) -> float:
+def validation_bits(model: LlamaForCausalLM, ids: torch.Tensor, length: int, overlap: int = 0) -> float:
     """Bits of all validation tokens, record ends included."""
     model.eval()
     bits = 0.0
@@ -285,7 +285,7 @@ def train(name, config, schedule, data, args, minutes, decay, teacher=None) -> t
         save_atomically({"model": weights, "optimizers": states, "now": now, "windows": position}, latest)
 
     def validate() -> None:
-        bpb = validation_bits(model, valid_ids) / valid_bytes
+        bpb = validation_bits(model, valid_ids, schedule[-1][1]) / valid_bytes  # windows as long as the last
         if bpb < now["best"]:
             now.update(best=bpb, best_step=now["step"])
             save_atomically(model.state_dict(), best)
