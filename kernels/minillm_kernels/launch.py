@@ -58,7 +58,7 @@ TABLE: dict[str, tuple[Launch, ...]] = {
     "flash_attention": (
         Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2, max_size=128, chips=(90, 100), half_only=True),
         Launch({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2, half_only=True),
-        Launch({"BLOCK_M": 32, "BLOCK_N": 16}, 4, 2),
+        Launch({"BLOCK_M": 32, "BLOCK_N": 16}, 8, 2),
     ),
     # size: outputs N. Weight tiles [BLOCK_N, BLOCK_K]; few outputs want smaller tiles, to fill the chip
     "gemv": (
@@ -77,7 +77,7 @@ TABLE: dict[str, tuple[Launch, ...]] = {
     ),
     "int4_few_rows": (
         Launch({"BLOCK_N": 32, "BLOCK_K": 512}, 4, 2, half_only=True),
-        Launch({"BLOCK_N": 32, "BLOCK_K": 128}, 4, 2),
+        Launch({"BLOCK_N": 16, "BLOCK_K": 128}, 8, 2),
     ),
     # size: inputs K
     "dequantize": (Launch({"BLOCK_N": 4, "BLOCK_K": 1024}, 4, 1),),
