@@ -76,7 +76,7 @@ DRAFT = LlamaConfig(
 )
 GENERATION = {"do_sample": True, "temperature": 0.8, "top_p": 0.95, "max_new_tokens": 256}
 # Co-writing: every message is a passage of one tale, so a turn is its content and a line break, no roles.
-CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{{ '\\n' }}{% endfor %}"
+CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content'] }}{{ '\\n\\n' }}{% endfor %}"
 
 
 # --- text to tokens ---------------------------------------------------------------------------------------
