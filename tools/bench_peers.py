@@ -363,6 +363,8 @@ def write_gguf(folder: Path, kind: str) -> None:
         import llama_cpp
 
         write_gguf(folder, "f32")
+        silence = llama_cpp.llama_log_callback(lambda *message: None)  # a line per tensor
+        llama_cpp.llama_log_set(silence, None)
         settings = llama_cpp.llama_model_quantize_default_params()
         settings.ftype = {"Q8_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q8_0, "Q4_0": llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0}[kind]
         names = str(gguf_path(folder, "f32")).encode(), str(unfinished).encode()
