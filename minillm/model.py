@@ -153,7 +153,8 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.config, self.fused = config, backend.fused
-        self.embedding = nn.Embedding(config.vocab_size, config.hidden_size)
+        # from_pretrained: the plain constructor draws random weights, which on a meta device imports half of torch.
+        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.blocks = nn.ModuleList(Block(config, i, backend, linear) for i in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm, backend.fused)
         self.head = head(config.hidden_size, config.vocab_size, False)
