@@ -96,14 +96,12 @@ def load_decoder(
     for `empty_decoder`.
     """
     folder = Path(folder)
-    model = empty_decoder(config, dtype, attention, quantize, quantize_head)
-    plan, files = _plan(folder, config, model)
+    plan, files = _plan(folder, config, empty_decoder(config, dtype, attention, quantize, quantize_head))
     try:
         # Uninitialised memory: a page is only really taken when a tensor is copied into it.
-        model.to_empty(device=device)
+        model = empty_decoder(config, dtype, attention, quantize, quantize_head, device)
     except (RuntimeError, AssertionError) as error:
         raise BackendError(f"device {str(device)!r}: {first_line(error)}") from error
-    model.tie_head()  # to_empty gave it a matrix of its own
     with torch.no_grad():
         for name, tensor in _stream(folder, files, f"loading {folder.name}"):
             _fill(model, plan[name], tensor)
@@ -118,8 +116,9 @@ def empty_decoder(
     attention: str = "auto",
     quantize: str | None = None,
     quantize_head: bool = False,
+    device: torch.device | str = "meta",
 ) -> Decoder:
-    """The decoder without any memory behind its tensors: shapes and bytes are known, nothing is allocated.
+    """The decoder with uninitialised weights; on the "meta" device without any memory behind them at all.
 
     `quantize` ("int8", "int4-g64", ...) is for the linear layers, `quantize_head` takes the output head to
     int8; embedding and norms stay in `dtype`. A checkpoint that is quantized already says both itself.
@@ -129,13 +128,15 @@ def empty_decoder(
             raise ConfigError(f"the checkpoint is quantized already ({config.quantization}): load it without quantize")
         quantize, quantize_head = config.quantization, config.quantized_head
     spec = parse_quantize(quantize)
-    with torch.device("meta"):
+    head_spec = parse_quantize("int8" if quantize_head else None)
+    with torch.device(device):
         return Decoder(
             config,
             choose_backend(attention, config),
-            linear=partial(make_linear, spec=spec),
-            head=partial(make_linear, spec=parse_quantize("int8" if quantize_head else None)),
-        ).to(dtype)
+            linear=partial(make_linear, spec=spec, dtype=dtype),
+            head=partial(make_linear, spec=head_spec, dtype=dtype),
+            dtype=dtype,
+        )
 
 
 def _fill(model: Decoder, slot: Slot, tensor: Tensor) -> None:

@@ -26,9 +26,9 @@ LinearFactory = Callable[[int, int, bool], Linear | QuantizedLinear]
 class RMSNorm(nn.Module):
     """x / rms(x) * (offset + weight) over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
-    def __init__(self, size: int, spec: NormSpec, fused: bool):
+    def __init__(self, size: int, spec: NormSpec, fused: bool, dtype: torch.dtype):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
         self.spec, self.fused = spec, fused
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,7 +63,15 @@ class NoNorm(nn.Module):
 class Attention(nn.Module):
     """Project to queries, keys and values; rotate; remember; attend; project back."""
 
-    def __init__(self, config: ModelConfig, spec: LayerSpec, index: int, backend: Backend, linear: LinearFactory):
+    def __init__(
+        self,
+        config: ModelConfig,
+        spec: LayerSpec,
+        index: int,
+        backend: Backend,
+        linear: LinearFactory,
+        dtype: torch.dtype,
+    ):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = (
             config.num_heads,
@@ -78,8 +86,8 @@ class Attention(nn.Module):
         self.output = linear(q_size, config.hidden_size, config.output_bias)
         if self.qk_norm is not None:
             whole = self.qk_norm == "full"
-            self.q_norm = RMSNorm(q_size if whole else config.head_dim, config.norm, backend.fused)
-            self.k_norm = RMSNorm(kv_size if whole else config.head_dim, config.norm, backend.fused)
+            self.q_norm = RMSNorm(q_size if whole else config.head_dim, config.norm, backend.fused, dtype)
+            self.k_norm = RMSNorm(kv_size if whole else config.head_dim, config.norm, backend.fused, dtype)
 
     def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], view: KeyView, cache: StaticCache) -> Tensor:
         B, T, _ = x.shape
@@ -119,14 +127,14 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and MLP, each added to the residual stream, with norms before and/or after."""
 
-    def __init__(self, config: ModelConfig, index: int, backend: Backend, linear: LinearFactory):
+    def __init__(self, config: ModelConfig, index: int, backend: Backend, linear: LinearFactory, dtype: torch.dtype):
         super().__init__()
 
         def norm(present: bool) -> nn.Module:
-            return RMSNorm(config.hidden_size, config.norm, backend.fused) if present else NoNorm()
+            return RMSNorm(config.hidden_size, config.norm, backend.fused, dtype) if present else NoNorm()
 
         self.attention_norm = norm(config.pre_norm)
-        self.attention = Attention(config, config.layers[index], index, backend, linear)
+        self.attention = Attention(config, config.layers[index], index, backend, linear, dtype)
         self.attention_post_norm = norm(config.post_norm)
         self.mlp_norm = norm(config.pre_norm)
         self.mlp = MLP(config, linear)
@@ -150,19 +158,17 @@ class Decoder(nn.Module):
         backend: Backend,
         linear: LinearFactory = make_linear,
         head: LinearFactory = make_linear,
+        dtype: torch.dtype = torch.float32,
     ):
         super().__init__()
         self.config, self.fused = config, backend.fused
         # from_pretrained: the plain constructor draws random weights, which on a meta device imports half of torch.
-        self.embedding = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
-        self.blocks = nn.ModuleList(Block(config, i, backend, linear) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm, backend.fused)
+        embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
+        self.embedding = nn.Embedding.from_pretrained(embedding, freeze=False)
+        self.blocks = nn.ModuleList(Block(config, i, backend, linear, dtype) for i in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm, backend.fused, dtype)
         self.head = head(config.hidden_size, config.vocab_size, False)
-        self.tie_head()
-
-    def tie_head(self) -> None:
-        """Let the head read the embedding matrix, if the model does (a quantized head has a copy of its own)."""
-        if self.config.tie_word_embeddings and isinstance(self.head, Linear):
+        if config.tie_word_embeddings and isinstance(self.head, Linear):  # a quantized head has its own copy
             self.head.weight = self.embedding.weight
 
     def forward(
