@@ -613,6 +613,7 @@ def small_linear_cases(form: str, **more) -> dict[str, dict]:
         "1 row": dict(rows=(1,), weight=(96, 256)),
         "1 row, ragged, bias": dict(rows=(1, 1), weight=(70, 160), bias=True),
         "3 rows, bias": dict(rows=(3,), weight=(100, 192), bias=True),
+        "1 row, odd outputs, bias": dict(rows=(1,), weight=(33, 128), bias=True),
         "16 rows": dict(rows=(2, 8), weight=(40, 96)),
         "17 rows, bias": dict(rows=(17,), weight=(48, 160), bias=True),
     }

@@ -70,9 +70,10 @@ TABLE: dict[str, tuple[Launch, ...]] = {
         Launch({"BLOCK_N": 64, "BLOCK_K": 128}, 4, 3, half_only=True),
         Launch({"BLOCK_N": 32, "BLOCK_K": 64}, 4, 2),
     ),
+    # two such tiles at a time
     "int4_gemv": (
-        Launch({"BLOCK_N": 4, "BLOCK_K": 1024}, 4, 3, max_size=4096),
-        Launch({"BLOCK_N": 8, "BLOCK_K": 1024}, 4, 3),
+        Launch({"BLOCK_N": 2, "BLOCK_K": 1024}, 4, 3, max_size=4096),
+        Launch({"BLOCK_N": 4, "BLOCK_K": 1024}, 4, 3),
     ),
     "int4_few_rows": (
         Launch({"BLOCK_N": 32, "BLOCK_K": 512}, 4, 2, half_only=True),

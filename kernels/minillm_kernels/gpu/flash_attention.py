@@ -18,7 +18,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minillm_kernels.flash_attention import sequence_starts
 from minillm_kernels.gpu.softmax import NEVER, NO_WINDOW, load_rows, scores_log2, softmax_step
 from minillm_kernels.launch import choose
 
@@ -109,12 +108,11 @@ def launch(
     window: int | None,
     softcap: float | None,
     alibi_slopes: Tensor | None,
-    cu_seqlens: Tensor | None,
+    starts: Tensor | None,
 ) -> Tensor:
     """The Triton implementation of `minillm::flash_attention`; see there for the arguments."""
     batch, heads, tokens, head_dim = q.shape
     row = choose("flash_attention", q, size=head_dim)
-    starts = None if cu_seqlens is None else sequence_starts(cu_seqlens, tokens).to(torch.int32)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     flash_attention_kernel[(triton.cdiv(tokens, row.blocks["BLOCK_M"]), heads, batch)](
         q, k, v, starts, alibi_slopes, out, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
