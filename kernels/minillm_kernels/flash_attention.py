@@ -33,19 +33,19 @@ def flash_attention(
     Raises ValueError when shapes or dtypes do not fit together.
     """
     check(q, k, v, window, softcap, alibi_slopes, cu_seqlens)
+    starts = sequence_starts(cu_seqlens, q.shape[2])
     if interpreting():
         from minillm_kernels.gpu import flash_attention as triton_kernel
 
-        return triton_kernel.launch(q, k, v, scale, window, softcap, alibi_slopes, cu_seqlens)
+        return triton_kernel.launch(q, k, v, scale, window, softcap, alibi_slopes, starts)
     group, tokens = q.shape[1] // k.shape[1], q.shape[2]
     token = torch.arange(tokens)
     distance = token[:, None] - token[None, :]  # [T, T], query - key
     visible = distance >= 0
     if window is not None:
         visible = visible & (distance < window)
-    if cu_seqlens is not None:
-        start = sequence_starts(cu_seqlens, tokens)
-        visible = visible & (start[:, None] == start[None, :])
+    if starts is not None:
+        visible = visible & (starts[:, None] == starts[None, :])
 
     keys = k.float().repeat_interleave(group, dim=1)  # [B, H, T, D]
     scores = q.float() @ keys.transpose(2, 3) * scale  # [B, H, T, T]
@@ -63,7 +63,8 @@ def flash_attention_cuda(q, k, v, scale, window=None, softcap=None, alibi_slopes
 
     check(q, k, v, window, softcap, alibi_slopes, cu_seqlens)
     with torch.cuda.device(q.device):
-        return triton_kernel.launch(q, k, v, scale, window, softcap, alibi_slopes, cu_seqlens)
+        starts = sequence_starts(cu_seqlens, q.shape[2])
+        return triton_kernel.launch(q, k, v, scale, window, softcap, alibi_slopes, starts)
 
 
 @flash_attention.register_fake
@@ -72,10 +73,12 @@ def _(q, k, v, scale, window=None, softcap=None, alibi_slopes=None, cu_seqlens=N
     return torch.empty(q.shape, dtype=q.dtype, device=q.device)
 
 
-def sequence_starts(cu_seqlens: Tensor, tokens: int) -> Tensor:
-    """For every token the index at which its sequence starts [T], without asking the device how many."""
+def sequence_starts(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
+    """For every token the index at which its sequence starts [T] int32, without asking the device how many."""
+    if cu_seqlens is None:
+        return None
     token = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return cu_seqlens.index_select(0, torch.searchsorted(cu_seqlens, token, right=True) - 1)
+    return cu_seqlens.index_select(0, torch.searchsorted(cu_seqlens, token, right=True) - 1).to(torch.int32)
 
 
 def check(q, k, v, window, softcap, alibi_slopes, cu_seqlens) -> None:

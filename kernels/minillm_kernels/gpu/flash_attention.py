@@ -110,7 +110,8 @@ def launch(
     alibi_slopes: Tensor | None,
     starts: Tensor | None,
 ) -> Tensor:
-    """The Triton implementation of `minillm::flash_attention`; see there for the arguments."""
+    """The Triton implementation of `minillm::flash_attention`; see there for the arguments. `starts` [T] int32 is
+    where each token's sequence starts, None without packing."""
     batch, heads, tokens, head_dim = q.shape
     row = choose("flash_attention", q, size=head_dim)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
