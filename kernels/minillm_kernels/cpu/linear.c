@@ -3,10 +3,11 @@
  * With few rows every weight is used a few times and then forgotten, so the time is the time to read W
  * from memory. The loop is built around that:
  *
- *   - four output rows (one tile) are read side by side, all activation rows multiply each weight
- *     while it sits in a register, and only sums live in registers, so W moves once, in order;
- *   - sixteen output rows (one block) are the unit that threads take;
- *   - many activation rows go in passes of MAX_ROWS, over a tile of W that the first pass left in cache.
+ *   - four output rows (a tile) are multiplied side by side, one cache line of each per step, while the
+ *     next tile is being prefetched;
+ *   - every activation row multiplies a weight while it sits in a register, so W moves once;
+ *   - sixteen output rows (a block) are the unit that threads take;
+ *   - more than MAX_ROWS activation rows go in passes over a tile that the first pass left in cache.
  *
  * Quantized weights multiply activations held as int16 (one scale per row: 32767 / largest): products
  * and sums are then integers, four times as many per instruction as fp32 and exact. The rounding of x
@@ -19,10 +20,14 @@
 
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  /* weight formats; the first three also type x and y */
 enum { NO_GATE, SILU, GELU_TANH };
-enum { TILE = 4, BLOCK = 16, STEP = 2 * LANES };  /* STEP: weights (int4: bytes) of a row per iteration */
-enum { FLUSH = 128 };  /* steps until int32 sums move to fp32: 128 * 2 * 32767 * 128 < 2^31 */
+enum { TILE = 4, BLOCK = 16, LINE = 64 };  /* output rows, output rows, bytes of a weight row per step */
+enum { RUN = 2 * LANES };                  /* int8 weights or int4 bytes that one vector instruction takes */
+enum { FLUSH = 4 * LANES };  /* lines until int32 sums move to fp32: 256 products of 2^15 * 2^7 per lane */
+enum { AHEAD = 8 * 1024 };   /* bytes to prefetch ahead at least: what arrives while memory answers once */
 enum { CACHED_ACTIVATIONS = 256 * 1024 };  /* bytes of activations that stay in L2 beside the weights */
 
+/* Weights in a line; int4: bytes. And bytes of a prepared activation. */
+#define UNITS_PER_LINE(format) ((format) == FLOAT32 ? 16 : (format) <= FLOAT16 ? 32 : 64)
 #ifdef BF16_DOT
 #define ACTIVATION_BYTES(format) ((format) == FLOAT32 || (format) == FLOAT16 ? 4 : 2)
 #else
@@ -34,7 +39,7 @@ struct problem {
     const void *scale;     /* int8: float [outputs]; int4: half [groups, outputs] */
     const uint8_t *zero;   /* int4: [groups, outputs] */
     const void *bias;      /* [outputs] in dtype, or NULL */
-    char *x;               /* prepared activations: [rows, x_stride bytes], zero-padded to whole steps */
+    char *x;               /* prepared activations: [rows, x_stride bytes], zero-padded to whole lines */
     float *x_scale;        /* [rows], int8 and int4 */
     float *x_sums;         /* [rows, groups] sums of the int16 activations, int4 */
     void *y;               /* [rows, outputs] in dtype */
@@ -82,19 +87,19 @@ static float quantize_row(const float *x, long inputs, int16_t *codes) {
     return maximum / 32767.0f;
 }
 
-/* int4 codes of step s sit in STEP bytes; put the activations of their low nibbles, then of their high */
+/* RUN bytes of int4 give RUN weights in their low halves and RUN in their high halves: put the activations
+ * in that order too, [run, 2, RUN], and sum them over each group */
 static void order_as_nibbles(const struct problem *p, const int16_t *codes, int16_t *ordered, float *sums) {
-    long half = p->group_size / 2;
-    for (long group = 0; group < p->groups; group++) {
-        const int16_t *from = codes + group * p->group_size;
-        int32_t sum = 0;
-        for (long i = 0; i < half; i += LANES < 16 ? STEP : 16) {
-            long byte = group * half + i, run = LANES < 16 ? STEP : 16;
-            int16_t *to = ordered + byte / STEP * 2 * STEP + byte % STEP;
-            memcpy(to, from + i, (size_t)run * 2);
-            memcpy(to + STEP, from + half + i, (size_t)run * 2);
+    long half = p->group_size / 2, piece = RUN < 16 ? RUN : 16; /* divides both RUN and half a group */
+    for (long group = 0; group < p->groups; group++, codes += p->group_size) {
+        for (long i = 0; i < half; i += piece) {
+            long byte = group * half + i;
+            int16_t *to = ordered + byte / RUN * 2 * RUN + byte % RUN;
+            memcpy(to, codes + i, (size_t)piece * 2);
+            memcpy(to + RUN, codes + half + i, (size_t)piece * 2);
         }
-        for (long i = 0; i < p->group_size; i++) sum += from[i];
+        int32_t sum = 0;
+        for (long i = 0; i < p->group_size; i++) sum += codes[i];
         sums[group] = (float)sum;
     }
 }
@@ -117,12 +122,12 @@ static void prepare_row(const struct problem *p, const void *x, long row, float 
     }
 }
 
-/* ---- the inner loops: `steps` steps of TILE weight rows against `rows` activation rows ---- */
+/* ---- the inner loops: `lines` lines of TILE weight rows against `rows` activation rows ---- */
 
-INLINE void prefetch(const char *const *weight, size_t offset, size_t bytes, size_t ahead) {
-    for (int n = 0; n < TILE; n++)
-        for (size_t line = 0; line < bytes; line += 64)
-            __builtin_prefetch(weight[n] + offset + line + ahead, 0, 3);
+/* Weight rows lie one behind the other, so the lines of the tiles to come are fetched in the order of memory:
+ * that suits DRAM and the hardware's own prefetcher, which four streams per thread would confuse. */
+INLINE void prefetch_line(const char *const *weight, long line, size_t ahead) {
+    for (int n = 0; n < TILE; n++) __builtin_prefetch(weight[0] + (line * TILE + n) * LINE + ahead);
 }
 
 INLINE vf load_weights(int format, const char *p) {
@@ -130,47 +135,54 @@ INLINE vf load_weights(int format, const char *p) {
     return format == BFLOAT16 ? vf_load_bf16((const uint16_t *)p) : vf_load_half((const uint16_t *)p);
 }
 
-INLINE void float_steps(int format, int rows, const char *const *weight, const char *x, size_t x_stride,
-                        long steps, size_t ahead, vf sum[TILE][MAX_ROWS]) {
-    size_t lane_bytes = LANES * (format == FLOAT32 ? 4 : 2);
-    for (long s = 0; s < steps; s++) {
-        prefetch(weight, s * 2 * lane_bytes, 2 * lane_bytes, ahead);
-#ifdef BF16_DOT
-        if (format == BFLOAT16) {
-            vs w[TILE];
-            for (int n = 0; n < TILE; n++) w[n] = vs_load((const int16_t *)weight[n] + s * STEP);
-            for (int r = 0; r < rows; r++) {
-                vs a = vs_load((const int16_t *)(x + r * x_stride) + s * STEP);
-                for (int n = 0; n < TILE; n++) sum[n][r] = vf_dot_bf16(sum[n][r], w[n], a);
-            }
-            continue;
-        }
-#endif
-        for (long half = 2 * s; half < 2 * s + 2; half++) {
+INLINE void float_lines(int format, int rows, const char *const *weight, const char *x, size_t x_stride,
+                        long lines, size_t ahead, vf sum[TILE][MAX_ROWS]) {
+    const int weights = format == FLOAT32 ? 16 : 32; /* in a line */
+    for (long line = 0; line < lines; line++) {
+        prefetch_line(weight, line, ahead);
+        for (int k = 0; k < weights; k += LANES) {
             vf w[TILE];
-            for (int n = 0; n < TILE; n++) w[n] = load_weights(format, weight[n] + half * lane_bytes);
+            for (int n = 0; n < TILE; n++)
+                w[n] = load_weights(format, weight[n] + line * LINE + k * (LINE / weights));
             for (int r = 0; r < rows; r++) {
-                vf a = vf_load((const float *)(x + r * x_stride) + half * LANES);
+                vf a = vf_load((const float *)(x + r * x_stride) + line * weights + k);
                 for (int n = 0; n < TILE; n++) sum[n][r] = vf_fma(w[n], a, sum[n][r]);
             }
         }
     }
 }
 
-INLINE void int8_steps(int rows, const char *const *weight, const char *x, size_t x_stride, long steps,
+#ifdef BF16_DOT
+INLINE void bf16_lines(int rows, const char *const *weight, const char *x, size_t x_stride, long lines,
                        size_t ahead, vf sum[TILE][MAX_ROWS]) {
-    for (long start = 0; start < steps; start += FLUSH) {
-        long end = start + FLUSH < steps ? start + FLUSH : steps;
+    for (long line = 0; line < lines; line++) {
+        prefetch_line(weight, line, ahead);
+        vs w[TILE];
+        for (int n = 0; n < TILE; n++) w[n] = vs_load((const int16_t *)(weight[n] + line * LINE));
+        for (int r = 0; r < rows; r++) {
+            vs a = vs_load((const int16_t *)(x + r * x_stride + line * LINE));
+            for (int n = 0; n < TILE; n++) sum[n][r] = vf_dot_bf16(sum[n][r], w[n], a);
+        }
+    }
+}
+#endif
+
+INLINE void int8_lines(int rows, const char *const *weight, const char *x, size_t x_stride, long lines,
+                       size_t ahead, vf sum[TILE][MAX_ROWS]) {
+    for (long start = 0; start < lines; start += FLUSH) {
+        long end = start + FLUSH < lines ? start + FLUSH : lines;
         vi dots[TILE][MAX_ROWS];
         for (int n = 0; n < TILE; n++)
             for (int r = 0; r < rows; r++) dots[n][r] = vi_zero();
-        for (long s = start; s < end; s++) {
-            prefetch(weight, s * STEP, STEP, ahead);
-            vs w[TILE];
-            for (int n = 0; n < TILE; n++) w[n] = vs_load_int8(weight[n] + s * STEP);
-            for (int r = 0; r < rows; r++) {
-                vs a = vs_load((const int16_t *)(x + r * x_stride) + s * STEP);
-                for (int n = 0; n < TILE; n++) dots[n][r] = vi_dot(dots[n][r], w[n], a);
+        for (long line = start; line < end; line++) {
+            prefetch_line(weight, line, ahead);
+            for (long k = line * LINE; k < (line + 1) * LINE; k += RUN) {
+                vs w[TILE];
+                for (int n = 0; n < TILE; n++) w[n] = vs_load_int8(weight[n] + k);
+                for (int r = 0; r < rows; r++) {
+                    vs a = vs_load((const int16_t *)(x + r * x_stride) + k);
+                    for (int n = 0; n < TILE; n++) dots[n][r] = vi_dot(dots[n][r], w[n], a);
+                }
             }
         }
         for (int n = 0; n < TILE; n++)
@@ -178,66 +190,75 @@ INLINE void int8_steps(int rows, const char *const *weight, const char *x, size_
     }
 }
 
-/* scale: [groups + 1, BLOCK] floats, already at this tile's column */
-INLINE void int4_steps(int rows, const char *const *weight, const char *x, size_t x_stride, long first_step,
-                       long steps, int group_size, const float *scale, size_t ahead, vf sum[TILE][MAX_ROWS]) {
-    for (long s = 0; s < steps; s++) {
-        prefetch(weight, s * STEP, STEP, ahead);
-        const float *group_scale = scale + (unsigned long)(first_step + s) * 2 * STEP / group_size * BLOCK;
-        for (int first = 0; first < TILE; first += 2) {
-            vs low[2], high[2];
-            vf w_scale[2];
-            for (int n = 0; n < 2; n++) {
-                vs_load_nibbles(weight[first + n] + s * STEP, &low[n], &high[n]);
-                w_scale[n] = vf_set(group_scale[first + n]);
-#if LANES == 16 /* a step of 64 codes spans two groups of 32 */
-                if (group_size == 32) w_scale[n] = vf_halves(group_scale[first + n], group_scale[first + n + BLOCK]);
+/* scale: [groups + 1, BLOCK] floats, at this tile's column and the group of the first line */
+INLINE void int4_lines(int rows, int group_size, const char *const *weight, const char *x, size_t x_stride,
+                       long lines, const float *scale, size_t ahead, vf sum[TILE][MAX_ROWS]) {
+    enum { PAIR = 2 }; /* outputs at a time: more codes than that do not fit the registers */
+    const int group_bytes = group_size / 2, bytes = group_bytes < RUN ? RUN : group_bytes; /* per scale */
+    for (long line = 0; line < lines; line++) {
+        prefetch_line(weight, line, ahead);
+        for (long k = line * LINE; k < (line + 1) * LINE; k += bytes) {
+            const float *group_scale = scale + k / group_bytes * BLOCK;
+            for (int first = 0; first < TILE; first += PAIR) {
+                vs low[PAIR][LINE / RUN], high[PAIR][LINE / RUN];
+                vf w_scale[PAIR];
+                for (int n = 0; n < PAIR; n++) {
+                    for (int i = 0; i < bytes / RUN; i++)
+                        vs_load_nibbles(weight[first + n] + k + i * RUN, &low[n][i], &high[n][i]);
+                    w_scale[n] = vf_set(group_scale[first + n]);
+#if LANES == 16 /* a run of 32 bytes holds two groups of 32 */
+                    if (group_size == 32) w_scale[n] = vf_halves(group_scale[first + n], group_scale[BLOCK + first + n]);
 #endif
-            }
-            for (int r = 0; r < rows; r++) {
-                const int16_t *a = (const int16_t *)(x + r * x_stride) + s * 2 * STEP;
-                vs a_low = vs_load(a), a_high = vs_load(a + STEP);
-                for (int n = 0; n < 2; n++) {
-                    vi dot = vi_dot(vi_dot_first(low[n], a_low), high[n], a_high);
-                    sum[first + n][r] = vf_fma(vi_to_vf(dot), w_scale[n], sum[first + n][r]);
+                }
+                for (int r = 0; r < rows; r++) {
+                    const int16_t *a = (const int16_t *)(x + r * x_stride) + 2 * k;
+                    vi dot[PAIR];
+                    for (int i = 0; i < bytes / RUN; i++, a += 2 * RUN) {
+                        vs a_low = vs_load(a), a_high = vs_load(a + RUN);
+                        for (int n = 0; n < PAIR; n++) {
+                            dot[n] = i ? vi_dot(dot[n], low[n][i], a_low) : vi_dot_first(low[n][i], a_low);
+                            dot[n] = vi_dot(dot[n], high[n][i], a_high);
+                        }
+                    }
+                    for (int n = 0; n < PAIR; n++)
+                        sum[first + n][r] = vf_fma(vi_to_vf(dot[n]), w_scale[n], sum[first + n][r]);
                 }
             }
         }
     }
 }
 
-/* ---- one tile: whole steps, then the rest of each row through a zero-padded copy ---- */
+/* ---- one tile: whole lines, then the rest of each row through a zero-padded copy ---- */
+
+INLINE void tile_lines(const struct problem *p, int format, int rows, int group_size, const char *const *weight,
+                       const char *x, long lines, const float *scale, size_t ahead, vf sum[TILE][MAX_ROWS]) {
+#ifdef BF16_DOT
+    if (format == BFLOAT16) return bf16_lines(rows, weight, x, p->x_stride, lines, ahead, sum);
+#endif
+    if (format < INT8) return float_lines(format, rows, weight, x, p->x_stride, lines, ahead, sum);
+    if (format == INT8) return int8_lines(rows, weight, x, p->x_stride, lines, ahead, sum);
+    int4_lines(rows, group_size, weight, x, p->x_stride, lines, scale, ahead, sum);
+}
 
 INLINE void tile(const struct problem *p, int format, int rows, int group_size, long output, long row,
                  const float *scale, float out[TILE][MAX_ROWS]) {
-    size_t step_bytes = STEP * (format == FLOAT32 ? 4 : format <= FLOAT16 ? 2 : 1);
-    size_t x_step_bytes = STEP * (format == INT4 ? 4 : ACTIVATION_BYTES(format));
-    long steps = p->row_units / STEP, rest = p->row_units % STEP;
-    const char *x = p->x + row * p->x_stride;
-    size_t ahead = TILE * p->weight_stride; /* prefetch the same place in the next tile */
-    const char *weight[TILE], *last[TILE];
-    char copy[TILE][STEP * 4];
+    size_t x_line = ACTIVATION_BYTES(format) * (format == INT4 ? 2 * LINE : UNITS_PER_LINE(format));
+    long lines = p->row_units / UNITS_PER_LINE(format);
+    size_t rest = p->weight_stride % LINE; /* bytes */
+    size_t tile_bytes = TILE * p->weight_stride, ahead = tile_bytes > AHEAD ? tile_bytes : AHEAD;
+    const char *x = p->x + row * p->x_stride, *weight[TILE];
     vf sum[TILE][MAX_ROWS];
     for (int n = 0; n < TILE; n++) {
         long clamped = output + n < p->weight_rows ? output + n : p->weight_rows - 1;
         weight[n] = p->weight + clamped * p->weight_stride;
         for (int r = 0; r < rows; r++) sum[n][r] = vf_zero();
     }
-    for (int part = 0; part < 1 + (rest > 0); part++) {
-        const char *const *from = weight;
-        long first = 0, count = steps;
-        if (part) {
-            for (int n = 0; n < TILE; n++) {
-                memset(copy[n], 0, step_bytes);
-                memcpy(copy[n], weight[n] + steps * step_bytes, rest * (step_bytes / STEP));
-                last[n] = copy[n];
-            }
-            from = last, first = steps, count = 1;
-        }
-        const char *a = x + first * x_step_bytes;
-        if (format < INT8) float_steps(format, rows, from, a, p->x_stride, count, ahead, sum);
-        else if (format == INT8) int8_steps(rows, from, a, p->x_stride, count, ahead, sum);
-        else int4_steps(rows, from, a, p->x_stride, first, count, group_size, scale, ahead, sum);
+    tile_lines(p, format, rows, group_size, weight, x, lines, scale, ahead, sum);
+    if (rest) {
+        char copy[TILE][LINE] = {{0}};
+        for (int n = 0; n < TILE; n++) weight[n] = memcpy(copy[n], weight[n] + lines * LINE, rest);
+        const float *last_scale = format == INT4 ? scale + lines * LINE / (group_size / 2) * BLOCK : NULL;
+        tile_lines(p, format, rows, group_size, weight, x + lines * x_line, 1, last_scale, 0, sum);
     }
     for (int n = 0; n < TILE; n++)
         for (int r = 0; r < rows; r++) out[n][r] = vf_sum(sum[n][r]);
@@ -247,7 +268,7 @@ INLINE void tile(const struct problem *p, int format, int rows, int group_size, 
 INLINE void tile_rows(const struct problem *p, int format, int group_size, int rows, long output, long row,
                       const float *scale, float out[TILE][MAX_ROWS]) {
     switch (rows) { /* a constant number of rows lets the sums live in registers */
-        ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5) ROWS_CASE(6)
+        ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5)
     }
 }
 
@@ -261,7 +282,8 @@ static void tile_values(const struct problem *p, int rows, long output, long row
         case INT8: tile_rows(p, INT8, 0, rows, output, row, scale, out); break;
         default:
             if (p->group_size == 32) tile_rows(p, INT4, 32, rows, output, row, scale, out);
-            else tile_rows(p, INT4, p->group_size, rows, output, row, scale, out);
+            else if (p->group_size == 64) tile_rows(p, INT4, 64, rows, output, row, scale, out);
+            else tile_rows(p, INT4, 128, rows, output, row, scale, out);
     }
     for (int n = 0; n < TILE && output + n < p->weight_rows; n++)
         for (int r = 0; r < rows; r++) {
@@ -273,7 +295,7 @@ static void tile_values(const struct problem *p, int rows, long output, long row
 
 /* ---- one block of BLOCK outputs ---- */
 
-/* int4: the scales of a block as floats [groups + 1, BLOCK], and what its zero points take away from
+/* int4: the scales of a block as floats [groups + 4, BLOCK], and what its zero points take away from
  * every output: offset [rows, BLOCK] = sum over groups of scale * zero * (sum of the activations) */
 static void block_scales(const struct problem *p, long output, long row, long rows, float *scale, float *shift,
                          float *offset) {
@@ -295,14 +317,19 @@ static void block_scales(const struct problem *p, long output, long row, long ro
             vf_store(shift + group * BLOCK + n, vf_fma(s, vf_load_uint8(zero + n), vf_zero()));
         }
     }
-    memset(scale + p->groups * BLOCK, 0, sizeof(float) * BLOCK); /* read by a step that ends in mid-pair */
-    for (long r = 0; r < rows; r++)
+    memset(scale + p->groups * BLOCK, 0, sizeof(float) * 4 * BLOCK); /* a last line may end in mid-group */
+    for (long first = 0; first < rows; first += 4) /* four rows at a time: one sum alone would wait for itself */
         for (int n = 0; n < BLOCK; n += LANES) {
-            const float *x_sum = p->x_sums + (row + r) * p->groups;
-            vf total = vf_zero();
+            const float *x_sum[4];
+            vf total[4];
+            for (int i = 0; i < 4; i++) {
+                x_sum[i] = p->x_sums + (row + (first + i < rows ? first + i : first)) * p->groups;
+                total[i] = vf_zero();
+            }
             for (long group = 0; group < p->groups; group++)
-                total = vf_fma(vf_load(shift + group * BLOCK + n), vf_set(x_sum[group]), total);
-            vf_store(offset + r * BLOCK + n, total);
+                for (int i = 0; i < 4; i++)
+                    total[i] = vf_fma(vf_load(shift + group * BLOCK + n), vf_set(x_sum[i][group]), total[i]);
+            for (int i = 0; i < 4 && first + i < rows; i++) vf_store(offset + (first + i) * BLOCK + n, total[i]);
         }
 }
 
@@ -312,7 +339,7 @@ INLINE float gated(int gate, float g, float up) {
 }
 
 static void block(const struct problem *p, long output, long row, long rows, float *scratch) {
-    long table = (p->groups + 1) * BLOCK, halves = p->gate ? 2 : 1;
+    long table = (p->groups + 4) * BLOCK, halves = p->gate ? 2 : 1;
     float *scale[2] = {scratch, scratch + table}, *shift = scratch + 2 * table, *offset[2];
     for (long h = 0; h < halves; h++) {
         offset[h] = scratch + 3 * table + h * rows * BLOCK;
@@ -361,8 +388,7 @@ int minillm_linear(const struct call *c) {
     p.row_units = format == INT4 ? inputs / 2 : inputs;
     p.groups = format == INT4 ? inputs / p.group_size : 0;
     p.weight_stride = (size_t)p.row_units * (format == FLOAT32 ? 4 : format <= FLOAT16 ? 2 : 1);
-    p.x_stride = round_up(p.row_units, STEP) * (format == INT4 ? 4 : ACTIVATION_BYTES(format));
-    p.x_stride = round_up(p.x_stride, 64);
+    p.x_stride = round_up(p.row_units, UNITS_PER_LINE(format)) * ACTIVATION_BYTES(format) * (format == INT4 ? 2 : 1);
 
     size_t x_bytes = rows * p.x_stride, scale_bytes = round_up(rows * 4, 64);
     p.x = aligned_alloc(64, x_bytes + scale_bytes + round_up(rows * p.groups * 4, 64) + 64);
@@ -375,7 +401,7 @@ int minillm_linear(const struct call *c) {
         row_block = CACHED_ACTIVATIONS / p.x_stride / MAX_ROWS * MAX_ROWS;
         if (row_block < 2 * MAX_ROWS) row_block = 2 * MAX_ROWS;
     }
-    size_t block_scratch = sizeof(float) * BLOCK * (3 * (p.groups + 1) + 2 * row_block);
+    size_t block_scratch = sizeof(float) * BLOCK * (3 * (p.groups + 4) + 2 * row_block);
     size_t row_scratch = round_up(inputs * 6, 64);
     long blocks = (outputs + BLOCK - 1) / BLOCK;
     int small = (size_t)p.weight_rows * p.weight_stride * rows < 64 * 1024;

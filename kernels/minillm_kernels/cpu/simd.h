@@ -57,7 +57,7 @@ INLINE uint16_t float_to_half(float value) { /* round to nearest even */
 #if defined(__AVX512F__) && defined(__AVX512BW__) && !defined(MINILLM_PLAIN_C)
 #include <immintrin.h>
 #define LANES 16
-#define MAX_ROWS 6 /* 4 x 6 sums, 4 weights and an activation fit the 32 registers */
+#define MAX_ROWS 5 /* 4 x 5 sums, 4 weights and what they need in between fit the 32 registers */
 typedef __m512 vf;
 typedef __m512i vi, vs;
 INLINE vf vf_zero(void) { return _mm512_setzero_ps(); }
@@ -144,7 +144,7 @@ INLINE vi vi_dot(vi sum, vs a, vs b) { return _mm256_add_epi32(sum, _mm256_madd_
 #elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(MINILLM_PLAIN_C)
 #include <arm_neon.h>
 #define LANES 4
-#define MAX_ROWS 6
+#define MAX_ROWS 5
 typedef float32x4_t vf;
 typedef int32x4_t vi;
 typedef int16x8_t vs;
