@@ -480,7 +480,7 @@ def save_plot(path: Path, results: list[dict], heading: str) -> None:
         axes.barh([i + 0.38 * side for i in range(len(results))], middle, 0.36, xerr=errors, color=color)
     axes.set_yticks([i + 0.19 for i in range(len(results))], ["\n".join(one["pair"]) for one in results], fontsize=7)
     axes.invert_yaxis()
-    axes.set(xlabel="decode, tokens/s (median; bars: lowest and highest)", title=heading)
+    axes.set(xlabel="decode, tokens/s (median; bars: lowest and highest)", title=heading.replace(": ", "\n", 1))
     figure.savefig(path, dpi=120)
 
 
