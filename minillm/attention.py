@@ -2,8 +2,9 @@
 
 * `math` spells attention out in float32: the oracle, and the one to read.
 * `sdpa` hands the same inputs to PyTorch's fused scaled-dot-product attention.
-* `triton` is this project's own kernels (`kernels/`): on a GPU each row reads only what its position makes
-  visible, and rotation and cache write are one launch. On a CPU the same ops run their PyTorch code.
+* `triton` and `c` are this project's own kernels (`kernels/`), on a GPU and on a CPU: each row reads only what
+  its position makes visible, and norms, and rotation with the cache write, are one call each. On a CPU both
+  names run the same C (or, without a compiler, PyTorch) code; `c` hands long steps to the others.
 
 A backend declares what it can do; `choose_backend` picks once, at load. A backend that cannot serve
 a model is refused by name, never silently replaced.
@@ -14,13 +15,16 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from minillm_kernels.decode_attention import decode_attention
+from minillm_kernels import cpu
+from minillm_kernels.decode_attention import decode_attention, decode_attention_cpu
 from minillm_kernels.flash_attention import flash_attention
 from torch import Tensor
 
 from minillm.cache import KeyView
 from minillm.config import LayerSpec, ModelConfig
 from minillm.errors import BackendError
+
+_SHORT_STEP = 16  # tokens; longer steps are bound by arithmetic and go to the library
 
 
 @dataclass(frozen=True)
@@ -32,6 +36,7 @@ class Backend:
     softcap: bool
     max_head_dim: int | None  # None: any
     fused: bool = False  # norms, and rotation with the cache write, are one kernel each
+    devices: tuple[str, ...] = ()  # device types it is limited to; (): none
 
 
 def attend_math(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
@@ -84,14 +89,28 @@ def attend_sdpa(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: La
 
 def attend_triton(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
     """The same through `minillm::flash_attention` and `minillm::decode_attention`; arguments as for `attend_math`."""
+    if not view.from_start:
+        return _attend_over_cache(decode_attention, q, keys, values, view, spec)
     B, T, H, D = q.shape
-    q = q.transpose(1, 2)  # [B, H, T, D]
-    if view.from_start:
-        # The rows' first tokens: slots 0 .. T - 1 are the keys, whatever the layer.
-        out = flash_attention(q, keys[:, :, :T], values[:, :, :T], spec.query_scale, view.window, spec.softcap)
-    else:
-        keys, values = keys[:, :, : view.num_slots], values[:, :, : view.num_slots]  # [B, KV, S, D], without the bin
-        out = decode_attention(q, keys, values, view.cache_position, spec.query_scale, view.window, spec.softcap)
+    # The rows' first tokens: slots 0 .. T - 1 are the keys, whatever the layer.
+    keys, values = keys[:, :, :T], values[:, :, :T]  # [B, KV, T, D]
+    out = flash_attention(q.transpose(1, 2), keys, values, spec.query_scale, view.window, spec.softcap)
+    return out.transpose(1, 2).reshape(B, T, H * D)
+
+
+def attend_c(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
+    """Short steps through the C kernel, called directly; arguments as for `attend_math`."""
+    if q.shape[1] > _SHORT_STEP:
+        return (attend_sdpa if spec.softcap is None else attend_math)(q, keys, values, view, spec)
+    op = decode_attention if torch.compiler.is_compiling() else decode_attention_cpu
+    return _attend_over_cache(op, q, keys, values, view, spec)
+
+
+def _attend_over_cache(op: Callable, q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
+    B, T, H, D = q.shape
+    keys, values = keys[:, :, : view.num_slots], values[:, :, : view.num_slots]  # [B, KV, S, D], without the bin
+    position = view.cache_position
+    out = op(q.transpose(1, 2), keys, values, position, spec.query_scale, view.window, spec.softcap)  # [B, H, T, D]
     return out.transpose(1, 2).reshape(B, T, H * D)
 
 
@@ -99,15 +118,18 @@ BACKENDS = {
     "math": Backend("math", attend_math, softcap=True, max_head_dim=None),
     "sdpa": Backend("sdpa", attend_sdpa, softcap=False, max_head_dim=None),
     "triton": Backend("triton", attend_triton, softcap=True, max_head_dim=256, fused=True),
+    "c": Backend("c", attend_c, softcap=True, max_head_dim=None, fused=True, devices=("cpu", "meta")),
 }
 
 
-def choose_backend(name: str, config: ModelConfig) -> Backend:
-    """The backend called `name`, or for "auto" the fastest that can serve every layer of `config`.
+def choose_backend(name: str, config: ModelConfig, device: str = "meta") -> Backend:
+    """The backend called `name`, or for "auto" the fastest that can serve every layer of `config` on this device type.
 
     Raises `BackendError` for an unknown name, or saying what the named backend lacks.
     """
     needs_softcap = any(layer.softcap is not None for layer in config.layers)
+    if name == "auto" and device == "cpu" and cpu.available():
+        return BACKENDS["c"]
     if name == "auto":
         return BACKENDS["math" if needs_softcap else "sdpa"]
     if name not in BACKENDS:
@@ -117,6 +139,8 @@ def choose_backend(name: str, config: ModelConfig) -> Backend:
         raise BackendError(
             f"attention={name!r} has no score softcap, which {config.family} needs; use attention='auto' or 'math'"
         )
+    if backend.devices and device not in backend.devices:
+        raise BackendError(f"attention={name!r} runs on {backend.devices[0]} only, not on {device}; use 'triton' there")
     if backend.max_head_dim is not None and config.head_dim > backend.max_head_dim:
         raise BackendError(
             f"attention={name!r} serves heads of up to {backend.max_head_dim} channels, {config.family} has "

@@ -132,7 +132,7 @@ def empty_decoder(
     with torch.device(device):
         return Decoder(
             config,
-            choose_backend(attention, config),
+            choose_backend(attention, config, torch.device(device).type),
             linear=partial(make_linear, spec=spec, dtype=dtype),
             head=partial(make_linear, spec=head_spec, dtype=dtype),
             dtype=dtype,

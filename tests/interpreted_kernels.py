@@ -6,11 +6,11 @@ The interpreter has to be on before Triton is imported, so the suite runs this f
     TRITON_INTERPRET=1 python -m pytest tests/interpreted_kernels.py -k "decode_attention and ring"
 """
 
-import random
 from dataclasses import replace
 
 import pytest
 import torch
+from catalog_parity import check
 from minillm_kernels import launch
 from minillm_kernels.catalog import CATALOG
 
@@ -75,17 +75,3 @@ def test_decode_attention_reads_nothing_outside_the_window():
             tensor[row, :, : max(0, position - case["window"] + 1)] = float("nan")
     (after,) = entry.run(**inputs)
     assert torch.equal(before, after)
-
-
-def check(name: str, case: dict, dtype: torch.dtype) -> None:
-    entry, seed = CATALOG[name], random.SystemRandom().getrandbits(32)  # fresh inputs in every run
-    inputs = entry.make_inputs(case, dtype, torch.device("cpu"), torch.Generator().manual_seed(seed))
-    expected = entry.reference(**inputs)
-    bounds = entry.bounds(expected, **inputs)
-    for index, (result, exact, bound) in enumerate(zip(entry.run(**inputs), expected, bounds, strict=True)):
-        assert result.dtype == dtype
-        assert result.shape == exact.shape
-        assert result.isfinite().all(), f"result {index} is not finite (seed {seed})"
-        specified = ~exact.isnan()
-        excess = ((result.double() - exact).abs() - bound)[specified]
-        assert (excess <= 0).all(), f"result {index} is off by {excess.max():.2g} more than allowed (seed {seed})"

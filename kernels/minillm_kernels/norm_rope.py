@@ -8,6 +8,7 @@ same few KB. One launch each is the whole gain; see `gpu/norm_rope.py`.
 import torch
 from torch import Tensor
 
+from minillm_kernels import cpu
 from minillm_kernels.launch import interpreting
 
 
@@ -26,6 +27,13 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, multiply_in_f
         from minillm_kernels.gpu import norm_rope as triton_kernel
 
         return triton_kernel.launch_rms_norm(x, None, weight, eps, offset, multiply_in_fp32)[0]
+    return rms_norm_cpu(x, weight, eps, offset, multiply_in_fp32)
+
+
+def rms_norm_cpu(x: Tensor, weight: Tensor, eps: float, offset: float, multiply_in_fp32: bool) -> Tensor:
+    """The CPU implementation itself, for callers outside a graph: an op call costs 5 us more."""
+    if x.numel() and cpu.available():
+        return cpu.rms_norm(x, None, weight, eps, offset, multiply_in_fp32)[0]
     return norm(x, weight, eps, offset, multiply_in_fp32)
 
 
@@ -40,6 +48,15 @@ def add_rms_norm(
         from minillm_kernels.gpu import norm_rope as triton_kernel
 
         return triton_kernel.launch_rms_norm(x, residual, weight, eps, offset, multiply_in_fp32)
+    return add_rms_norm_cpu(x, residual, weight, eps, offset, multiply_in_fp32)
+
+
+def add_rms_norm_cpu(
+    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, multiply_in_fp32: bool
+) -> tuple[Tensor, Tensor]:
+    """The CPU implementation itself, for callers outside a graph."""
+    if x.numel() and cpu.available():
+        return cpu.rms_norm(x, residual, weight, eps, offset, multiply_in_fp32)
     total = x + residual
     return norm(total, weight, eps, offset, multiply_in_fp32), total
 
@@ -77,6 +94,22 @@ def rope_and_cache_write(
         from minillm_kernels.gpu import norm_rope as triton_kernel
 
         return triton_kernel.launch_rope(q, k, v, cos, sin, k_cache, v_cache, cache_position)
+    return rope_and_cache_write_cpu(q, k, v, cos, sin, k_cache, v_cache, cache_position)
+
+
+def rope_and_cache_write_cpu(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    cache_position: Tensor,
+) -> Tensor:
+    """The CPU implementation itself, for callers outside a graph."""
+    if q.numel() and k_cache.is_contiguous() and v_cache.is_contiguous() and cpu.available():
+        return cpu.rope_and_cache_write(q, k, v, cos, sin, k_cache, v_cache, cache_position)
     slots = k_cache.shape[2] - 1
     slot = torch.where(cache_position < 0, slots, cache_position % slots)  # [B, T]
     row = torch.arange(q.shape[0])[:, None]  # [B, 1]

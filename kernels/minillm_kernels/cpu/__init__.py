@@ -1,9 +1,9 @@
 """The C kernels: built on first use with the system's C compiler, called through ctypes.
 
-`linear.c` knows nothing of Python or torch: no headers, no build system, one `cc` call of a few seconds whose
-result is kept in `$XDG_CACHE_HOME/minillm/kernels` under a name made of the sources, the compiler and the
-CPU. Without a compiler (or if the build fails) `available()` is False, one warning says why, and the ops take
-their PyTorch implementation. $CC names another compiler.
+`linear.c` (matrix products) and `step.c` (what lies between them) know nothing of Python or torch: no headers, no
+build system, one `cc` call of a few seconds whose result is kept in `$XDG_CACHE_HOME/minillm/kernels` under a
+name made of the sources, the compiler and the CPU. Without a compiler (or if the build fails) `available()` is
+False, one warning says why, and the ops take their PyTorch implementation. $CC names another compiler.
 """
 
 import ctypes
@@ -22,7 +22,11 @@ import torch
 from torch import Tensor
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
+# The structs through which the C functions take their arguments, in the order of their members.
 CALL = struct.Struct("14q").pack  # `struct call` in linear.c
+NORM_CALL = struct.Struct("10q2d").pack  # `struct norm_call` in step.c, and so on
+ROPE_CALL = struct.Struct("23q").pack
+ATTENTION_CALL = struct.Struct("17q2d").pack
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
@@ -62,11 +66,65 @@ def product(
     return y
 
 
+def rms_norm(
+    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, multiply_in_fp32: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(norm, sum) as `minillm::add_rms_norm` returns them, or (norm, None) without a residual."""
+    x = x if x.is_contiguous() else x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    total = None
+    if residual is not None:
+        residual, total = residual.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+    width = x.shape[-1]
+    failed = library().minillm_rms_norm(
+        NORM_CALL(
+            x.data_ptr(), address(residual), address(weight), out.data_ptr(), address(total), x.numel() // width,
+            width, FORMATS[x.dtype], multiply_in_fp32, torch.get_num_threads(), eps, offset,
+        )
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"no memory for a norm of width {width}")
+    return out, total
+
+
+def rope_and_cache_write(q, k, v, cos, sin, k_cache, v_cache, cache_position) -> Tensor:
+    """As `minillm::rope_and_cache_write`; the caches must be contiguous."""
+    batch, tokens, heads, head_dim = q.shape
+    q, k, v = (x if x.stride(2) == head_dim and x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    cos, sin, cache_position = cos.contiguous(), sin.contiguous(), cache_position.contiguous()
+    out = torch.empty((batch, heads, tokens, head_dim), dtype=q.dtype)
+    library().minillm_rope_and_cache_write(
+        ROPE_CALL(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(), address(k_cache),
+            address(v_cache), cache_position.data_ptr(), out.data_ptr(), batch, tokens, heads, k.shape[2], head_dim,
+            cos.shape[-1], k_cache.shape[2] - 1, FORMATS[q.dtype], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        )
+    )  # fmt: skip
+    return out
+
+
+def decode_attention(q, k, v, cache_position, scale, window, softcap, alibi_slopes) -> Tensor:
+    """As `minillm::decode_attention`; k and v may be views of a longer cache that cut off slots at the end."""
+    q, cache_position = q.contiguous(), cache_position.contiguous()
+    batch, heads, tokens, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype)
+    failed = library().minillm_decode_attention(
+        ATTENTION_CALL(
+            q.data_ptr(), k.data_ptr(), v.data_ptr(), cache_position.data_ptr(), address(alibi_slopes),
+            out.data_ptr(), batch, heads, k.shape[1], tokens, head_dim, k.shape[2], k.stride(0), k.stride(1),
+            FORMATS[q.dtype], window or 0, torch.get_num_threads(), scale, softcap or 0.0,
+        )
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"no memory for the scores of {heads} heads over {k.shape[2]} slots")
+    return out
+
+
 def address(tensor: Tensor | None) -> int:
     if tensor is None:
         return 0
     if not tensor.is_contiguous():
-        raise ValueError("scale, zero and bias must be contiguous")
+        raise ValueError("weights, scales, biases and caches must be contiguous")
     return tensor.data_ptr()
 
 
@@ -83,7 +141,8 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    loaded.minillm_linear.argtypes = [ctypes.c_char_p]
+    for name in ("linear", "rms_norm", "rope_and_cache_write", "decode_attention"):
+        getattr(loaded, f"minillm_{name}").argtypes = [ctypes.c_char_p]
     return loaded
 
 
@@ -99,17 +158,17 @@ def build() -> Path:
     key = hashlib.sha256(repr((compiler, os.stat(compiler).st_mtime_ns, flags, cpu_name())).encode())
     for source in sources:
         key.update(source.read_bytes())
-    library_path = cache_folder() / f"linear-{key.hexdigest()[:20]}.so"
+    library_path = cache_folder() / f"kernels-{key.hexdigest()[:20]}.so"
     if library_path.exists():
         return library_path
 
-    source = next(str(path) for path in sources if path.name == "linear.c")
+    units = [str(path) for path in sources if path.suffix == ".c"]
     # Compiled beside its final name and moved there in one step: two processes may do this at once.
     descriptor, unfinished = tempfile.mkstemp(dir=library_path.parent, suffix=".so")
     os.close(descriptor)
     try:
         for openmp in (["-fopenmp"], []):  # a compiler without OpenMP still gives a kernel for one core
-            command = [compiler, *flags, *openmp, source, "-o", unfinished, "-lm"]
+            command = [compiler, *flags, *openmp, *units, "-o", unfinished, "-lm"]
             result = subprocess.run(command, capture_output=True, text=True, check=False)
             if result.returncode == 0:
                 os.replace(unfinished, library_path)

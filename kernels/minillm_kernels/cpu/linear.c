@@ -17,8 +17,8 @@
 #include <stdlib.h>
 
 #include "simd.h"
+#include "values.h"
 
-enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  /* weight formats; the first three also type x and y */
 enum { NO_GATE, SILU, GELU_TANH };
 enum { TILE = 4, BLOCK = 16, LINE = 64 };  /* output rows, output rows, bytes of a weight row per step */
 enum { RUN = 2 * LANES };                  /* int8 weights or int4 bytes that one vector instruction takes */
@@ -47,19 +47,6 @@ struct problem {
     long rows, inputs, outputs, weight_rows, row_units, groups;  /* row_units: weights, int4: bytes */
     int format, dtype, group_size, gate;
 };
-
-/* ---- reading and writing one value of a given dtype ---- */
-
-INLINE float read_value(const void *p, long i, int dtype) {
-    if (dtype == FLOAT32) return ((const float *)p)[i];
-    uint16_t bits = ((const uint16_t *)p)[i];
-    return dtype == BFLOAT16 ? bf16_to_float(bits) : half_to_float(bits);
-}
-
-INLINE void write_value(void *p, long i, int dtype, float value) {
-    if (dtype == FLOAT32) ((float *)p)[i] = value;
-    else ((uint16_t *)p)[i] = dtype == BFLOAT16 ? float_to_bf16(value) : float_to_half(value);
-}
 
 /* ---- activations: into the form the inner loop multiplies ---- */
 

@@ -1,0 +1,224 @@
+/* What a decode step does between its matrix products: RMSNorm, rotation with the cache write, attention.
+ *
+ * Each handles a few KB, so what costs is not arithmetic but getting started: in eager PyTorch a norm is
+ * eight operator calls, a rotation twelve, at some microseconds each. Here each is one call. Arithmetic is
+ * float32; values are rounded where PyTorch's own code rounds them. A row's result depends on no other row.
+ */
+#include <stdlib.h>
+
+#include "simd.h"
+#include "values.h"
+
+enum { SERIAL_WORK = 1 << 15 }; /* multiply-adds below which waking another thread takes longer */
+
+INLINE vf load_lanes(const void *p, long i, int dtype) {
+    if (dtype == FLOAT32) return vf_load((const float *)p + i);
+    return dtype == BFLOAT16 ? vf_load_bf16((const uint16_t *)p + i) : vf_load_half((const uint16_t *)p + i);
+}
+
+INLINE void widen(const void *p, long start, long count, int dtype, float *wide) {
+    long i = 0;
+    for (; i + LANES <= count; i += LANES) vf_store(wide + i, load_lanes(p, start + i, dtype));
+    for (; i < count; i++) wide[i] = read_value(p, start + i, dtype);
+}
+
+INLINE float dot(const float *a, const float *b, long count) {
+    vf sum = vf_zero();
+    long i = 0;
+    for (; i + LANES <= count; i += LANES) sum = vf_fma(vf_load(a + i), vf_load(b + i), sum);
+    float total = vf_sum(sum);
+    for (; i < count; i++) total += a[i] * b[i];
+    return total;
+}
+
+INLINE float rounded(float value, int dtype) { /* to the dtype and back */
+    if (dtype == FLOAT32) return value;
+    return dtype == BFLOAT16 ? bf16_to_float(float_to_bf16(value)) : half_to_float(float_to_half(value));
+}
+
+/* e^x for x <= 0 to about 1e-7 of its value; unlike expf it is a loop that the compiler vectorises */
+INLINE float exp_negative(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = x - n * 0.693145752f - n * 1.42860677e-6f; /* x = n ln 2 + r, ln 2 in two parts */
+    float e = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (0.041666667f + r * (0.0083333333f + r * 0.0013888889f)))));
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return e * power;
+}
+
+/* ---- RMSNorm, with the residual added first if there is one ---- */
+
+struct norm_call {
+    int64_t x, residual, weight, out, sum, rows, width, dtype, multiply_in_fp32, threads;
+    double eps, offset;
+};
+
+int minillm_rms_norm(const struct norm_call *c) {
+    const void *x = (const void *)(uintptr_t)c->x, *residual = (const void *)(uintptr_t)c->residual;
+    const void *weight = (const void *)(uintptr_t)c->weight;
+    void *out = (void *)(uintptr_t)c->out, *sum = (void *)(uintptr_t)c->sum;
+    long width = c->width, rows = c->rows;
+    int dtype = (int)c->dtype, failed = 0;
+    float offset = (float)c->offset;
+#pragma omp parallel num_threads((int)c->threads) if (rows * width > SERIAL_WORK)
+    {
+        float *wide = malloc(sizeof(float) * 2 * (width + LANES)), *w = wide + width + LANES;
+        if (!wide) failed = 1;
+        else {
+            widen(weight, 0, width, dtype, w);
+#pragma omp for
+            for (long row = 0; row < rows; row++) {
+                long start = row * width;
+                widen(x, start, width, dtype, wide);
+                for (long i = 0; residual && i < width; i++) {
+                    wide[i] = rounded(wide[i] + read_value(residual, start + i, dtype), dtype);
+                    write_value(sum, start + i, dtype, wide[i]);
+                }
+                float scale = 1.0f / sqrtf(dot(wide, wide, width) / (float)width + (float)c->eps);
+                for (long i = 0; i < width; i++) {
+                    float normed = wide[i] * scale;
+                    float value = c->multiply_in_fp32 ? normed * (offset + w[i]) : rounded(normed, dtype) * w[i];
+                    write_value(out, start + i, dtype, value);
+                }
+            }
+        }
+        free(wide);
+    }
+    return failed;
+}
+
+/* ---- rotate queries and keys, put keys and values into their cache slots ---- */
+
+struct rope_call {
+    int64_t q, k, v, cos, sin, k_cache, v_cache, position, out;
+    int64_t batch, tokens, heads, kv_heads, head_dim, half, slots, dtype;
+    int64_t q_row, q_token, k_row, k_token, v_row, v_token; /* strides in elements; heads lie side by side */
+};
+
+INLINE void rotate_head(const void *from, long start, void *to, long target, const float *cos, const float *sin,
+                        long half, long head_dim, int dtype) {
+    for (long j = 0; j < half; j++) {
+        float first = read_value(from, start + j, dtype), second = read_value(from, start + half + j, dtype);
+        write_value(to, target + j, dtype, first * cos[j] - second * sin[j]);
+        write_value(to, target + half + j, dtype, second * cos[j] + first * sin[j]);
+    }
+    for (long j = 2 * half; j < head_dim; j++) write_value(to, target + j, dtype, read_value(from, start + j, dtype));
+}
+
+int minillm_rope_and_cache_write(const struct rope_call *c) {
+    const int64_t *position = (const int64_t *)(uintptr_t)c->position;
+    void *out = (void *)(uintptr_t)c->out;
+    long D = c->head_dim, size = c->dtype == FLOAT32 ? 4 : 2;
+    for (long b = 0; b < c->batch; b++)
+        for (long t = 0; t < c->tokens; t++) {
+            int64_t place = position[b * c->tokens + t];
+            long slot = place < 0 ? c->slots : place % c->slots; /* padding goes to the bin */
+            const float *cos = (const float *)(uintptr_t)c->cos + (b * c->tokens + t) * c->half;
+            const float *sin = (const float *)(uintptr_t)c->sin + (b * c->tokens + t) * c->half;
+            for (long h = 0; h < c->heads; h++)
+                rotate_head((const void *)(uintptr_t)c->q, b * c->q_row + t * c->q_token + h * D, out,
+                            ((b * c->heads + h) * c->tokens + t) * D, cos, sin, c->half, D, (int)c->dtype);
+            for (long h = 0; h < c->kv_heads; h++) {
+                long target = ((b * c->kv_heads + h) * (c->slots + 1) + slot) * D;
+                rotate_head((const void *)(uintptr_t)c->k, b * c->k_row + t * c->k_token + h * D,
+                            (void *)(uintptr_t)c->k_cache, target, cos, sin, c->half, D, (int)c->dtype);
+                memcpy((char *)(uintptr_t)c->v_cache + target * size,
+                       (const char *)(uintptr_t)c->v + (b * c->v_row + t * c->v_token + h * D) * size, D * size);
+            }
+        }
+    return 0;
+}
+
+/* ---- attention of a few tokens over the cache ---- */
+
+struct attention_call {
+    int64_t q, k, v, position, slopes, out; /* q, out [batch, heads, tokens, head_dim] */
+    int64_t batch, heads, kv_heads, tokens, head_dim, slots, row_stride, head_stride, dtype, window, threads;
+    double scale, softcap; /* window 0, softcap 0: none */
+};
+
+/* `count` query rows from `first` on, of those that share key head `kv` of batch row `b`; query row r is
+ * head kv * group + r / tokens at token r % tokens. Returns 1 if there is no memory for the scores. */
+static int attend_rows(const struct attention_call *c, long b, long kv, long first, long count) {
+    const int64_t *position = (const int64_t *)(uintptr_t)c->position + b * c->tokens;
+    const void *k = (const void *)(uintptr_t)c->k, *v = (const void *)(uintptr_t)c->v;
+    const float *slopes = (const float *)(uintptr_t)c->slopes;
+    long D = c->head_dim, T = c->tokens, group = c->heads / c->kv_heads, base = b * c->row_stride + kv * c->head_stride;
+    int dtype = (int)c->dtype;
+    long last = -1, lowest = -1; /* positions that any of the rows sees */
+    for (long t = 0; t < T; t++) {
+        if (position[t] < 0) continue;
+        long low = c->window && position[t] >= c->window ? position[t] - c->window + 1 : 0;
+        last = position[t] > last ? position[t] : last;
+        lowest = lowest < 0 || low < lowest ? low : lowest;
+    }
+    long keys = last < 0 ? 0 : last - lowest + 1, stride = keys + LANES;
+    float *scores = malloc(sizeof(float) * (count * stride + 2 * count * D + D + LANES));
+    if (!scores) return 1;
+    float *query = scores + count * stride, *sums = query + count * D, *wide = sums + count * D;
+    memset(sums, 0, sizeof(float) * count * D);
+    for (long r = 0; r < count; r++) {
+        long head = kv * group + (first + r) / T, t = (first + r) % T;
+        widen((const void *)(uintptr_t)c->q, ((b * c->heads + head) * T + t) * D, D, dtype, query + r * D);
+    }
+    for (long n = 0; n < keys; n++) { /* a key is read once for all rows */
+        widen(k, base + (lowest + n) % c->slots * D, D, dtype, wide);
+        for (long r = 0; r < count; r++) scores[r * stride + n] = dot(query + r * D, wide, D);
+    }
+    for (long r = 0; r < count; r++) {
+        float *row = scores + r * stride, largest = -INFINITY, total = 0;
+        long place = position[(first + r) % T], head = kv * group + (first + r) / T;
+        long from = c->window && place >= c->window ? place - c->window + 1 - lowest : 0;
+        long end = place < 0 ? 0 : place - lowest + 1; /* it sees [from, end) */
+        from = from < 0 ? 0 : from;
+        for (long n = from; n < end; n++) {
+            float score = row[n] * (float)c->scale;
+            if (c->softcap > 0) score = (float)c->softcap * tanhf(score / (float)c->softcap);
+            if (slopes) score += slopes[head] * (float)(lowest + n - place);
+            row[n] = score;
+            largest = score > largest ? score : largest;
+        }
+        for (long n = 0; n < from; n++) row[n] = 0;
+        for (long n = from; n < end; n++) row[n] = exp_negative(row[n] - largest);
+        for (long n = from; n < end; n++) total += row[n];
+        for (long n = from; n < end; n++) row[n] /= total;
+        for (long n = end; n < keys; n++) row[n] = 0;
+    }
+    for (long n = 0; n < keys; n++) {
+        widen(v, base + (lowest + n) % c->slots * D, D, dtype, wide);
+        for (long r = 0; r < count; r++) {
+            float weight = scores[r * stride + n];
+            if (weight != 0)
+                for (long i = 0; i < D; i++) sums[r * D + i] += weight * wide[i];
+        }
+    }
+    for (long r = 0; r < count; r++) {
+        long head = kv * group + (first + r) / T, t = (first + r) % T;
+        for (long i = 0; i < D; i++)
+            write_value((void *)(uintptr_t)c->out, ((b * c->heads + head) * T + t) * D + i, dtype, sums[r * D + i]);
+    }
+    free(scores);
+    return 0;
+}
+
+int minillm_decode_attention(const struct attention_call *c) {
+    long heads = c->batch * c->kv_heads, rows = c->heads / c->kv_heads * c->tokens;
+    long parts = (c->threads + heads - 1) / heads; /* with fewer key heads than threads, split their query rows */
+    parts = parts > rows ? rows : parts;
+    long each = (rows + parts - 1) / parts, longest = 0;
+    for (long i = 0; i < c->batch * c->tokens; i++) {
+        int64_t place = ((const int64_t *)(uintptr_t)c->position)[i];
+        longest = place > longest ? place : longest;
+    }
+    int failed = 0;
+#pragma omp parallel for collapse(2) num_threads((int)c->threads) \
+    if (heads * rows * longest * c->head_dim > SERIAL_WORK) reduction(| : failed)
+    for (long head = 0; head < heads; head++)
+        for (long part = 0; part < parts; part++) {
+            long first = part * each, count = rows - first < each ? rows - first : each;
+            if (count > 0) failed |= attend_rows(c, head / c->kv_heads, head % c->kv_heads, first, count);
+        }
+    return failed;
+}
