@@ -1,5 +1,6 @@
 """The matrix products on CPU: exactness against float64, every build of the C, the fallback, compiled graphs."""
 
+import itertools
 import os
 import platform
 import subprocess
@@ -120,24 +121,23 @@ def test_matches_float64_at_every_size(any_build, kind):
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
 def test_gated_mlp_matches_float64(any_build, kind, activation):
-    """F = 37 outputs: the last block of gate rows is ragged and so is the last of up rows."""
+    """F outputs: with 37 and 48 the last block of gate rows runs into the up rows, and the last of up rows is ragged."""
     torch.manual_seed(1)
     inputs = 384 if kind.startswith("int4") else 201
-    for dtype in DTYPES:
-        arguments, weight, added = random_weight(kind, 2 * 37, inputs, dtype)
-        for rows in (1, 5, 8, 17):
-            x = (torch.randn(rows, inputs) / 64).to(dtype)
-            y = gated_mlp(x, arguments[0], activation, *arguments[1:])
-            gate, up = (x.double() @ weight.t()).chunk(2, dim=-1)
-            gate_bound, up_bound = product_bound(x, weight, added, kind, dtype).chunk(2, dim=-1)
-            if rows > 16 and kind == "dense":  # the library rounds gate and up to dtype
-                gate_bound, up_bound = gate_bound + unit(dtype) * gate.abs(), up_bound + unit(dtype) * up.abs()
-            activated = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-            # both activations have slopes below 1.13; expf, tanhf and what follows round a few times, and
-            # 1 + tanh cancels for negative gates, which leaves errors relative to |gate| itself
-            activated_bound = 1.13 * gate_bound + 8 * 2**-24 * gate.abs()
-            bound = activated_bound * (up.abs() + up_bound) + activated.abs() * up_bound
-            assert close(y, activated * up, bound, dtype), (dtype, rows)
+    for dtype, outputs, rows in itertools.product(DTYPES, (37, 48, 64), (1, 5, 8, 17)):
+        arguments, weight, added = random_weight(kind, 2 * outputs, inputs, dtype)
+        x = (torch.randn(rows, inputs) / 64).to(dtype)
+        y = gated_mlp(x, arguments[0], activation, *arguments[1:])
+        gate, up = (x.double() @ weight.t()).chunk(2, dim=-1)
+        gate_bound, up_bound = product_bound(x, weight, added, kind, dtype).chunk(2, dim=-1)
+        if rows > 16 and kind == "dense":  # the library rounds gate and up to dtype
+            gate_bound, up_bound = gate_bound + unit(dtype) * gate.abs(), up_bound + unit(dtype) * up.abs()
+        activated = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
+        # both activations have slopes below 1.13; expf, tanhf and what follows round a few times, and
+        # 1 + tanh cancels for negative gates, which leaves errors relative to |gate| itself
+        activated_bound = 1.13 * gate_bound + 8 * 2**-24 * gate.abs()
+        bound = activated_bound * (up.abs() + up_bound) + activated.abs() * up_bound
+        assert close(y, activated * up, bound, dtype), (dtype, outputs, rows)
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -318,7 +318,9 @@ def test_without_a_working_compiler_everything_works_and_says_so_once(tmp_path, 
 
 def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
     kernels = os.path.dirname(os.path.dirname(os.path.dirname(cpu.__file__)))
-    program = "import torch; from minillm_kernels.linear import linear; x = torch.ones(1, 40); print(linear(x, x).item())"
+    program = (
+        "import torch; from minillm_kernels.linear import linear; x = torch.ones(1, 40); print(linear(x, x).item())"
+    )
     environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "PYTHONPATH": kernels}
     start = [subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE) for _ in "12"]
     assert [process.communicate()[0].decode().strip() for process in start] == ["40.0", "40.0"]

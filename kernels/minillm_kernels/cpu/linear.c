@@ -3,11 +3,11 @@
  * With few rows every weight is used a few times and then forgotten, so the time is the time to read W
  * from memory. The loop is built around that:
  *
- *   - four output rows (a tile) are multiplied side by side, one cache line of each per step, while the
- *     next tile is being prefetched;
+ *   - four output rows (a tile; int4: WIDE) are multiplied side by side, a cache line of each per step,
+ *     while the next tile is being prefetched;
  *   - every activation row multiplies a weight while it sits in a register, so W moves once;
- *   - sixteen output rows (a block) are the unit that threads take;
- *   - more than MAX_ROWS activation rows go in passes over a tile that the first pass left in cache.
+ *   - 32 output rows (a block) are the unit that threads take;
+ *   - more than MAX_ROWS activation rows go in passes over a block that the first pass left in cache.
  *
  * Quantized weights multiply activations held as int16 (one scale per row: 32767 / largest): products
  * and sums are then integers, four times as many per instruction as fp32 and exact. The rounding of x
@@ -17,17 +17,19 @@
 #include <stdlib.h>
 
 #include "simd.h"
+
+#define UNROLL_4 _Pragma("GCC unroll 4")
 #include "values.h"
 
 enum { NO_GATE, SILU, GELU_TANH };
-enum { TILE = 4, BLOCK = 16, LINE = 64 };  /* output rows, output rows, bytes of a weight row per step */
-enum { RUN = 2 * LANES };                  /* int8 weights or int4 bytes that one vector instruction takes */
+enum { TILE = 4, WIDE = 2 * LANES, BLOCK = 32 }; /* output rows */
+enum { LINE = 64, MAX_GROUP = 128 };             /* bytes of a weight row per step; largest int4 group */
 enum { FLUSH = 4 * LANES };  /* lines until int32 sums move to fp32: 256 products of 2^15 * 2^7 per lane */
 enum { AHEAD = 8 * 1024 };   /* bytes to prefetch ahead at least: what arrives while memory answers once */
 enum { CACHED_ACTIVATIONS = 256 * 1024 };  /* bytes of activations that stay in L2 beside the weights */
 
-/* Weights in a line; int4: bytes. And bytes of a prepared activation. */
-#define UNITS_PER_LINE(format) ((format) == FLOAT32 ? 16 : (format) <= FLOAT16 ? 32 : 64)
+/* Weights in a line (not int4, which works in columns) and bytes of a prepared activation */
+#define WEIGHTS_PER_LINE(format) ((format) == FLOAT32 ? 16 : (format) <= FLOAT16 ? 32 : 64)
 #ifdef BF16_DOT
 #define ACTIVATION_BYTES(format) ((format) == FLOAT32 || (format) == FLOAT16 ? 4 : 2)
 #else
@@ -35,78 +37,89 @@ enum { CACHED_ACTIVATIONS = 256 * 1024 };  /* bytes of activations that stay in 
 #endif
 
 struct problem {
-    const char *weight;    /* [outputs (x 2 if gated), weight_stride bytes] */
-    const void *scale;     /* int8: float [outputs]; int4: half [groups, outputs] */
-    const uint8_t *zero;   /* int4: [groups, outputs] */
+    const char *weight;    /* [weight_rows, weight_stride bytes]; weight_rows = outputs, or 2 * outputs if gated */
+    const void *scale;     /* int8: float [weight_rows]; int4: half [groups, weight_rows] */
+    const uint8_t *zero;   /* int4: [groups, weight_rows] */
     const void *bias;      /* [outputs] in dtype, or NULL */
+    void *y;               /* [rows, outputs] in dtype */
     char *x;               /* prepared activations: [rows, x_stride bytes], zero-padded to whole lines */
     float *x_scale;        /* [rows], int8 and int4 */
     float *x_sums;         /* [rows, groups] sums of the int16 activations, int4 */
-    void *y;               /* [rows, outputs] in dtype */
+    uint8_t *last_rows;    /* int4: copy of the weight's rows from last_rows_from on, then rows of zeros */
+    long last_rows_from, rows, inputs, outputs, weight_rows, groups;
     size_t weight_stride, x_stride;
-    long rows, inputs, outputs, weight_rows, row_units, groups;  /* row_units: weights, int4: bytes */
     int format, dtype, group_size, gate;
 };
 
 /* ---- activations: into the form the inner loop multiplies ---- */
 
-static void widen_row(const void *x, int dtype, long inputs, float *wide) {
+INLINE void widen_row(const void *x, int dtype, long inputs, float *wide) {
     for (long k = 0; k < inputs; k++) wide[k] = read_value(x, k, dtype);
 }
 
-/* int16 codes of a row and the scale that gives it back; a row with inf or nan gets the scale nan */
-static float quantize_row(const float *x, long inputs, int16_t *codes) {
-    uint32_t largest = 0; /* as bits: for floats >= 0 they order like the numbers, nan and inf on top */
+INLINE float largest_magnitude(const void *x, int dtype, long inputs) {
+    uint32_t largest = 0; /* as bits: for floats >= 0 they order like the numbers, with inf and nan on top */
     for (long k = 0; k < inputs; k++) {
+        float value = read_value(x, k, dtype);
         uint32_t bits;
-        memcpy(&bits, x + k, 4);
+        memcpy(&bits, &value, 4);
         bits &= 0x7fffffff;
         largest = bits > largest ? bits : largest;
     }
-    float maximum;
-    memcpy(&maximum, &largest, 4);
-    float inverse = 32767.0f / maximum;
-    if (largest >= 0x7f800000 || inverse > 3e38f) { /* not finite, or all zero (or as good as) */
-        memset(codes, 0, (size_t)inputs * 2);
-        return largest >= 0x7f800000 ? NAN : 0.0f;
-    }
-    for (long k = 0; k < inputs; k++) codes[k] = (int16_t)(int32_t)rintf(x[k] * inverse);
-    return maximum / 32767.0f;
+    float value;
+    memcpy(&value, &largest, 4);
+    return value;
 }
 
-/* RUN bytes of int4 give RUN weights in their low halves and RUN in their high halves: put the activations
- * in that order too, [run, 2, RUN], and sum them over each group */
-static void order_as_nibbles(const struct problem *p, const int16_t *codes, int16_t *ordered, float *sums) {
-    long half = p->group_size / 2, piece = RUN < 16 ? RUN : 16; /* divides both RUN and half a group */
-    for (long group = 0; group < p->groups; group++, codes += p->group_size) {
-        for (long i = 0; i < half; i += piece) {
-            long byte = group * half + i;
-            int16_t *to = ordered + byte / RUN * 2 * RUN + byte % RUN;
-            memcpy(to, codes + i, (size_t)piece * 2);
-            memcpy(to + RUN, codes + half + i, (size_t)piece * 2);
+INLINE void quantize(const void *x, int dtype, long start, long count, float inverse, int16_t *codes) {
+    for (long k = 0; k < count; k++) codes[k] = (int16_t)(int32_t)rintf(read_value(x, start + k, dtype) * inverse);
+}
+
+/* A group's codes in the order in which vs_nibbles deals out the weights, as pairs; returns their sum. Byte i of
+ * a group holds elements i (low half) and i + group_size / 2 (high half). */
+INLINE float order_as_nibbles(const int16_t *codes, int group_size, int16_t *ordered) {
+    for (int byte = 0; byte < group_size / 2; byte += 4)
+        for (int i = 0; i < 4; i++, ordered += 2) {
+            const int16_t *from = codes + byte + i / 2 + i % 2 * (group_size / 2);
+            ordered[0] = from[0], ordered[1] = from[2];
         }
-        int32_t sum = 0;
-        for (long i = 0; i < p->group_size; i++) sum += codes[i];
-        sums[group] = (float)sum;
-    }
+    int32_t sum = 0;
+    for (int i = 0; i < group_size; i++) sum += codes[i];
+    return (float)sum;
 }
 
-static void prepare_row(const struct problem *p, const void *x, long row, float *wide, int16_t *codes) {
-    const char *source = (const char *)x + row * p->inputs * (p->dtype == FLOAT32 ? 4 : 2);
+INLINE void prepare_row_of(const struct problem *p, const void *x, int dtype, long row) {
     char *target = p->x + row * p->x_stride;
     memset(target, 0, p->x_stride);
     if (p->format < INT8) {
-        if (ACTIVATION_BYTES(p->format) == 4) widen_row(source, p->dtype, p->inputs, (float *)target);
-        else memcpy(target, source, (size_t)p->inputs * 2);
+        if (ACTIVATION_BYTES(p->format) == 4) widen_row(x, dtype, p->inputs, (float *)target);
+        else memcpy(target, x, (size_t)p->inputs * 2);
         return;
     }
-    widen_row(source, p->dtype, p->inputs, wide);
-    if (p->format == INT8) {
-        p->x_scale[row] = quantize_row(wide, p->inputs, (int16_t *)target);
-    } else {
-        p->x_scale[row] = quantize_row(wide, p->inputs, codes);
-        order_as_nibbles(p, codes, (int16_t *)target, p->x_sums + row * p->groups);
+    float largest = largest_magnitude(x, dtype, p->inputs), inverse = 32767.0f / largest;
+    p->x_scale[row] = largest / 32767.0f;
+    if (!isfinite(inverse) || !isfinite(largest) ) { /* all zero or as good as; or inf or nan */
+        p->x_scale[row] = largest < 1 ? 0.0f : NAN;
+        memset(p->x_sums + row * p->groups, 0, sizeof(float) * p->groups);
+        return;
     }
+    if (p->format == INT8) {
+        quantize(x, dtype, 0, p->inputs, inverse, (int16_t *)target);
+        return;
+    }
+    for (long group = 0; group < p->groups; group++) {
+        int16_t codes[MAX_GROUP];
+        long start = group * p->group_size;
+        quantize(x, dtype, start, p->group_size, inverse, codes);
+        p->x_sums[row * p->groups + group] = order_as_nibbles(codes, p->group_size, (int16_t *)target + start);
+    }
+}
+
+static void prepare_row(const struct problem *p, const void *x, long row) {
+    const char *source = (const char *)x + row * p->inputs * (p->dtype == FLOAT32 ? 4 : 2);
+    if (p->dtype == FLOAT32) prepare_row_of(p, source, FLOAT32, row);
+    else if (p->dtype == BFLOAT16) prepare_row_of(p, source, BFLOAT16, row);
+    else prepare_row_of(p, source, FLOAT16, row);
 }
 
 /* ---- the inner loops: `lines` lines of TILE weight rows against `rows` activation rows ---- */
@@ -163,7 +176,7 @@ INLINE void int8_lines(int rows, const char *const *weight, const char *x, size_
             for (int r = 0; r < rows; r++) dots[n][r] = vi_zero();
         for (long line = start; line < end; line++) {
             prefetch_line(weight, line, ahead);
-            for (long k = line * LINE; k < (line + 1) * LINE; k += RUN) {
+            for (long k = line * LINE; k < (line + 1) * LINE; k += 2 * LANES) {
                 vs w[TILE];
                 for (int n = 0; n < TILE; n++) w[n] = vs_load_int8(weight[n] + k);
                 for (int r = 0; r < rows; r++) {
@@ -177,147 +190,126 @@ INLINE void int8_lines(int rows, const char *const *weight, const char *x, size_
     }
 }
 
-/* scale: [groups + 1, BLOCK] floats, at this tile's column and the group of the first line */
-INLINE void int4_lines(int rows, int group_size, const char *const *weight, const char *x, size_t x_stride,
-                       long lines, const float *scale, size_t ahead, vf sum[TILE][MAX_ROWS]) {
-    enum { PAIR = 2 }; /* outputs at a time: more codes than that do not fit the registers */
-    const int group_bytes = group_size / 2, bytes = group_bytes < RUN ? RUN : group_bytes; /* per scale */
-    for (long line = 0; line < lines; line++) {
-        prefetch_line(weight, line, ahead);
-        for (long k = line * LINE; k < (line + 1) * LINE; k += bytes) {
-            const float *group_scale = scale + k / group_bytes * BLOCK;
-            for (int first = 0; first < TILE; first += PAIR) {
-                vs low[PAIR][LINE / RUN], high[PAIR][LINE / RUN];
-                vf w_scale[PAIR];
-                for (int n = 0; n < PAIR; n++) {
-                    for (int i = 0; i < bytes / RUN; i++)
-                        vs_load_nibbles(weight[first + n] + k + i * RUN, &low[n][i], &high[n][i]);
-                    w_scale[n] = vf_set(group_scale[first + n]);
-#if LANES == 16 /* a run of 32 bytes holds two groups of 32 */
-                    if (group_size == 32) w_scale[n] = vf_halves(group_scale[first + n], group_scale[BLOCK + first + n]);
+INLINE void tile_lines(const struct problem *p, int format, int rows, const char *const *weight, const char *x,
+                       long lines, size_t ahead, vf sum[TILE][MAX_ROWS]) {
+#ifdef BF16_DOT
+    if (format == BFLOAT16) return bf16_lines(rows, weight, x, p->x_stride, lines, ahead, sum);
 #endif
-                }
-                for (int r = 0; r < rows; r++) {
-                    const int16_t *a = (const int16_t *)(x + r * x_stride) + 2 * k;
-                    vi dot[PAIR];
-                    for (int i = 0; i < bytes / RUN; i++, a += 2 * RUN) {
-                        vs a_low = vs_load(a), a_high = vs_load(a + RUN);
-                        for (int n = 0; n < PAIR; n++) {
-                            dot[n] = i ? vi_dot(dot[n], low[n][i], a_low) : vi_dot_first(low[n][i], a_low);
-                            dot[n] = vi_dot(dot[n], high[n][i], a_high);
-                        }
-                    }
-                    for (int n = 0; n < PAIR; n++)
-                        sum[first + n][r] = vf_fma(vi_to_vf(dot[n]), w_scale[n], sum[first + n][r]);
-                }
-            }
+    if (format == INT8) return int8_lines(rows, weight, x, p->x_stride, lines, ahead, sum);
+    float_lines(format, rows, weight, x, p->x_stride, lines, ahead, sum);
+}
+
+/* ---- BLOCK outputs against `rows` activation rows: out [rows, BLOCK], scaled, before bias and gate ---- */
+
+/* float and int8: tile by tile, whole lines first, then the rest of each row through a zero-padded copy */
+INLINE void tiles(const struct problem *p, int format, int rows, long output, long row, size_t ahead,
+                  float out[MAX_ROWS][BLOCK]) {
+    long lines = p->inputs / WEIGHTS_PER_LINE(format);
+    size_t rest = p->weight_stride % LINE, x_line = ACTIVATION_BYTES(format) * WEIGHTS_PER_LINE(format);
+    const char *x = p->x + row * p->x_stride;
+    for (long first = 0; first < BLOCK && output + first < p->weight_rows; first += TILE) {
+        const char *weight[TILE];
+        vf sum[TILE][MAX_ROWS];
+        for (int n = 0; n < TILE; n++) {
+            long clamped = output + first + n < p->weight_rows ? output + first + n : p->weight_rows - 1;
+            weight[n] = p->weight + clamped * p->weight_stride;
+            for (int r = 0; r < rows; r++) sum[n][r] = vf_zero();
+        }
+        tile_lines(p, format, rows, weight, x, lines, ahead, sum);
+        if (rest) {
+            char copy[TILE][LINE] = {{0}};
+            for (int n = 0; n < TILE; n++) weight[n] = memcpy(copy[n], weight[n] + lines * LINE, rest);
+            tile_lines(p, format, rows, weight, x + lines * x_line, 1, 0, sum);
+        }
+        for (int n = 0; n < TILE && output + first + n < p->weight_rows; n++) {
+            float scale = format == INT8 ? ((const float *)p->scale)[output + first + n] : 1;
+            for (int r = 0; r < rows; r++)
+                out[r][first + n] = vf_sum(sum[n][r]) * (format == INT8 ? scale * p->x_scale[row + r] : 1);
         }
     }
 }
 
-/* ---- one tile: whole lines, then the rest of each row through a zero-padded copy ---- */
-
-INLINE void tile_lines(const struct problem *p, int format, int rows, int group_size, const char *const *weight,
-                       const char *x, long lines, const float *scale, size_t ahead, vf sum[TILE][MAX_ROWS]) {
-#ifdef BF16_DOT
-    if (format == BFLOAT16) return bf16_lines(rows, weight, x, p->x_stride, lines, ahead, sum);
-#endif
-    if (format < INT8) return float_lines(format, rows, weight, x, p->x_stride, lines, ahead, sum);
-    if (format == INT8) return int8_lines(rows, weight, x, p->x_stride, lines, ahead, sum);
-    int4_lines(rows, group_size, weight, x, p->x_stride, lines, scale, ahead, sum);
+/* int4, WIDE outputs: a lane per output, so that a group's scales and zero points, [groups, outputs], are plain
+ * vectors. The dots multiply bare codes; sum((q - zero) x) = sum(q x) - zero * sum(x) settles the zero points. */
+INLINE void int4_lanes(const struct problem *p, int rows, long output, long row, size_t ahead,
+                       float out[MAX_ROWS][BLOCK]) {
+    const int width = p->weight_rows - output < WIDE ? (int)(p->weight_rows - output) : WIDE;
+    const uint8_t *weight = (const uint8_t *)p->weight + output * p->weight_stride;
+    const uint16_t *scale = (const uint16_t *)p->scale + output;
+    const uint8_t *zero = p->zero + output;
+    const int16_t *x[MAX_ROWS];
+    vf sum[2][MAX_ROWS]; /* of the first LANES outputs and of the other LANES: x is loaded once for both */
+    for (int r = 0; r < rows; r++) {
+        x[r] = (const int16_t *)(p->x + (row + r) * p->x_stride);
+        sum[0][r] = sum[1][r] = vf_zero();
+    }
+    if (width < WIDE) weight = p->last_rows + (output - p->last_rows_from) * p->weight_stride;
+    for (long group = 0, byte = 0; group < p->groups; group++, scale += p->weight_rows, zero += p->weight_rows) {
+        vi dots[2][MAX_ROWS];
+        for (int r = 0; r < rows; r++) dots[0][r] = dots[1][r] = vi_zero();
+        for (int piece = 0; piece < p->group_size / 32; piece++, byte += 16) {
+            if (byte % LINE == 0) /* the next WIDE rows to the second-level cache, the next line to the first */
+                for (int n = 0; n < WIDE; n++) {
+                    __builtin_prefetch(weight + byte * WIDE + n * LINE + ahead, 0, 2);
+                    __builtin_prefetch(weight + byte + n * p->weight_stride + LINE);
+                }
+            vi column[2][4];
+            vi_load_columns(weight + byte, p->weight_stride, column[0]);
+            vi_load_columns(weight + LANES * p->weight_stride + byte, p->weight_stride, column[1]);
+            UNROLL_4 for (int j = 0; j < 4; j++)
+                UNROLL_4 for (int i = 0; i < 4; i++) {
+                    vs codes[2] = {vs_nibbles(column[0][j], i), vs_nibbles(column[1][j], i)};
+                    for (int r = 0; r < rows; r++) {
+                        vs a = vs_pair(x[r] + 2 * byte + 8 * j + 2 * i);
+                        dots[0][r] = vi_dot(dots[0][r], codes[0], a);
+                        dots[1][r] = vi_dot(dots[1][r], codes[1], a);
+                    }
+                }
+        }
+        uint16_t scale_copy[WIDE] = {0};
+        uint8_t zero_copy[WIDE] = {0};
+        if (width < WIDE) { /* do not read past the tensors */
+            memcpy(scale_copy, scale, width * 2);
+            memcpy(zero_copy, zero, width);
+        }
+        for (int half = 0; half < 2; half++) {
+            vf s = vf_load_half((width < WIDE ? scale_copy : scale) + half * LANES);
+            vf z = vf_load_uint8((width < WIDE ? zero_copy : zero) + half * LANES);
+            for (int r = 0; r < rows; r++) {
+                vf minus_x = vf_set(-p->x_sums[(row + r) * p->groups + group]);
+                sum[half][r] = vf_fma(vf_fma(z, minus_x, vi_to_vf(dots[half][r])), s, sum[half][r]);
+            }
+        }
+    }
+    for (int r = 0; r < rows; r++)
+        for (int half = 0; half < 2; half++)
+            vf_store(out[r] + half * LANES, vf_fma(sum[half][r], vf_set(p->x_scale[row + r]), vf_zero()));
 }
 
-INLINE void tile(const struct problem *p, int format, int rows, int group_size, long output, long row,
-                 const float *scale, float out[TILE][MAX_ROWS]) {
-    size_t x_line = ACTIVATION_BYTES(format) * (format == INT4 ? 2 * LINE : UNITS_PER_LINE(format));
-    long lines = p->row_units / UNITS_PER_LINE(format);
-    size_t rest = p->weight_stride % LINE; /* bytes */
-    size_t tile_bytes = TILE * p->weight_stride, ahead = tile_bytes > AHEAD ? tile_bytes : AHEAD;
-    const char *x = p->x + row * p->x_stride, *weight[TILE];
-    vf sum[TILE][MAX_ROWS];
-    for (int n = 0; n < TILE; n++) {
-        long clamped = output + n < p->weight_rows ? output + n : p->weight_rows - 1;
-        weight[n] = p->weight + clamped * p->weight_stride;
-        for (int r = 0; r < rows; r++) sum[n][r] = vf_zero();
-    }
-    tile_lines(p, format, rows, group_size, weight, x, lines, scale, ahead, sum);
-    if (rest) {
-        char copy[TILE][LINE] = {{0}};
-        for (int n = 0; n < TILE; n++) weight[n] = memcpy(copy[n], weight[n] + lines * LINE, rest);
-        const float *last_scale = format == INT4 ? scale + lines * LINE / (group_size / 2) * BLOCK : NULL;
-        tile_lines(p, format, rows, group_size, weight, x + lines * x_line, 1, last_scale, 0, sum);
-    }
-    for (int n = 0; n < TILE; n++)
-        for (int r = 0; r < rows; r++) out[n][r] = vf_sum(sum[n][r]);
+INLINE void block_of(const struct problem *p, int format, int rows, long output, long row, size_t ahead,
+                     float out[MAX_ROWS][BLOCK]) {
+    if (format != INT4) return tiles(p, format, rows, output, row, ahead, out);
+    for (int n = 0; n < BLOCK && output + n < p->weight_rows; n += WIDE)
+        int4_lanes(p, rows, output + n, row, ahead, (float(*)[BLOCK])&out[0][n]);
 }
 
-#define ROWS_CASE(r) case r: tile(p, format, r <= MAX_ROWS ? r : 1, group_size, output, row, scale, out); break;
-INLINE void tile_rows(const struct problem *p, int format, int group_size, int rows, long output, long row,
-                      const float *scale, float out[TILE][MAX_ROWS]) {
+#define ROWS_CASE(r) case r: block_of(p, format, r <= MAX_ROWS ? r : 1, output, row, ahead, out); break;
+INLINE void block_of_rows(const struct problem *p, int format, int rows, long output, long row, size_t ahead,
+                          float out[MAX_ROWS][BLOCK]) {
     switch (rows) { /* a constant number of rows lets the sums live in registers */
         ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5)
     }
 }
 
-/* y of TILE outputs from `output` on, `rows` rows from `row` on, before bias and gate */
-static void tile_values(const struct problem *p, int rows, long output, long row, const float *scale,
-                        const float *offset, float out[TILE][MAX_ROWS]) {
+static void block_values(const struct problem *p, int rows, long output, long row, size_t ahead,
+                         float out[MAX_ROWS][BLOCK]) {
     switch (p->format) {
-        case FLOAT32: tile_rows(p, FLOAT32, 0, rows, output, row, scale, out); return;
-        case BFLOAT16: tile_rows(p, BFLOAT16, 0, rows, output, row, scale, out); return;
-        case FLOAT16: tile_rows(p, FLOAT16, 0, rows, output, row, scale, out); return;
-        case INT8: tile_rows(p, INT8, 0, rows, output, row, scale, out); break;
-        default:
-            if (p->group_size == 32) tile_rows(p, INT4, 32, rows, output, row, scale, out);
-            else if (p->group_size == 64) tile_rows(p, INT4, 64, rows, output, row, scale, out);
-            else tile_rows(p, INT4, 128, rows, output, row, scale, out);
+        case FLOAT32: block_of_rows(p, FLOAT32, rows, output, row, ahead, out); break;
+        case BFLOAT16: block_of_rows(p, BFLOAT16, rows, output, row, ahead, out); break;
+        case FLOAT16: block_of_rows(p, FLOAT16, rows, output, row, ahead, out); break;
+        case INT8: block_of_rows(p, INT8, rows, output, row, ahead, out); break;
+        case INT4: block_of_rows(p, INT4, rows, output, row, ahead, out); break;
     }
-    for (int n = 0; n < TILE && output + n < p->weight_rows; n++)
-        for (int r = 0; r < rows; r++) {
-            if (p->format == INT8) out[n][r] *= ((const float *)p->scale)[output + n];
-            else out[n][r] -= offset[r * BLOCK + n];
-            out[n][r] *= p->x_scale[row + r];
-        }
-}
-
-/* ---- one block of BLOCK outputs ---- */
-
-/* int4: the scales of a block as floats [groups + 4, BLOCK], and what its zero points take away from
- * every output: offset [rows, BLOCK] = sum over groups of scale * zero * (sum of the activations) */
-static void block_scales(const struct problem *p, long output, long row, long rows, float *scale, float *shift,
-                         float *offset) {
-    long width = p->weight_rows - output < BLOCK ? p->weight_rows - output : BLOCK;
-    for (long group = 0; group < p->groups; group++) {
-        const uint16_t *half = (const uint16_t *)p->scale + group * p->weight_rows + output;
-        const uint8_t *zero = p->zero + group * p->weight_rows + output;
-        uint16_t half_copy[BLOCK] = {0};
-        uint8_t zero_copy[BLOCK] = {0};
-        if (width < BLOCK) { /* the last block: do not read past the tensors */
-            half = memcpy(half_copy, half, width * 2);
-            zero = memcpy(zero_copy, zero, width);
-        }
-        __builtin_prefetch(half + BLOCK);
-        __builtin_prefetch(zero + BLOCK);
-        for (int n = 0; n < BLOCK; n += LANES) {
-            vf s = vf_load_half(half + n);
-            vf_store(scale + group * BLOCK + n, s);
-            vf_store(shift + group * BLOCK + n, vf_fma(s, vf_load_uint8(zero + n), vf_zero()));
-        }
-    }
-    memset(scale + p->groups * BLOCK, 0, sizeof(float) * 4 * BLOCK); /* a last line may end in mid-group */
-    for (long first = 0; first < rows; first += 4) /* four rows at a time: one sum alone would wait for itself */
-        for (int n = 0; n < BLOCK; n += LANES) {
-            const float *x_sum[4];
-            vf total[4];
-            for (int i = 0; i < 4; i++) {
-                x_sum[i] = p->x_sums + (row + (first + i < rows ? first + i : first)) * p->groups;
-                total[i] = vf_zero();
-            }
-            for (long group = 0; group < p->groups; group++)
-                for (int i = 0; i < 4; i++)
-                    total[i] = vf_fma(vf_load(shift + group * BLOCK + n), vf_set(x_sum[i][group]), total[i]);
-            for (int i = 0; i < 4 && first + i < rows; i++) vf_store(offset + (first + i) * BLOCK + n, total[i]);
-        }
 }
 
 INLINE float gated(int gate, float g, float up) {
@@ -325,29 +317,25 @@ INLINE float gated(int gate, float g, float up) {
     return 0.5f * g * (1.0f + tanhf(0.7978845608f * (g + 0.044715f * g * g * g))) * up;
 }
 
-static void block(const struct problem *p, long output, long row, long rows, float *scratch) {
-    long table = (p->groups + 4) * BLOCK, halves = p->gate ? 2 : 1;
-    float *scale[2] = {scratch, scratch + table}, *shift = scratch + 2 * table, *offset[2];
-    for (long h = 0; h < halves; h++) {
-        offset[h] = scratch + 3 * table + h * rows * BLOCK;
-        if (p->format == INT4) block_scales(p, output + h * p->outputs, row, rows, scale[h], shift, offset[h]);
-    }
+/* BLOCK outputs from `output` on, `rows` rows from `row` on, in passes of at most MAX_ROWS */
+static void block(const struct problem *p, long output, long row, long rows) {
     long passes = (rows + MAX_ROWS - 1) / MAX_ROWS, pass_rows = (rows + passes - 1) / passes;
-    for (long first = 0; first < BLOCK && output + first < p->outputs; first += TILE)
-        for (long done = 0; done < rows; done += pass_rows) {
-            int count = (int)(rows - done < pass_rows ? rows - done : pass_rows);
-            float out[2][TILE][MAX_ROWS];
-            for (long h = 0; h < halves; h++)
-                tile_values(p, count, output + first + h * p->outputs, row + done, scale[h] + first,
-                            offset[h] + done * BLOCK + first, out[h]);
-            for (long n = 0; n < TILE && output + first + n < p->outputs; n++)
-                for (int r = 0; r < count; r++) {
-                    float value = out[0][n][r];
-                    if (p->gate) value = gated(p->gate, value, out[1][n][r]);
-                    if (p->bias) value += read_value(p->bias, output + first + n, p->dtype);
-                    write_value(p->y, (row + done + r) * p->outputs + output + first + n, p->dtype, value);
-                }
-        }
+    long width = p->outputs - output < BLOCK ? p->outputs - output : BLOCK;
+    size_t tile_bytes = (p->format == INT4 ? WIDE : TILE) * p->weight_stride;
+    for (long done = 0; done < rows; done += pass_rows) {
+        int count = (int)(rows - done < pass_rows ? rows - done : pass_rows);
+        size_t ahead = done ? 0 : tile_bytes > AHEAD ? tile_bytes : AHEAD;
+        float out[MAX_ROWS][BLOCK], up[MAX_ROWS][BLOCK];
+        block_values(p, count, output, row + done, ahead, out);
+        if (p->gate) block_values(p, count, output + p->outputs, row + done, ahead, up);
+        for (int r = 0; r < count; r++)
+            for (long n = 0; n < width; n++) {
+                float value = out[r][n];
+                if (p->gate) value = gated(p->gate, value, up[r][n]);
+                if (p->bias) value += read_value(p->bias, output + n, p->dtype);
+                write_value(p->y, (row + done + r) * p->outputs + output + n, p->dtype, value);
+            }
+    }
 }
 
 /* ---- the whole product ---- */
@@ -364,7 +352,7 @@ struct call {
 int minillm_linear(const struct call *c) {
     const void *x = (const void *)(uintptr_t)c->x;
     long rows = c->rows, inputs = c->inputs, outputs = c->outputs;
-    int format = (int)c->format, threads = (int)c->threads;
+    int format = (int)c->format, threads = c->threads > 1 ? (int)c->threads : 1;
     struct problem p = {
         .weight = (const char *)(uintptr_t)c->weight, .scale = (const void *)(uintptr_t)c->scale,
         .zero = (const uint8_t *)(uintptr_t)c->zero, .bias = (const void *)(uintptr_t)c->bias,
@@ -372,51 +360,39 @@ int minillm_linear(const struct call *c) {
         .weight_rows = c->gate ? 2 * outputs : outputs, .format = format, .dtype = (int)c->dtype,
         .group_size = (int)c->group_size, .gate = (int)c->gate,
     };
-    p.row_units = format == INT4 ? inputs / 2 : inputs;
     p.groups = format == INT4 ? inputs / p.group_size : 0;
-    p.weight_stride = (size_t)p.row_units * (format == FLOAT32 ? 4 : format <= FLOAT16 ? 2 : 1);
-    p.x_stride = round_up(p.row_units, UNITS_PER_LINE(format)) * ACTIVATION_BYTES(format) * (format == INT4 ? 2 : 1);
+    p.weight_stride = format == INT4 ? inputs / 2 : inputs * (format == FLOAT32 ? 4 : format == INT8 ? 1 : 2);
+    p.x_stride = round_up(inputs, format == INT4 ? 32 : WEIGHTS_PER_LINE(format)) * ACTIVATION_BYTES(format);
 
     size_t x_bytes = rows * p.x_stride, scale_bytes = round_up(rows * 4, 64);
-    p.x = aligned_alloc(64, x_bytes + scale_bytes + round_up(rows * p.groups * 4, 64) + 64);
+    size_t sums_bytes = round_up(rows * p.groups * 4, 64), last_bytes = format == INT4 ? 2 * WIDE * p.weight_stride : 0;
+    p.x = aligned_alloc(64, round_up(x_bytes + scale_bytes + sums_bytes + last_bytes + 64, 64));
     if (!p.x) return 1;
     p.x_scale = (float *)(p.x + x_bytes);
     p.x_sums = (float *)(p.x + x_bytes + scale_bytes);
+    if (format == INT4 && outputs % WIDE) { /* the last lanes read past the last row: let them read zeros */
+        p.last_rows = (uint8_t *)p.x + x_bytes + scale_bytes + sums_bytes;
+        p.last_rows_from = p.weight_rows < WIDE ? 0 : p.weight_rows - WIDE + 1;
+        size_t held = (p.weight_rows - p.last_rows_from) * p.weight_stride;
+        memcpy(p.last_rows, p.weight + p.last_rows_from * p.weight_stride, held);
+        memset(p.last_rows + held, 0, last_bytes - held);
+    }
 
-    long row_block = rows;
+    long row_block = rows; /* rows whose activations fit the cache beside the weights */
     if (x_bytes > CACHED_ACTIVATIONS && rows > 16) {
         row_block = CACHED_ACTIVATIONS / p.x_stride / MAX_ROWS * MAX_ROWS;
         if (row_block < 2 * MAX_ROWS) row_block = 2 * MAX_ROWS;
     }
-    size_t block_scratch = sizeof(float) * BLOCK * (3 * (p.groups + 4) + 2 * row_block);
-    size_t row_scratch = round_up(inputs * 6, 64);
     long blocks = (outputs + BLOCK - 1) / BLOCK;
-    int small = (size_t)p.weight_rows * p.weight_stride * rows < 64 * 1024;
-    int failed = 0;
-    if (rows < 16) {
-        char *row_buffer = malloc(row_scratch);
-        for (long r = 0; row_buffer && r < rows; r++)
-            prepare_row(&p, x, r, (float *)row_buffer, (int16_t *)(row_buffer + inputs * 4));
-        failed = !row_buffer;
-        free(row_buffer);
-    } 
-#pragma omp parallel num_threads(threads) if (!small && threads > 1)
-    {
-        char *scratch = malloc(block_scratch > row_scratch ? block_scratch : row_scratch);
-        if (!scratch) failed = 1;
-        if (rows >= 16) {
-#pragma omp for schedule(static)
-            for (long r = 0; r < rows; r++)
-                if (scratch) prepare_row(&p, x, r, (float *)scratch, (int16_t *)(scratch + inputs * 4));
-        }
-        for (long row = 0; row < rows; row += row_block) {
-            long count = rows - row < row_block ? rows - row : row_block;
+    if ((size_t)p.weight_rows * p.weight_stride * rows < 64 * 1024) threads = 1; /* waking a thread costs more */
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows >= 16)
+    for (long r = 0; r < rows; r++) prepare_row(&p, x, r);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    for (long row = 0; row < rows; row += row_block) {
+        long count = rows - row < row_block ? rows - row : row_block;
 #pragma omp for schedule(static) nowait
-            for (long b = 0; b < blocks; b++)
-                if (scratch && !failed) block(&p, b * BLOCK, row, count, (float *)scratch);
-        }
-        free(scratch);
+        for (long b = 0; b < blocks; b++) block(&p, b * BLOCK, row, count);
     }
     free(p.x);
-    return failed;
+    return 0;
 }

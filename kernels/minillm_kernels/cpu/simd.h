@@ -2,8 +2,13 @@
  *
  * LANES is the number of fp32 lanes in a register: 16 (AVX-512), 8 (AVX2), 4 (NEON) or 1 (plain C).
  *   vf   LANES floats          vi   LANES int32          vs   2 * LANES int16
+ *
  * vi_dot multiplies 2 * LANES pairs of int16 and adds neighbours into LANES int32 sums; this
- * "multiply-add pairs" instruction is the one integer dot product that every x86 and Arm chip has.
+ * "multiply-add pairs" instruction is the one integer dot product that every x86 chip has.
+ * vs_pair repeats two int16 in every lane. vi_load_columns reads 16 bytes of each of LANES rows, `stride`
+ * bytes apart, and transposes: lane n of column[j] holds bytes 4j..4j+3 of row n. vs_nibbles(column, i)
+ * takes two 4-bit codes of each lane as int16: the low (i = 0) or high (1) halves of bytes 0 and 2, or the
+ * low (2) or high (3) halves of bytes 1 and 3.
  */
 #include <math.h>
 #include <stddef.h>
@@ -78,12 +83,27 @@ INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }
 INLINE vf vi_to_vf(vi a) { return _mm512_cvtepi32_ps(a); }
 INLINE vs vs_load(const int16_t *p) { return _mm512_loadu_si512(p); }
 INLINE vs vs_load_int8(const void *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(p)); }
-INLINE void vs_load_nibbles(const void *p, vs *low, vs *high) {
-    vs bytes = _mm512_cvtepu8_epi16(_mm256_loadu_si256(p));
-    *low = _mm512_and_si512(bytes, _mm512_set1_epi16(15));
-    *high = _mm512_srli_epi16(bytes, 4);
+INLINE vs vs_pair(const int16_t *p) {
+    int32_t pair;
+    memcpy(&pair, p, 4);
+    return _mm512_set1_epi32(pair);
 }
-INLINE vi vi_dot_first(vs a, vs b) { return _mm512_madd_epi16(a, b); }
+INLINE vs vs_nibbles(vi columns, int i) {
+    return _mm512_and_si512(_mm512_srli_epi32(columns, 4 * i), _mm512_set1_epi32(0x000f000f));
+}
+INLINE void vi_load_columns(const uint8_t *p, size_t stride, vi column[4]) {
+    vi rows[4]; /* rows[i]: the 16 bytes of rows i, i + 4, i + 8 and i + 12 */
+    for (int i = 0; i < 4; i++) {
+        rows[i] = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(p + i * stride)));
+        rows[i] = _mm512_inserti32x4(rows[i], _mm_loadu_si128((const void *)(p + (i + 4) * stride)), 1);
+        rows[i] = _mm512_inserti32x4(rows[i], _mm_loadu_si128((const void *)(p + (i + 8) * stride)), 2);
+        rows[i] = _mm512_inserti32x4(rows[i], _mm_loadu_si128((const void *)(p + (i + 12) * stride)), 3);
+    }
+    vi low01 = _mm512_unpacklo_epi32(rows[0], rows[1]), high01 = _mm512_unpackhi_epi32(rows[0], rows[1]);
+    vi low23 = _mm512_unpacklo_epi32(rows[2], rows[3]), high23 = _mm512_unpackhi_epi32(rows[2], rows[3]);
+    column[0] = _mm512_unpacklo_epi64(low01, low23), column[1] = _mm512_unpackhi_epi64(low01, low23);
+    column[2] = _mm512_unpacklo_epi64(high01, high23), column[3] = _mm512_unpackhi_epi64(high01, high23);
+}
 /* Spelled in assembly: through the intrinsics gcc 12 copies every sum before and after, and reloads b. */
 #ifdef __AVX512VNNI__
 INLINE vi vi_dot(vi sum, vs a, vs b) {
@@ -100,11 +120,6 @@ INLINE vf vf_dot_bf16(vf sum, vs a, vs b) {
     return sum;
 }
 #endif
-/* `first` in the lower half of the lanes, `second` in the upper half */
-INLINE vf vf_halves(float first, float second) {
-    return _mm512_mask_broadcastss_ps(vf_set(first), 0xff00, _mm_load_ss(&second));
-}
-
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(MINILLM_PLAIN_C)
 #include <immintrin.h>
 #define LANES 8
@@ -133,12 +148,23 @@ INLINE vi vi_zero(void) { return _mm256_setzero_si256(); }
 INLINE vf vi_to_vf(vi a) { return _mm256_cvtepi32_ps(a); }
 INLINE vs vs_load(const int16_t *p) { return _mm256_loadu_si256((const void *)p); }
 INLINE vs vs_load_int8(const void *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(p)); }
-INLINE void vs_load_nibbles(const void *p, vs *low, vs *high) {
-    vs bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(p));
-    *low = _mm256_and_si256(bytes, _mm256_set1_epi16(15));
-    *high = _mm256_srli_epi16(bytes, 4);
+INLINE vs vs_pair(const int16_t *p) {
+    int32_t pair;
+    memcpy(&pair, p, 4);
+    return _mm256_set1_epi32(pair);
 }
-INLINE vi vi_dot_first(vs a, vs b) { return _mm256_madd_epi16(a, b); }
+INLINE vs vs_nibbles(vi columns, int i) {
+    return _mm256_and_si256(_mm256_srli_epi32(columns, 4 * i), _mm256_set1_epi32(0x000f000f));
+}
+INLINE void vi_load_columns(const uint8_t *p, size_t stride, vi column[4]) {
+    vi rows[4]; /* rows[i]: the 16 bytes of rows i and i + 4 */
+    for (int i = 0; i < 4; i++)
+        rows[i] = _mm256_loadu2_m128i((const void *)(p + (i + 4) * stride), (const void *)(p + i * stride));
+    vi low01 = _mm256_unpacklo_epi32(rows[0], rows[1]), high01 = _mm256_unpackhi_epi32(rows[0], rows[1]);
+    vi low23 = _mm256_unpacklo_epi32(rows[2], rows[3]), high23 = _mm256_unpackhi_epi32(rows[2], rows[3]);
+    column[0] = _mm256_unpacklo_epi64(low01, low23), column[1] = _mm256_unpackhi_epi64(low01, low23);
+    column[2] = _mm256_unpacklo_epi64(high01, high23), column[3] = _mm256_unpackhi_epi64(high01, high23);
+}
 INLINE vi vi_dot(vi sum, vs a, vs b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 
 #elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(MINILLM_PLAIN_C)
@@ -166,14 +192,28 @@ INLINE vi vi_zero(void) { return vdupq_n_s32(0); }
 INLINE vf vi_to_vf(vi a) { return vcvtq_f32_s32(a); }
 INLINE vs vs_load(const int16_t *p) { return vld1q_s16(p); }
 INLINE vs vs_load_int8(const void *p) { return vmovl_s8(vld1_s8(p)); }
-INLINE void vs_load_nibbles(const void *p, vs *low, vs *high) {
-    uint8x8_t bytes = vld1_u8(p);
-    *low = vreinterpretq_s16_u16(vmovl_u8(vand_u8(bytes, vdup_n_u8(15))));
-    *high = vreinterpretq_s16_u16(vmovl_u8(vshr_n_u8(bytes, 4)));
+INLINE vs vs_pair(const int16_t *p) {
+    int32_t pair;
+    memcpy(&pair, p, 4);
+    return vreinterpretq_s16_s32(vdupq_n_s32(pair));
 }
-INLINE vi vi_dot_first(vs a, vs b) { return vmlal_high_s16(vmull_s16(vget_low_s16(a), vget_low_s16(b)), a, b); }
+INLINE vs vs_nibbles(vi columns, int i) {
+    vi shifted = vshlq_s32(columns, vdupq_n_s32(-4 * i));
+    return vreinterpretq_s16_s32(vandq_s32(shifted, vdupq_n_s32(0x000f000f)));
+}
+INLINE void vi_load_columns(const uint8_t *p, size_t stride, vi column[4]) {
+    vi rows[4];
+    for (int i = 0; i < 4; i++) rows[i] = vreinterpretq_s32_u8(vld1q_u8(p + i * stride));
+    vi low01 = vzip1q_s32(rows[0], rows[1]), high01 = vzip2q_s32(rows[0], rows[1]);
+    vi low23 = vzip1q_s32(rows[2], rows[3]), high23 = vzip2q_s32(rows[2], rows[3]);
+#define WIDE(a) vreinterpretq_s64_s32(a)
+    column[0] = vreinterpretq_s32_s64(vzip1q_s64(WIDE(low01), WIDE(low23)));
+    column[1] = vreinterpretq_s32_s64(vzip2q_s64(WIDE(low01), WIDE(low23)));
+    column[2] = vreinterpretq_s32_s64(vzip1q_s64(WIDE(high01), WIDE(high23)));
+    column[3] = vreinterpretq_s32_s64(vzip2q_s64(WIDE(high01), WIDE(high23)));
+}
 INLINE vi vi_dot(vi sum, vs a, vs b) {
-    return vmlal_high_s16(vmlal_s16(sum, vget_low_s16(a), vget_low_s16(b)), a, b);
+    return vaddq_s32(sum, vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b)));
 }
 
 #else /* plain C: correct everywhere, one lane at a time */
@@ -195,11 +235,14 @@ INLINE vi vi_zero(void) { return 0; }
 INLINE vf vi_to_vf(vi a) { return (float)a; }
 INLINE vs vs_load(const int16_t *p) { return (vs){p[0], p[1]}; }
 INLINE vs vs_load_int8(const void *p) { return (vs){((const int8_t *)p)[0], ((const int8_t *)p)[1]}; }
-INLINE void vs_load_nibbles(const void *p, vs *low, vs *high) {
-    const uint8_t *bytes = p;
-    *low = (vs){bytes[0] & 15, bytes[1] & 15};
-    *high = (vs){bytes[0] >> 4, bytes[1] >> 4};
+INLINE vs vs_pair(const int16_t *p) { return vs_load(p); }
+INLINE vs vs_nibbles(vi columns, int i) {
+    return (vs){(columns >> 4 * i) & 15, (columns >> (4 * i + 16)) & 15};
 }
-INLINE vi vi_dot_first(vs a, vs b) { return a.first * b.first + a.second * b.second; }
+INLINE void vi_load_columns(const uint8_t *p, size_t stride, vi column[4]) {
+    (void)stride; /* one row */
+    for (int j = 0; j < 4; j++, p += 4)
+        column[j] = (vi)(p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24);
+}
 INLINE vi vi_dot(vi sum, vs a, vs b) { return sum + a.first * b.first + a.second * b.second; }
 #endif
