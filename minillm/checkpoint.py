@@ -65,7 +65,7 @@ _NORM_NAMES = {
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _SHARD_BYTES = 2**30  # of a checkpoint that is written here
-_REOPEN_BYTES = 2**25  # read through one mapping of a file before it is closed and opened again
+_REOPEN_BYTES = 2**24  # read through one mapping of a file before it is closed and opened again
 
 
 @dataclass(frozen=True)

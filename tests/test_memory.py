@@ -197,10 +197,10 @@ print(weight_bytes(model), peak() - before)
 def test_loading_never_holds_more_than_the_model_and_one_tensor(quantize, large_folder):
     """Peak memory of a process that loads, against the calculator: 10 % slack, one tensor, one mapped window.
 
-    The window: pages of the source stay mapped for 32 MiB of reading before the file is reopened, and the
+    The window: pages of the source stay mapped for 16 MiB of reading before the file is reopened, and the
     tensor after them is mapped already when the old window goes.
     """
-    largest, window = 4096 * 1024 * 2, 2**25
+    largest, window = 4096 * 1024 * 2, 2**24
     answer = subprocess.run(
         [sys.executable, "-c", PEAK, large_folder, quantize], capture_output=True, text=True, check=True
     )
