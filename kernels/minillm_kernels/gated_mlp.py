@@ -10,12 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm_kernels import cpu
-from minillm_kernels.int4_linear import FEW_ROWS as FEW_ROWS_INT4
 from minillm_kernels.int4_linear import check_int4, int4_linear_torch
-from minillm_kernels.int8_linear import FEW_ROWS as FEW_ROWS_INT8
 from minillm_kernels.int8_linear import check_int8, int8_linear_torch
+from minillm_kernels.int8_linear import in_c as quantized_in_c
 from minillm_kernels.launch import interpreting
-from minillm_kernels.linear import FEW_ROWS, check_linear, count_rows, library_linear
+from minillm_kernels.linear import check_linear, library_linear
+from minillm_kernels.linear import in_c as dense_in_c
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -30,8 +30,7 @@ def gated_mlp_cpu(
 ) -> Tensor:
     """The CPU implementation itself, for callers outside a graph: an op call costs 5 us more."""
     check_gated(x, weight, activation, scale, zero, group_size)
-    few_rows = {torch.int8: FEW_ROWS_INT8, torch.uint8: FEW_ROWS_INT4}.get(weight.dtype, FEW_ROWS)
-    if count_rows(x) <= few_rows and cpu.available():
+    if dense_in_c(x) if weight.dtype == x.dtype else quantized_in_c(x):
         return cpu.product(x, weight, scale, zero, group_size, gate=activation)
     if weight.dtype == torch.int8:
         both = int8_linear_torch(x, weight, scale, None)

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from minillm_kernels import cpu
+from minillm_kernels.int8_linear import in_c
 from minillm_kernels.launch import interpreting
-from minillm_kernels.linear import check_linear, count_rows, library_linear
+from minillm_kernels.linear import check_linear, library_linear
 
 GROUP_SIZES = (32, 64, 128)
-FEW_ROWS = 64  # above: dequantize W piece by piece and let the library multiply
 PIECE = 1 << 20  # weights dequantized at a time: they stay in cache until multiplied
 
 
@@ -26,7 +26,7 @@ def int4_linear_cpu(
 ) -> Tensor:
     """The CPU implementation itself, for callers outside a graph: an op call costs 5 us more."""
     check_int4("int4_linear", x, packed, scale, zero, group_size, bias)
-    if count_rows(x) <= FEW_ROWS and cpu.available():
+    if in_c(x):
         return cpu.product(x, packed, scale, zero, group_size, bias)
     return int4_linear_torch(x, packed, scale, zero, group_size, bias)
 
@@ -63,7 +63,8 @@ def int4_linear(
     zero [K / G, N] uint8; bias [N] in x.dtype. Returns [..., N] in x.dtype. No gradient.
     Raises ValueError or TypeError.
 
-    With up to 64 rows on CPU a row's result does not depend on the other rows or on the number of threads.
+    On CPU, with up to 256 rows (in float32 and float16 any number), a row's result does not depend on the other
+    rows or on the number of threads.
     """
     implementation = int4_linear_triton if interpreting() else int4_linear_cpu
     return implementation(x, packed, scale, zero, group_size, bias)

@@ -17,9 +17,9 @@
 #include <stdlib.h>
 
 #include "simd.h"
+#include "values.h"
 
 #define UNROLL_4 _Pragma("GCC unroll 4")
-#include "values.h"
 
 enum { NO_GATE, SILU, GELU_TANH };
 enum { TILE = 4, WIDE = 2 * LANES, BLOCK = 32 }; /* output rows */
