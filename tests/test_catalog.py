@@ -13,10 +13,12 @@ COARSE = ("int8_linear", "int4_linear", "gated_mlp")
 
 
 def cases(dtypes_of):
-    for name, entry in CATALOG.items():
-        for case in entry.small_cases:
-            for dtype in dtypes_of(name):
-                yield pytest.param(name, case, dtype, id=f"{name}, {case}, {dtype}")
+    return [
+        pytest.param(name, case, dtype, id=f"{name}, {case}, {dtype}")
+        for name, entry in CATALOG.items()
+        for case in entry.small_cases
+        for dtype in dtypes_of(name)
+    ]
 
 
 @pytest.mark.parametrize(("name", "case", "dtype"), cases(lambda name: DTYPES))

@@ -149,7 +149,8 @@ def problems(spec: Specialization, usage: Usage, chip: int) -> list[str]:
 
 def describe(spec: Specialization) -> str:
     constants = dict(spec.constants)
-    blocks = " ".join(f"{name}={constants[name]}" for name in constants if name.startswith("BLOCK_") or name == "GROUPS")
+    shown = [name for name in constants if name.startswith("BLOCK_") or name == "GROUPS"]
+    blocks = " ".join(f"{name}={constants[name]}" for name in shown)
     options = dict(spec.options)
     return f"{blocks} warps={options['num_warps']} stages={options.get('num_stages', '-')}"
 
