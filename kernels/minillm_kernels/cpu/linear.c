@@ -237,6 +237,7 @@ INLINE void int4_lanes(const struct problem *p, int rows, long output, long row,
     const uint8_t *weight = (const uint8_t *)p->weight + output * p->weight_stride;
     const uint16_t *scale = (const uint16_t *)p->scale + output;
     const uint8_t *zero = p->zero + output;
+    const int chains = rows == 1 ? 2 : 1; /* the dots of one row alone would wait for each other */
     const int16_t *x[MAX_ROWS];
     vf sum[2][MAX_ROWS]; /* of the first LANES outputs and of the other LANES: x is loaded once for both */
     for (int r = 0; r < rows; r++) {
@@ -245,8 +246,9 @@ INLINE void int4_lanes(const struct problem *p, int rows, long output, long row,
     }
     if (width < WIDE) weight = p->last_rows + (output - p->last_rows_from) * p->weight_stride;
     for (long group = 0, byte = 0; group < p->groups; group++, scale += p->weight_rows, zero += p->weight_rows) {
-        vi dots[2][MAX_ROWS];
-        for (int r = 0; r < rows; r++) dots[0][r] = dots[1][r] = vi_zero();
+        vi dots[2][2][MAX_ROWS];
+        for (int chain = 0; chain < chains; chain++)
+            for (int r = 0; r < rows; r++) dots[0][chain][r] = dots[1][chain][r] = vi_zero();
         for (int piece = 0; piece < p->group_size / 32; piece++, byte += 16) {
             if (byte % LINE == 0) /* the next WIDE rows to the second-level cache, the next line to the first */
                 for (int n = 0; n < WIDE; n++) {
@@ -261,8 +263,8 @@ INLINE void int4_lanes(const struct problem *p, int rows, long output, long row,
                     vs codes[2] = {vs_nibbles(column[0][j], i), vs_nibbles(column[1][j], i)};
                     for (int r = 0; r < rows; r++) {
                         vs a = vs_pair(x[r] + 2 * byte + 8 * j + 2 * i);
-                        dots[0][r] = vi_dot(dots[0][r], codes[0], a);
-                        dots[1][r] = vi_dot(dots[1][r], codes[1], a);
+                        for (int half = 0; half < 2; half++)
+                            dots[half][i % chains][r] = vi_dot(dots[half][i % chains][r], codes[half], a);
                     }
                 }
         }
@@ -277,7 +279,8 @@ INLINE void int4_lanes(const struct problem *p, int rows, long output, long row,
             vf z = vf_load_uint8((width < WIDE ? zero_copy : zero) + half * LANES);
             for (int r = 0; r < rows; r++) {
                 vf minus_x = vf_set(-p->x_sums[(row + r) * p->groups + group]);
-                sum[half][r] = vf_fma(vf_fma(z, minus_x, vi_to_vf(dots[half][r])), s, sum[half][r]);
+                vi dot = chains == 2 ? vi_add(dots[half][0][r], dots[half][1][r]) : dots[half][0][r];
+                sum[half][r] = vf_fma(vf_fma(z, minus_x, vi_to_vf(dot)), s, sum[half][r]);
             }
         }
     }

@@ -80,6 +80,7 @@ INLINE vf vf_load_uint8(const uint8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)));
 }
 INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }
+INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 INLINE vf vi_to_vf(vi a) { return _mm512_cvtepi32_ps(a); }
 INLINE vs vs_load(const int16_t *p) { return _mm512_loadu_si512(p); }
 INLINE vs vs_load_int8(const void *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(p)); }
@@ -145,6 +146,7 @@ INLINE vf vf_load_uint8(const uint8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)));
 }
 INLINE vi vi_zero(void) { return _mm256_setzero_si256(); }
+INLINE vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 INLINE vf vi_to_vf(vi a) { return _mm256_cvtepi32_ps(a); }
 INLINE vs vs_load(const int16_t *p) { return _mm256_loadu_si256((const void *)p); }
 INLINE vs vs_load_int8(const void *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(p)); }
@@ -189,6 +191,7 @@ INLINE vf vf_load_uint8(const uint8_t *p) {
     return vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide)));
 }
 INLINE vi vi_zero(void) { return vdupq_n_s32(0); }
+INLINE vi vi_add(vi a, vi b) { return vaddq_s32(a, b); }
 INLINE vf vi_to_vf(vi a) { return vcvtq_f32_s32(a); }
 INLINE vs vs_load(const int16_t *p) { return vld1q_s16(p); }
 INLINE vs vs_load_int8(const void *p) { return vmovl_s8(vld1_s8(p)); }
@@ -232,6 +235,7 @@ INLINE vf vf_load_half(const uint16_t *p) { return half_to_float(*p); }
 INLINE vf vf_load_bf16(const uint16_t *p) { return bf16_to_float(*p); }
 INLINE vf vf_load_uint8(const uint8_t *p) { return *p; }
 INLINE vi vi_zero(void) { return 0; }
+INLINE vi vi_add(vi a, vi b) { return a + b; }
 INLINE vf vi_to_vf(vi a) { return (float)a; }
 INLINE vs vs_load(const int16_t *p) { return (vs){p[0], p[1]}; }
 INLINE vs vs_load_int8(const void *p) { return (vs){((const int8_t *)p)[0], ((const int8_t *)p)[1]}; }
