@@ -55,7 +55,7 @@ def main() -> None:
     draft = LLM.from_pretrained(options.draft, dtype=options.dtype)
     prompts = read_prompts(target, options)
     results = {
-        "settings": {name: str(value) if isinstance(value, Path) else value for name, value in vars(options).items()},
+        "settings": {name: value.name if isinstance(value, Path) else value for name, value in vars(options).items()},
         "machine": f"{processor()}, {options.threads} thread(s), torch {torch.__version__}",
         "prompts": len(prompts),
         "passes": passes(target, draft, options),
