@@ -135,7 +135,7 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
         "--quantize", metavar="FORMAT", help="int8, int4, int4-g32, int4-g64, int4-g128 (default: none)"
     )
     parser.add_argument("--quantize-head", action="store_true", help="the output head too, in int8")
-    parser.add_argument("--attention", default="auto", help="math, sdpa (default: the fastest that fits)")
+    parser.add_argument("--attention", default="auto", help="math, sdpa, c, triton (default: the fastest that fits)")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--local-files-only", action="store_true", help="do not ask the Hub for anything")
 

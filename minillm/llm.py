@@ -95,7 +95,7 @@ class LLM:
         Args:
             dtype: "float32", "bfloat16", "float16", or "auto" for what the checkpoint's config.json says.
             device: "cpu", "cuda", ..., or "auto": a CUDA device if there is one.
-            attention: "math", "sdpa", or "auto": the fastest backend that can serve the model.
+            attention: "math", "sdpa", "c" (CPU), "triton", or "auto": the fastest backend that can serve the model.
             quantize: "int8", "int4" or "int4-g32", "int4-g64", "int4-g128": store the linear layers' weights in
                 this format, quantizing while they stream in. quantize_head: the output head too, in int8.
             revision, token, local_files_only: for the Hub, as `huggingface_hub` understands them.
