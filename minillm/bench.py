@@ -77,7 +77,10 @@ class Report:
     new_tokens: int  # decoded per measurement, after the first one
     repeats: int
     weight_bytes: int
-    load_seconds: float
+    steps: str  # how they run: "recorded", "compiled" or "eager"
+    load_seconds: float  # without compiling
+    compile_seconds: float
+    compilations: int  # graphs that were compiled, in loading and in everything that was measured
     first_request_seconds: float  # of the shortest prompt, right after loading: what is lazy happens here
     load_peak_bytes: int  # beyond what the process held before loading
     peak_bytes: int  # the same, the longest request included
@@ -93,7 +96,8 @@ class Report:
         best = self.decode[0]
         speed, size = best.tokens_per_second.median, best.bytes_per_token
         lines = [
-            f"{self.name}: {self.format} on {self.device}, {self.threads} threads, torch {self.torch}",
+            f"{self.name}: {self.format} on {self.device}, {self.threads} threads, torch {self.torch}, "
+            f"steps {self.steps}",
             "",
             f"{best.bandwidth_percent:.0f} % of memory bandwidth: {speed:.1f} tokens/s x {size / 1e6:.1f} MB = "
             f"{speed * size / 1e9:.1f} of {self.bandwidth.median / 1e9:.1f} GB/s",
@@ -102,6 +106,7 @@ class Report:
             f"{'peak memory, loading':<42}{format_bytes(self.load_peak_bytes):>10}",
             f"{'peak memory, longest request':<42}{format_bytes(self.peak_bytes):>10}",
             f"{'load':<42}{self.load_seconds:>8.2f} s",
+            f"{f'compile, {self.compilations} graphs':<42}{self.compile_seconds:>8.2f} s",
             f"{'first request, to its first token':<42}{self.first_request_seconds:>8.2f} s",
             "",
             f"{f'median of {self.repeats}':<42}{'median':>10}{'lowest':>10}{'highest':>10}",
@@ -150,7 +155,8 @@ def measure(
     before = _process_peak()
     started = time.perf_counter()
     llm = load()
-    load_seconds = time.perf_counter() - started
+    compilations = llm.steps.compiled.compilations if llm.steps.compiled is not None else []
+    load_seconds = time.perf_counter() - started - sum(seconds for _, seconds in compilations)
 
     def peak() -> int:
         on_gpu = llm.device.type == "cuda"
@@ -195,7 +201,10 @@ def measure(
         new_tokens=new_tokens,
         repeats=repeats,
         weight_bytes=weight_bytes(llm.model),
+        steps=llm.steps.kind,
         load_seconds=load_seconds,
+        compile_seconds=sum(seconds for _, seconds in compilations),
+        compilations=len(compilations),
         first_request_seconds=first_request,
         load_peak_bytes=load_peak,
         peak_bytes=longest_peak,

@@ -37,17 +37,43 @@ def num_slots(window: int | None, max_cache_len: int, max_step: int) -> int:
     return max_cache_len if window is None else min(max_cache_len, window + max_step - 1)
 
 
-@dataclass(frozen=True)
+@dataclass
 class KeyView:
-    """What one step may see of the cache; every layer with the same window shares one."""
+    """What one step may see of the cache; every layer with the same window shares one.
+
+    `slots` and `mask` are made when first asked for: a kernel that reads positions needs neither.
+    """
 
     cache_position: Tensor  # [B, T], -1 for padding
     window: int | None
-    slots: Tensor  # [B, T]: where this step's keys and values are written
     num_slots: int  # slots of the layer, without the bin
     key_length: int  # how many of them to read: the rest holds nothing yet
-    mask: Tensor  # [B, T, key_length] bool, True where the query sees the slot
     from_start: bool  # column t of every row is position t (or padding after the row's end)
+    _slots: Tensor | None = None
+    _mask: Tensor | None = None
+
+    @property
+    def slots(self) -> Tensor:
+        """[B, T]: where this step's keys and values are written."""
+        if self._slots is None:
+            position = self.cache_position
+            self._slots = torch.where(position < 0, self.num_slots, position % self.num_slots)
+        return self._slots
+
+    @property
+    def mask(self) -> Tensor:
+        """[B, T, key_length] bool, True where the query sees the slot."""
+        if self._mask is None:
+            last = self.cache_position.amax(dim=1, keepdim=True)  # [B, 1]
+            slot = torch.arange(self.key_length, device=last.device)  # [key_length]
+            key_position = (last - (last - slot) % self.num_slots)[:, None, :]  # [B, 1, key_length]
+            query = self.cache_position[:, :, None]  # [B, T, 1]
+            seen = (key_position >= 0) & (key_position <= query)
+            if self.window is not None:
+                seen &= key_position > query - self.window
+            # A padding query sees everything: its result is never used, and no softmax row is left empty.
+            self._mask = seen | (query < 0)
+        return self._mask
 
 
 class StaticCache:
@@ -69,6 +95,7 @@ class StaticCache:
     Raises `CacheError` if a size is not positive or a planned length exceeds max_cache_len.
     """
 
+    @torch.inference_mode(False)  # wherever it is made, a compiler sees tensors of one kind
     def __init__(
         self,
         config: ModelConfig,
@@ -110,6 +137,7 @@ class StaticCache:
         """Slots of a layer with this window, the bin not counted."""
         return num_slots(window, self.max_cache_len, self.max_step)
 
+    @torch.inference_mode(False)
     def plan(self, planned_length: int | Sequence[int]) -> None:
         """Choose the rotary tables for rows that will reach this length. Only an empty cache can be re-planned."""
         lengths = [planned_length] * self.batch_size if isinstance(planned_length, int) else list(planned_length)
@@ -210,24 +238,15 @@ class StaticCache:
 
         `key_length` is a bound, known to the host, on the positions in use (newest + 1): reading no
         further is what makes a step cost what the text is long and not what was allocated. By default
-        it is read off the positions on the CPU, and is everything elsewhere. `from_start` is a promise that
-        the step is the beginning of every row, which lets a kernel skip the cache.
+        it is read off the positions on the CPU, and is everything elsewhere and inside a compiled graph.
+        `from_start` is a promise that the step is the beginning of every row, which lets a kernel skip the cache.
         """
-        slots = self.num_slots(window)
+        layer = next(i for i, layer in enumerate(self.config.layers) if layer.window == window)
+        slots = self.keys[layer].shape[2] - 1  # as num_slots says, but read off the tensor: a compiler knows its sizes
         if key_length is None:
-            key_length = int(cache_position.max()) + 1 if self.device.type == "cpu" else slots
-        key_length = max(1, min(key_length, slots))
-        last = cache_position.amax(dim=1, keepdim=True)  # [B, 1]
-        slot = torch.arange(key_length, device=self.device)  # [key_length]
-        key_position = (last - (last - slot) % slots)[:, None, :]  # [B, 1, key_length]
-        query = cache_position[:, :, None]  # [B, T, 1]
-        seen = (key_position >= 0) & (key_position <= query)
-        if window is not None:
-            seen &= key_position > query - window
-        # A padding query sees everything: its result is never used, and no softmax row is left empty.
-        mask = seen | (query < 0)  # [B, T, key_length]
-        writes = torch.where(cache_position < 0, slots, cache_position % slots)  # [B, T]
-        return KeyView(cache_position, window, writes, slots, key_length, mask, from_start)
+            on_host = self.device.type == "cpu" and not torch.compiler.is_compiling()
+            key_length = int(cache_position.max()) + 1 if on_host else slots
+        return KeyView(cache_position, window, slots, torch.sym_max(1, torch.sym_min(key_length, slots)), from_start)
 
     def write(self, layer: int, keys: Tensor, values: Tensor, view: KeyView) -> None:
         """Put this step's `keys` and `values`, both `[B, T, KV, D]`, into their slots."""

@@ -15,6 +15,8 @@ from pathlib import Path
 
 from minillm.errors import MinillmError, RequestError
 
+_COMPILE = {"auto": "auto", "on": True, "off": False}
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
@@ -136,6 +138,12 @@ def _model_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--quantize-head", action="store_true", help="the output head too, in int8")
     parser.add_argument("--attention", default="auto", help="math, sdpa, c, triton (default: the fastest that fits)")
+    parser.add_argument(
+        "--compile",
+        choices=_COMPILE,
+        default="auto",
+        help="auto: record steps and replay them (default); on: torch.compile, slow to start; off: neither",
+    )
     parser.add_argument("--revision", help="branch, tag or commit of a Hub id")
     parser.add_argument("--local-files-only", action="store_true", help="do not ask the Hub for anything")
 
@@ -175,6 +183,7 @@ def _load(options: argparse.Namespace, name: str | None = None):
         attention=options.attention,
         quantize=None if name else options.quantize,
         quantize_head=options.quantize_head and not name,
+        compile=_COMPILE[options.compile],
         revision=None if name else options.revision,
         local_files_only=options.local_files_only,
     )

@@ -20,7 +20,11 @@ from minillm.config import ModelConfig, read_json, token_ids
 from minillm.errors import CheckpointError, RequestError
 from minillm.model import Decoder
 from minillm.sampling import Sampling, next_token
+from minillm.steps import Steps
 from minillm.tokenizer import TextStream, Tokenizer
+
+_CATCH_UP = 2  # tokens, at most, that a draft model lacks between two steps: fed as a step and not as a prompt
+_LOOK_EVERY = 8  # decode steps between two looks at an accelerator's tokens
 
 
 @dataclass(frozen=True)
@@ -186,7 +190,7 @@ def new_row(prompt: list[int], config: GenerationConfig, budget: int, eos: froze
     return Row(prompt, budget, eos, TextStream(tokenizer, prompt, config.stops))
 
 
-def prefill(model: Decoder, cache: StaticCache, ids: Sequence[Sequence[int]], start: Sequence[int]) -> Tensor:
+def prefill(model: Decoder | Steps, cache: StaticCache, ids: Sequence[Sequence[int]], start: Sequence[int]) -> Tensor:
     """Feed row b the tokens `ids[b]` at positions `start[b]`, `start[b] + 1`, ... in chunks of `cache.max_step`.
 
     Rows may differ in length; each has at least one token. Returns the logits after each row's last
@@ -208,6 +212,9 @@ def prefill(model: Decoder, cache: StaticCache, ids: Sequence[Sequence[int]], st
             device=device,
         )  # [B, T]
         used = max(first + begin + len(row) for row, first in zip(chunk, start, strict=True))
+        if longest <= _CATCH_UP:
+            logits = model(input_ids, positions, cache, used)  # [B, T, V]
+            return torch.stack([logits[b, len(row) - 1] for b, row in enumerate(ids)])
         fresh = begin == 0 and not any(start)
         hidden = model.hidden_states(input_ids, positions, cache, key_length=used, from_start=fresh)  # [B, T, d]
         for b, row in enumerate(chunk):
@@ -217,15 +224,15 @@ def prefill(model: Decoder, cache: StaticCache, ids: Sequence[Sequence[int]], st
 
 
 def next_logits(
-    model: Decoder, token: Tensor, cache_position: Tensor, cache: StaticCache, key_length: int | None = None
+    model: Decoder | Steps, token: Tensor, cache_position: Tensor, cache: StaticCache, key_length: int | None = None
 ) -> Tensor:
     """One decode step: `token [B, 1]` at `cache_position [B, 1]` -> logits of the next token, `[B, V]`."""
     return model(token, cache_position, cache, key_length)[:, -1]
 
 
-@torch.inference_mode()
+@torch.no_grad()  # and not inference mode: this function may be compiled, with tensors from outside
 def decode_one_token(
-    model: Decoder,
+    model: Decoder | Steps,
     token: Tensor,
     cache_position: Tensor,
     cache: StaticCache,
@@ -235,6 +242,7 @@ def decode_one_token(
     """Feed one token per row and choose the next one.
 
     Args:
+        model: `llm.model`, or `llm.steps`, which is faster and gives the same.
         token: `[B, 1]` int64, the newest token of each row.
         cache_position: `[B, 1]` int64, where it stands; -1 for a row that is finished.
         cache: holds everything before; gains this token.
@@ -263,7 +271,9 @@ def reuse_prefix(cache: StaticCache, prompts: Sequence[Sequence[int]]) -> list[i
     return kept
 
 
-def begin(model: Decoder, cache: StaticCache, rows: list[Row], sampling: Sampling) -> tuple[Tensor, Tensor | None]:
+def begin(
+    model: Decoder | Steps, cache: StaticCache, rows: list[Row], sampling: Sampling
+) -> tuple[Tensor, Tensor | None]:
     """Feed what the cache does not hold yet of each prompt.
 
     Returns the logits of the first new token, `[B, V]`, and, where a repetition penalty is set, which
@@ -279,30 +289,79 @@ def begin(model: Decoder, cache: StaticCache, rows: list[Row], sampling: Samplin
     return logits, seen
 
 
-def run(model: Decoder, cache: StaticCache, rows: list[Row], sampling: Sampling, logprobs: bool) -> Iterator[None]:
-    """Generate until every row is finished; yields after each commit, for whoever streams.
+class Burst:
+    """Several decode steps in a row without a look at what they gave: everything a step needs is a tensor.
+
+    Looking at a token is free on a CPU, so there a burst is one step. An accelerator works through a queue, and
+    each look waits until the queue is empty: there it is worth running a few steps past a row's end.
+    """
+
+    def __init__(self, model: Decoder | Steps, cache: StaticCache, rows: list[Row], sampling: Sampling):
+        self.model, self.cache, self.sampling = model, cache, sampling
+        device = cache.device
+        self.logits, self.seen = begin(model, cache, rows, sampling)  # [B, V], [B, V] or None
+        self.position = torch.tensor([len(row.prompt) for row in rows], device=device)  # [B], of the next token
+        self.last = torch.tensor([len(row.prompt) + row.max_new_tokens - 1 for row in rows], device=device)  # [B]
+        # One request, one set of EOS ids for all its rows.
+        self.eos = torch.tensor(sorted(rows[0].eos_token_ids), dtype=torch.int64, device=device)  # [E]
+        self.done = torch.zeros(len(rows), dtype=torch.bool, device=device)  # [B]
+        self.token: Tensor | None = None  # [B], the newest ones, not fed yet
+
+    def run(self, steps: int, longest: int, logprobs: bool) -> tuple[Tensor, Tensor | None]:
+        """The next tokens of every row, `[B, steps]`, and with `logprobs` theirs, float32.
+
+        `longest` is how many tokens the longest row that still runs has. What follows the end of a row is
+        meaningless; it is not stored.
+        """
+        tokens, chosen = [], []
+        for step in range(steps):
+            if self.token is not None:
+                # A finished row stays in the batch as padding; it writes nothing and nobody reads its logits.
+                fed = torch.where(self.done, -1, self.position - 1)[:, None]  # [B, 1]
+                self.logits = next_logits(self.model, self.token[:, None], fed, self.cache, longest + step)  # [B, V]
+            self.token = next_token(self.logits, self.sampling, self.position, self.seen)  # [B]
+            if self.seen is not None:
+                self.seen.scatter_(1, self.token[:, None], True)
+            if logprobs:
+                chosen.append(self.logits.log_softmax(dim=-1).gather(1, self.token[:, None])[:, 0])  # [B]
+            tokens.append(self.token)
+            ended = (self.token[:, None] == self.eos).any(dim=1)  # [B]
+            self.done = self.done | ended | (self.position >= self.last)
+            self.position = self.position + 1
+        return torch.stack(tokens, dim=1), torch.stack(chosen, dim=1) if logprobs else None
+
+
+def run(
+    model: Decoder | Steps,
+    cache: StaticCache,
+    rows: list[Row],
+    sampling: Sampling,
+    logprobs: bool,
+    look_every: int | None = None,
+) -> Iterator[None]:
+    """Generate until every row is finished; yields after each look at the new tokens, for whoever streams.
 
     The cache may already hold the beginning of each prompt: only what follows is computed. On return
-    it holds every token but each row's last, whose keys nobody has needed yet.
+    it holds every token but each row's last, whose keys nobody has needed yet. `look_every` is the number of
+    steps between two looks: by default 1 on a CPU, 8 elsewhere.
     """
-    logits, seen = begin(model, cache, rows, sampling)  # [B, V]
-    position = torch.tensor([[len(row.prompt)] for row in rows], device=cache.device)  # [B, 1]
-    while True:
-        token = next_token(logits, sampling, position[:, 0], seen)  # [B]
-        if seen is not None:
-            seen.scatter_(1, token[:, None], True)
-        chosen = [[]] * len(rows)
-        if logprobs:
-            chosen = logits.log_softmax(dim=-1).gather(1, token[:, None]).tolist()  # [B][1]
-        for row, new, logprob in zip(rows, token.tolist(), chosen, strict=True):
-            if row.finish_reason is None:
-                row.commit([new], logprob)
+    if look_every is None:
+        look_every = 1 if cache.device.type == "cpu" else _LOOK_EVERY
+    burst = Burst(model, cache, rows, sampling)
+    running = rows
+    while running:
+        left = max(row.max_new_tokens - len(row.token_ids) for row in running)
+        longest = max(len(row.prompt) + len(row.token_ids) for row in running)
+        # A stop string is only seen here, after the row has gone on: the cache must be able to forget that.
+        steps = min(look_every, left, cache.max_step)
+        tokens, chosen = burst.run(steps, longest, logprobs)  # [B, steps]
+        chosen = chosen.tolist() if logprobs else [()] * len(rows)
+        for row, new, logprob in zip(rows, tokens.tolist(), chosen, strict=True):
+            for step in range(steps):
+                if row.finish_reason is None:
+                    row.commit(new[step : step + 1], logprob[step : step + 1])
         yield
-        running = [row.finish_reason is None for row in rows]
-        if not any(running):
-            return
-        # A finished row stays in the batch as padding; it writes nothing and nobody reads its logits.
-        position = torch.where(torch.tensor(running, device=cache.device)[:, None], position, -1)
-        used = max(len(row.prompt) + len(row.token_ids) for row in rows if row.finish_reason is None)
-        logits = next_logits(model, token[:, None], position, cache, key_length=used)  # [B, V]
-        position = torch.where(position < 0, -1, position + 1)
+        running = [row for row in rows if row.finish_reason is None]
+        burst.done |= torch.tensor([row.finish_reason is not None for row in rows], device=cache.device)
+    if look_every > 1:
+        cache.truncate([len(row.prompt) + len(row.token_ids) - 1 for row in rows])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from minillm.attention import choose_backend
 from minillm.cache import StaticCache
 from minillm.checkpoint import load_decoder
 from minillm.config import ModelConfig, load_config
@@ -18,6 +19,7 @@ from minillm.errors import BackendError, RequestError
 from minillm.hub import find_checkpoint
 from minillm.model import Decoder
 from minillm.speculative import Proposer, make_proposer, run_speculative
+from minillm.steps import Steps
 from minillm.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int]
@@ -68,12 +70,22 @@ class Completion:
 
 
 class LLM:
-    """A decoder, its tokenizer and its defaults. Make one with `LLM.from_pretrained`."""
+    """A decoder, its tokenizer and its defaults. Make one with `LLM.from_pretrained`.
+
+    `model` is the decoder as it is written, `steps` the same made fast (see steps.py); both are called alike.
+    """
 
     def __init__(
-        self, model: Decoder, tokenizer: Tokenizer, config: ModelConfig, defaults: GenerationConfig, name: str = "model"
+        self,
+        model: Decoder,
+        tokenizer: Tokenizer,
+        config: ModelConfig,
+        defaults: GenerationConfig,
+        name: str = "model",
+        compile: bool | str = "auto",
     ):
-        self.model, self.tokenizer, self.config, self.defaults, self.name = model, tokenizer, config, defaults, name
+        self.tokenizer, self.config, self.defaults, self.name = tokenizer, config, defaults, name
+        self.steps = Steps(model, compile)
 
     @classmethod
     def from_pretrained(
@@ -85,6 +97,7 @@ class LLM:
         attention: str = "auto",
         quantize: str | None = None,
         quantize_head: bool = False,
+        compile: bool | str = "auto",
         revision: str | None = None,
         token: str | bool | None = None,
         local_files_only: bool = False,
@@ -98,6 +111,8 @@ class LLM:
             attention: "math", "sdpa", "c" (CPU), "triton", or "auto": the fastest backend that can serve the model.
             quantize: "int8", "int4" or "int4-g32", "int4-g64", "int4-g128": store the linear layers' weights in
                 this format, quantizing while they stream in. quantize_head: the output head too, in int8.
+            compile: "auto": steps are recorded and replayed, with nothing to wait for; True: `torch.compile`, which
+                takes up to a minute now and seconds in the next process; False: neither. See steps.py.
             revision, token, local_files_only: for the Hub, as `huggingface_hub` understands them.
             strict: whether a key of config.json that is not understood is an error.
 
@@ -107,10 +122,20 @@ class LLM:
         config = load_config(folder, strict=strict)
         tokenizer = Tokenizer.from_folder(folder)
         defaults = generation_defaults(folder, config, tokenizer)
+        if compile is True and attention == "auto":
+            # As a node of a graph a C kernel of ours costs more than what the compiler makes around the library's.
+            attention = choose_backend("auto", config).name
         model = load_decoder(
             folder, config, choose_dtype(dtype, config), _device(device), attention, quantize, quantize_head
         )
-        return cls(model, tokenizer, config, defaults, name=str(name))
+        llm = cls(model, tokenizer, config, defaults, str(name), compile)
+        if llm.steps.compiled is not None:
+            llm.steps.compiled.warm_up()
+        return llm
+
+    @property
+    def model(self) -> Decoder:
+        return self.steps.model
 
     @property
     def device(self) -> torch.device:
@@ -253,7 +278,7 @@ class _Request:
         with torch.inference_mode():
             self.reused = reuse_prefix(self.cache, [row.prompt for row in self.rows])
         self.first = None
-        arguments = (self.llm.model, self.cache, self.rows, self.sampling, self.logprobs)
+        arguments = (self.llm.steps, self.cache, self.rows, self.sampling, self.logprobs)
         steps = run_speculative(*arguments, self.proposer) if self.proposer else run(*arguments)
         while True:
             # Only around our own work: across a yield the mode would leak into the caller's code.

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import torch
 from minillm_kernels.launch import interpreting
 from minillm_kernels.norm_rope import (
+    add_cpu,
     add_rms_norm,
     add_rms_norm_cpu,
     rms_norm,
@@ -66,11 +67,15 @@ class RMSNorm(nn.Module):
 class NoNorm(nn.Module):
     """Stands where a family has no norm."""
 
+    def __init__(self, fused: bool):
+        super().__init__()
+        self.fused = fused
+
     def forward(self, x: Tensor) -> Tensor:
         return x
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        total = x + residual
+        total = add_cpu(x, residual) if self.fused and _eager_on_cpu(x) else x + residual
         return total, total
 
 
@@ -146,7 +151,7 @@ class Block(nn.Module):
         super().__init__()
 
         def norm(present: bool) -> nn.Module:
-            return RMSNorm(config.hidden_size, config.norm, backend.fused, dtype) if present else NoNorm()
+            return RMSNorm(config.hidden_size, config.norm, backend.fused, dtype) if present else NoNorm(backend.fused)
 
         self.attention_norm = norm(config.pre_norm)
         self.attention = Attention(config, config.layers[index], index, backend, linear, dtype)
@@ -155,10 +160,17 @@ class Block(nn.Module):
         self.mlp = MLP(config, linear)
         self.mlp_post_norm = norm(config.post_norm)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], view: KeyView, cache: StaticCache) -> Tensor:
-        attended = self.attention_post_norm(self.attention(self.attention_norm(x), rotary, view, cache))
-        normed, x = self.mlp_norm.add(attended, x)  # [B, T, d] each
-        return x + self.mlp_post_norm(self.mlp(normed))  # [B, T, d]
+    def forward(
+        self, x: Tensor, update: Tensor | None, rotary: tuple[Tensor, Tensor], view: KeyView, cache: StaticCache
+    ) -> tuple[Tensor, Tensor]:
+        """x is the residual stream, update what the sublayer before adds to it: both `[B, T, d]`, in and out.
+
+        The sum is left to the norm that follows, which has to read both anyway.
+        """
+        normed, x = (self.attention_norm(x), x) if update is None else self.attention_norm.add(update, x)
+        attended = self.attention_post_norm(self.attention(normed, rotary, view, cache))
+        normed, x = self.mlp_norm.add(attended, x)
+        return x, self.mlp_post_norm(self.mlp(normed))
 
 
 class Decoder(nn.Module):
@@ -177,6 +189,8 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.config, self.fused = config, backend.fused
+        # Gemma multiplies by sqrt(d) rounded to the model's dtype, and was trained with that rounding.
+        self.embedding_scale = torch.tensor(config.embedding_scale, dtype=dtype, device="cpu").item()
         # from_pretrained: the plain constructor draws random weights, which on a meta device imports half of torch.
         embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
         self.embedding = nn.Embedding.from_pretrained(embedding, freeze=False)
@@ -212,19 +226,38 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """The last hidden state of every input token, `[B, T, d]`; arguments as for `forward` and `cache.view`."""
         cache.record(input_ids, cache_position)
-        views = {w: cache.view(cache_position, w, key_length, from_start) for w in self.config.windows}
+        x, rotary = self.embed(input_ids, cache_position, cache)
+        return self.walk(x, rotary, cache_position, cache, key_length, from_start)
+
+    def embed(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> tuple[Tensor, list]:
+        """What the blocks work on: embeddings `[B, T, d]`; of each rotary table cos and sin, `[B, T, 1, dim / 2]`."""
         x = self.embedding(input_ids)  # [B, T, d]
-        if self.config.embedding_scale != 1.0:
-            # Gemma multiplies by sqrt(d) rounded to the model's dtype, and was trained with that rounding.
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype, device=x.device)
+        if self.embedding_scale != 1.0:
+            x = x * self.embedding_scale
         angles = torch.float32 if self.fused else x.dtype  # a kernel that rotates rounds once, at its end
-        rotary = [cos_sin(table, cache_position, angles) for table in cache.rotary]
+        return x, [cos_sin(table, cache_position, angles) for table in cache.rotary]
+
+    def walk(
+        self,
+        x: Tensor,
+        rotary: list[tuple[Tensor, Tensor]],
+        cache_position: Tensor,
+        cache: StaticCache,
+        key_length: int | None = None,
+        from_start: bool = False,
+    ) -> Tensor:
+        """Through all blocks and the last norm, `[B, T, d]` to `[B, T, d]`: where all the time goes."""
+        views = {w: cache.view(cache_position, w, key_length, from_start) for w in self.config.windows}
+        update = None  # nothing stands before the first block
         for block, spec in zip(self.blocks, self.config.layers, strict=True):
-            x = block(x, rotary[spec.rope], views[spec.window], cache)
-        return self.norm(x)
+            x, update = block(x, update, rotary[spec.rope], views[spec.window], cache)
+        return self.norm.add(update, x)[0]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states `[..., d]` to logits `[..., V]` in float32."""
-        logits = self.head(hidden).float()
+        return self.finish(self.head(hidden).float())
+
+    def finish(self, logits: Tensor) -> Tensor:
+        """What a family does to its logits `[..., V]` float32 at the very end."""
         cap = self.config.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)

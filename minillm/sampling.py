@@ -16,8 +16,8 @@ from torch import Tensor
 class Sampling:
     """Sampling parameters of a batch, one entry per row; None where no row uses the filter."""
 
-    temperature: Tensor  # [B] float32; 0 means greedy
     seed: Tensor  # [B] int64
+    temperature: Tensor | None = None  # [B] float32; 0, or None for all rows, means greedy
     top_k: Tensor | None = None  # [B] int64: keep the k likeliest
     top_p: Tensor | None = None  # [B] float32: keep the fewest that hold this mass
     min_p: Tensor | None = None  # [B] float32: drop those below this share of the likeliest
@@ -27,7 +27,7 @@ class Sampling:
     def uniform_rows(
         seeds: Sequence[int],
         device: torch.device | str,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         min_p: float | None = None,
@@ -67,7 +67,7 @@ def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
 
 def probabilities(
     logits: Tensor,
-    temperature: Tensor,
+    temperature: Tensor | None,
     top_k: Tensor | None = None,
     top_p: Tensor | None = None,
     min_p: Tensor | None = None,
@@ -79,10 +79,12 @@ def probabilities(
 
     Args:
         logits: `[B, V]` float.
-        temperature: `[B]`; a row at 0 becomes one-hot at its first largest logit.
+        temperature: `[B]`; a row at 0 becomes one-hot at its first largest logit, and so does every row at None.
         top_k: `[B]` int; V or more keeps all. Ties with the k-th stay.
         top_p, min_p: `[B]`; 1 and 0 keep all.
     """
+    if temperature is None:
+        return _one_hot(logits)
     greedy = temperature == 0  # [B]
     scaled = logits / torch.where(greedy, 1.0, temperature)[:, None].to(logits.dtype)  # [B, V]
     if top_k is None and top_p is None and min_p is None:
@@ -101,8 +103,11 @@ def probabilities(
             kept = kept.masked_fill(kept < min_p[:, None] * kept[:, :1], 0.0)
         kept = kept / kept.sum(dim=-1, keepdim=True)
         probs = torch.zeros_like(scaled).scatter(-1, order, kept)  # [B, V], back in vocabulary order
-    one_hot = torch.zeros_like(scaled).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
-    return torch.where(greedy[:, None], one_hot, probs)
+    return torch.where(greedy[:, None], _one_hot(logits), probs)
+
+
+def _one_hot(logits: Tensor) -> Tensor:
+    return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)  # [B, V]
 
 
 def sample(probs: Tensor, u: Tensor) -> Tensor:
@@ -128,6 +133,8 @@ def next_token(logits: Tensor, sampling: Sampling, position: Tensor, seen: Tenso
     """
     if sampling.repetition_penalty is not None:
         logits = penalize(logits, seen, sampling.repetition_penalty)
+    if sampling.temperature is None:
+        return logits.argmax(dim=-1)  # what the search below would find in a one-hot distribution
     probs = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     return sample(probs, uniform(sampling.seed, position))
 

@@ -33,6 +33,7 @@ from minillm.decode import GenerationConfig, Row, begin, next_logits, prefill, r
 from minillm.errors import RequestError
 from minillm.model import Decoder
 from minillm.sampling import Sampling, penalize, probabilities, sample, uniform
+from minillm.steps import Steps
 from minillm.tokenizer import Tokenizer
 
 _DRAFT_STREAM, _ACCEPT_STREAM = 1, 2  # random numbers beside plain decoding's stream 0, see `sampling.uniform`
@@ -125,7 +126,7 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Ten
 
 
 def run_speculative(
-    model: Decoder, cache: StaticCache, rows: list[Row], sampling: Sampling, logprobs: bool, proposer: Proposer
+    model: Decoder | Steps, cache: StaticCache, rows: list[Row], sampling: Sampling, logprobs: bool, proposer: Proposer
 ) -> Iterator[None]:
     """`decode.run` with drafts: the same contract, the same `Row.commit`, fewer passes of the target."""
     device = cache.device
@@ -169,7 +170,7 @@ def no_draft(rows: int, device: torch.device) -> Draft:
 
 
 def _verify_step(
-    model: Decoder, cache: StaticCache, texts: list[list[int]], running: list[bool], draft: Draft, width: int
+    model: Decoder | Steps, cache: StaticCache, texts: list[list[int]], running: list[bool], draft: Draft, width: int
 ) -> Tensor:
     """Feed the newest token and the drafts of every running row; logits after each, `[B, k + 1, V]`.
 
@@ -278,7 +279,7 @@ class DraftModel:
     """Propose what a smaller model with the same tokenizer would say.
 
     Args:
-        model: the draft.
+        steps: the draft.
         target: the model that will verify. Of its vocabulary and the draft's (both may be padded) the shorter
             one is what can be proposed; the sizes of their weights give `cost`.
         num_tokens: drafts per step, or "auto".
@@ -288,15 +289,15 @@ class DraftModel:
 
     def __init__(
         self,
-        model: Decoder,
+        steps: Steps,
         target: Decoder,
         num_tokens: int | str,
         cache: StaticCache,
         prompts: Sequence[Sequence[int]],
     ):
-        self.model, self.num_tokens, self.cache = model, num_tokens, cache
+        self.steps, self.num_tokens, self.cache = steps, num_tokens, cache
         self.vocab_size = target.config.vocab_size
-        self.cost = _weight_bytes(model) / _weight_bytes(target)  # a decode step's time is reading its weights
+        self.cost = _weight_bytes(steps.model) / _weight_bytes(target)  # a decode step's time is reading its weights
         reuse_prefix(cache, [self._known(prompt) for prompt in prompts])
 
     def propose(self, texts: list[list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
@@ -311,7 +312,7 @@ class DraftModel:
         if k == 0:
             return no_draft(len(texts), self.cache.device)
         missing = [self._known(text[n:]) if c else [] for text, n, c in zip(texts, held, counts, strict=True)]
-        logits = prefill(self.model, self.cache, missing, held)  # [B, V of the draft]
+        logits = prefill(self.steps, self.cache, missing, held)  # [B, V of the draft]
         wanted = torch.tensor(counts, device=self.cache.device)  # [B]
         place = torch.tensor([[*range(len(text), len(text) + k)] for text in texts], device=self.cache.device)  # [B, k]
         numbers = uniform(sampling.seed[:, None], place, _DRAFT_STREAM)  # [B, k]
@@ -321,7 +322,7 @@ class DraftModel:
             if i > 0:
                 feed = torch.where(i < wanted, place[:, i - 1], -1)  # [B]
                 used = max(len(text) + i for text, count in zip(texts, counts, strict=True) if count > i)
-                logits = next_logits(self.model, tokens[-1][:, None], feed[:, None], self.cache, key_length=used)
+                logits = next_logits(self.steps, tokens[-1][:, None], feed[:, None], self.cache, key_length=used)
                 if seen is not None:
                     seen = seen.scatter(1, tokens[-1][:, None], True)
             shared = None if seen is None else seen[:, None, :common]  # [B, 1, common]
@@ -333,7 +334,7 @@ class DraftModel:
 
     def _known(self, ids: Sequence[int]) -> list[int]:
         """The ids as the draft can read them: one beyond its embedding becomes 0, which costs acceptance only."""
-        return [token if token < self.model.config.vocab_size else 0 for token in ids]
+        return [token if token < self.steps.config.vocab_size else 0 for token in ids]
 
 
 def _weight_bytes(model: Decoder) -> int:
@@ -376,7 +377,7 @@ def make_proposer(
     _check_same_tokenizer(target.tokenizer, assistant.tokenizer)
     if assistant.device != target.device:
         raise RequestError(f"assistant_model is on {assistant.device}, the model on {target.device}: load both on one")
-    if isinstance(previous, DraftModel) and previous.model is assistant.model:
+    if isinstance(previous, DraftModel) and previous.steps is assistant.steps:
         draft_cache = previous.cache
     else:
         size = min(cache.max_cache_len, assistant.config.max_positions)
@@ -391,7 +392,7 @@ def make_proposer(
             planned_length=[min(length, size) for length in planned],
         )
     prompts = [row.prompt for row in rows]
-    return DraftModel(assistant.model, target.model, "auto" if asked is None else asked, draft_cache, prompts)
+    return DraftModel(assistant.steps, target.model, "auto" if asked is None else asked, draft_cache, prompts)
 
 
 def _check_same_tokenizer(target: Tokenizer, draft: Tokenizer) -> None:

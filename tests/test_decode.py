@@ -247,4 +247,4 @@ def test_bad_options_name_themselves(bad):
 def test_do_sample_defaults_to_what_is_asked_for(options, samples):
     config = GenerationConfig(**options)
     assert config.samples == samples
-    assert (config.sampling([1], "cpu").temperature.item() > 0) == samples
+    assert (config.sampling([1], "cpu").temperature is not None) == samples

@@ -17,6 +17,7 @@ from minillm.cli import main
 from minillm.errors import RequestError
 from minillm.sampling import Sampling
 from minillm.speculative import DraftLength, DraftModel, PromptLookup, verify
+from minillm.steps import Steps
 
 # -- verify, by enumeration ----------------------------------------------------------------------
 
@@ -244,7 +245,7 @@ def window_llm(tmp_path_factory, text_tokenizer_files):
 def noisy(llm, scale, seed=0):
     """A draft that agrees with `llm` now and then: the same weights with noise on them."""
     other = copy.copy(llm)
-    other.model = copy.deepcopy(llm.model)
+    other.steps = Steps(copy.deepcopy(llm.model))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in other.model.parameters():
@@ -513,7 +514,7 @@ def test_the_draft_never_misses_a_key(llm):
     """After steps that accepted everything, the draft's keys are what reading the text at once gives."""
     rows = [llm.tokenizer.encode(p) for p in PROMPTS[:3]]
     cache = StaticCache(llm.config, 3, 100, dtype=llm.dtype)
-    drafter = DraftModel(llm.model, llm.model, 3, cache, rows)
+    drafter = DraftModel(llm.steps, llm.model, 3, cache, rows)
     sampling = Sampling.uniform_rows([0] * 3, "cpu")
     texts = [list(ids) for ids in rows]
     with torch.inference_mode():
@@ -542,7 +543,7 @@ def test_ids_the_draft_cannot_read(llm, window_llm, text_tokenizer_files):
     out = llm.generate(prompt, assistant_model=window_llm, num_assistant_tokens=3, **options)
     assert out.token_ids == llm.generate(prompt, **options).token_ids
     # The other way round the draft's surplus ids have no place in the target's distribution.
-    drafter = DraftModel(llm.model, window_llm.model, 8, StaticCache(llm.config, 1, 64), [[5]])
+    drafter = DraftModel(llm.steps, window_llm.model, 8, StaticCache(llm.config, 1, 64), [[5]])
     hot = Sampling.uniform_rows([1], "cpu", temperature=50.0)  # nearly uniform
     with torch.inference_mode():
         draft = drafter.propose([[5]], [8], hot, None)

@@ -41,7 +41,8 @@ def decode_attention(
         from minillm_kernels.gpu import decode_attention as triton_kernel
 
         return triton_kernel.launch(q, k, v, cache_position, scale, window, softcap, alibi_slopes)
-    return decode_attention_cpu(q, k, v, cache_position, scale, window, softcap, alibi_slopes)
+    # A node of a graph has to keep the layout its fake promises.
+    return decode_attention_cpu(q, k, v, cache_position, scale, window, softcap, alibi_slopes).contiguous()
 
 
 def decode_attention_cpu(

@@ -61,6 +61,11 @@ def add_rms_norm_cpu(
     return norm(total, weight, eps, offset, multiply_in_fp32), total
 
 
+def add_cpu(x: Tensor, y: Tensor) -> Tensor:
+    """x + y: an op of its own only where a pass is to be recorded (`cpu/tape.py`)."""
+    return cpu.add(x, y) if x.is_contiguous() and y.is_contiguous() and cpu.available() else x + y
+
+
 def norm(x: Tensor, weight: Tensor, eps: float, offset: float, multiply_in_fp32: bool) -> Tensor:
     wide = x.float()
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)

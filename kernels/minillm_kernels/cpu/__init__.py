@@ -9,6 +9,7 @@ False, one warning says why, and the ops take their PyTorch implementation. $CC 
 import ctypes
 import functools
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -21,10 +22,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from minillm_kernels.cpu import tape
+
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 # The structs through which the C functions take their arguments, in the order of their members.
 CALL = struct.Struct("14q").pack  # `struct call` in linear.c
-NORM_CALL = struct.Struct("10q2d").pack  # `struct norm_call` in step.c, and so on
+NORM_CALL = struct.Struct("12q2d").pack  # `struct norm_call` in step.c, and so on
+ADD_CALL = struct.Struct("5q").pack
 ROPE_CALL = struct.Struct("23q").pack
 ATTENTION_CALL = struct.Struct("17q2d").pack
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
@@ -54,15 +58,12 @@ def product(
     inputs = x.shape[-1]
     outputs = weight.shape[0] // 2 if gate else weight.shape[0]
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
-    failed = library().minillm_linear(
-        CALL(
-            FORMATS[weight.dtype], FORMATS[x.dtype], x.data_ptr(), y.numel() // max(outputs, 1), inputs,
-            weight.data_ptr(), outputs, address(scale), address(zero), group_size, address(bias), y.data_ptr(),
-            GATES[gate], torch.get_num_threads(),
-        )
+    packed = CALL(
+        FORMATS[weight.dtype], FORMATS[x.dtype], x.data_ptr(), y.numel() // max(outputs, 1), inputs,
+        weight.data_ptr(), outputs, address(scale), address(zero), group_size, address(bias), y.data_ptr(),
+        GATES[gate], torch.get_num_threads(),
     )  # fmt: skip
-    if failed:
-        raise MemoryError(f"no memory for the activations of a {tuple(x.shape)} x {tuple(weight.shape)} product")
+    _call("linear", packed, x, weight, scale, zero, bias, y)
     return y
 
 
@@ -70,21 +71,46 @@ def rms_norm(
     x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, multiply_in_fp32: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(norm, sum) as `minillm::add_rms_norm` returns them, or (norm, None) without a residual."""
-    x = x if x.is_contiguous() else x.contiguous()
+    width = x.shape[-1]
+    # Queries and keys are parts of one wider tensor; their heads lie side by side, so no copy is needed.
+    groups = _groups(x)
+    if groups is None:
+        x = x.contiguous()
+        groups = 1, width
     out = torch.empty(x.shape, dtype=x.dtype)
     total = None
     if residual is not None:
+        x, groups = x.contiguous(), (1, width)
         residual, total = residual.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-    width = x.shape[-1]
-    failed = library().minillm_rms_norm(
-        NORM_CALL(
-            x.data_ptr(), address(residual), address(weight), out.data_ptr(), address(total), x.numel() // width,
-            width, FORMATS[x.dtype], multiply_in_fp32, torch.get_num_threads(), eps, offset,
-        )
+    packed = NORM_CALL(
+        x.data_ptr(), address(residual), address(weight), out.data_ptr(), address(total), x.numel() // width,
+        width, FORMATS[x.dtype], multiply_in_fp32, torch.get_num_threads(), *groups, eps, offset,
     )  # fmt: skip
-    if failed:
-        raise MemoryError(f"no memory for a norm of width {width}")
+    _call("rms_norm", packed, x, residual, weight, out, total)
     return out, total
+
+
+def _groups(x: Tensor) -> tuple[int, int] | None:
+    """How the vectors of x [..., N] lie: (so many side by side, elements from one group of them to the next), or None
+    where that does not tell where each one is."""
+    if x.is_contiguous():
+        return 1, x.shape[-1]
+    side_by_side = x.shape[-2] if x.dim() > 3 else 1  # [B, T, heads, N]
+    if x.stride(-1) != 1 or (side_by_side > 1 and x.stride(-2) != x.shape[-1]):
+        return None
+    outer = x.dim() - (2 if x.dim() > 3 else 1)
+    steps = [(x.shape[i], x.stride(i)) for i in range(outer) if x.shape[i] > 1]
+    if any(stride != n * inner for (_, stride), (n, inner) in itertools.pairwise(steps)):
+        return None
+    return side_by_side, steps[-1][1] if steps else 0
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, two contiguous tensors of one shape and dtype."""
+    out = torch.empty(x.shape, dtype=x.dtype)
+    packed = ADD_CALL(address(x), address(y), out.data_ptr(), out.numel(), FORMATS[x.dtype])
+    _call("add", packed, x, y, out)
+    return out
 
 
 def rope_and_cache_write(q, k, v, cos, sin, k_cache, v_cache, cache_position) -> Tensor:
@@ -93,31 +119,43 @@ def rope_and_cache_write(q, k, v, cos, sin, k_cache, v_cache, cache_position) ->
     q, k, v = (x if x.stride(2) == head_dim and x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     cos, sin, cache_position = cos.contiguous(), sin.contiguous(), cache_position.contiguous()
     out = torch.empty((batch, heads, tokens, head_dim), dtype=q.dtype)
-    library().minillm_rope_and_cache_write(
-        ROPE_CALL(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(), address(k_cache),
-            address(v_cache), cache_position.data_ptr(), out.data_ptr(), batch, tokens, heads, k.shape[2], head_dim,
-            cos.shape[-1], k_cache.shape[2] - 1, FORMATS[q.dtype], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        )
+    packed = ROPE_CALL(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(), address(k_cache),
+        address(v_cache), cache_position.data_ptr(), out.data_ptr(), batch, tokens, heads, k.shape[2], head_dim,
+        cos.shape[-1], k_cache.shape[2] - 1, FORMATS[q.dtype], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
     )  # fmt: skip
+    _call("rope_and_cache_write", packed, q, k, v, cos, sin, k_cache, v_cache, cache_position, out)
     return out
 
 
 def decode_attention(q, k, v, cache_position, scale, window, softcap, alibi_slopes) -> Tensor:
-    """As `minillm::decode_attention`; k and v may be views of a longer cache that cut off slots at the end."""
+    """As `minillm::decode_attention`; k and v may be views of a longer cache that cut off slots at the end.
+
+    The result, [B, H, T, D] like q, lies in memory as [B, T, H, D]: what follows wants the heads side by side.
+    """
     q, cache_position = q.contiguous(), cache_position.contiguous()
     batch, heads, tokens, head_dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype)
-    failed = library().minillm_decode_attention(
-        ATTENTION_CALL(
-            q.data_ptr(), k.data_ptr(), v.data_ptr(), cache_position.data_ptr(), address(alibi_slopes),
-            out.data_ptr(), batch, heads, k.shape[1], tokens, head_dim, k.shape[2], k.stride(0), k.stride(1),
-            FORMATS[q.dtype], window or 0, torch.get_num_threads(), scale, softcap or 0.0,
-        )
+    out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype)
+    packed = ATTENTION_CALL(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), cache_position.data_ptr(), address(alibi_slopes),
+        out.data_ptr(), batch, heads, k.shape[1], tokens, head_dim, k.shape[2], k.stride(0), k.stride(1),
+        FORMATS[q.dtype], window or 0, torch.get_num_threads(), scale, softcap or 0.0,
     )  # fmt: skip
-    if failed:
-        raise MemoryError(f"no memory for the scores of {heads} heads over {k.shape[2]} slots")
-    return out
+    _call("decode_attention", packed, q, k, v, cache_position, alibi_slopes, out)
+    return out.transpose(1, 2)
+
+
+def _call(name: str, packed: bytes, *tensors: Tensor | None) -> None:
+    """Call a C function that works on `tensors`; each returns 0, or 1 where it could not have its memory."""
+    function = getattr(library(), f"minillm_{name}")
+    if function(packed):
+        raise MemoryError(f"no memory for a {name} of {[tuple(t.shape) for t in tensors if t is not None]}")
+    tape.note(function, packed, tensors)
+
+
+def blank_tape() -> tape.Tape:
+    """A tape to record C calls on; only where they are `available`."""
+    return tape.Tape(library().minillm_replay)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -141,8 +179,9 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for name in ("linear", "rms_norm", "rope_and_cache_write", "decode_attention"):
+    for name in ("linear", "rms_norm", "add", "rope_and_cache_write", "decode_attention"):
         getattr(loaded, f"minillm_{name}").argtypes = [ctypes.c_char_p]
+    loaded.minillm_replay.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     return loaded
 
 

@@ -52,6 +52,7 @@ INLINE float exp_negative(float x) {
 
 struct norm_call {
     int64_t x, residual, weight, out, sum, rows, width, dtype, multiply_in_fp32, threads;
+    int64_t group, group_stride; /* rows of x that lie side by side, and elements from one such group to the next */
     double eps, offset;
 };
 
@@ -71,7 +72,7 @@ int minillm_rms_norm(const struct norm_call *c) {
 #pragma omp for
             for (long row = 0; row < rows; row++) {
                 long start = row * width;
-                widen(x, start, width, dtype, wide);
+                widen(x, row / c->group * c->group_stride + row % c->group * width, width, dtype, wide);
                 for (long i = 0; residual && i < width; i++) {
                     wide[i] = rounded(wide[i] + read_value(residual, start + i, dtype), dtype);
                     write_value(sum, start + i, dtype, wide[i]);
@@ -87,6 +88,20 @@ int minillm_rms_norm(const struct norm_call *c) {
         free(wide);
     }
     return failed;
+}
+
+/* ---- x + y, rounded to their dtype ---- */
+
+struct add_call {
+    int64_t x, y, out, count, dtype;
+};
+
+int minillm_add(const struct add_call *c) {
+    const void *x = (const void *)(uintptr_t)c->x, *y = (const void *)(uintptr_t)c->y;
+    int dtype = (int)c->dtype;
+    for (long i = 0; i < c->count; i++)
+        write_value((void *)(uintptr_t)c->out, i, dtype, read_value(x, i, dtype) + read_value(y, i, dtype));
+    return 0;
 }
 
 /* ---- rotate queries and keys, put keys and values into their cache slots ---- */
@@ -134,7 +149,7 @@ int minillm_rope_and_cache_write(const struct rope_call *c) {
 /* ---- attention of a few tokens over the cache ---- */
 
 struct attention_call {
-    int64_t q, k, v, position, slopes, out; /* q, out [batch, heads, tokens, head_dim] */
+    int64_t q, k, v, position, slopes, out; /* q [batch, heads, tokens, head_dim], out [batch, tokens, heads, head_dim] */
     int64_t batch, heads, kv_heads, tokens, head_dim, slots, row_stride, head_stride, dtype, window, threads;
     double scale, softcap; /* window 0, softcap 0: none */
 };
@@ -197,7 +212,7 @@ static int attend_rows(const struct attention_call *c, long b, long kv, long fir
     for (long r = 0; r < count; r++) {
         long head = kv * group + (first + r) / T, t = (first + r) % T;
         for (long i = 0; i < D; i++)
-            write_value((void *)(uintptr_t)c->out, ((b * c->heads + head) * T + t) * D + i, dtype, sums[r * D + i]);
+            write_value((void *)(uintptr_t)c->out, ((b * T + t) * c->heads + head) * D + i, dtype, sums[r * D + i]);
     }
     free(scores);
     return 0;
@@ -221,4 +236,19 @@ int minillm_decode_attention(const struct attention_call *c) {
             if (count > 0) failed |= attend_rows(c, head / c->kv_heads, head % c->kv_heads, first, count);
         }
     return failed;
+}
+
+/* ---- the calls of a whole pass, one after the other ---- */
+
+struct recorded_call {
+    int64_t function, arguments; /* addresses */
+};
+
+/* Returns 0, or what the first call that fails returns: the calls after it are not made. */
+int minillm_replay(const struct recorded_call *calls, int64_t count) {
+    for (int64_t i = 0; i < count; i++) {
+        int failed = ((int (*)(const void *))(uintptr_t)calls[i].function)((const void *)(uintptr_t)calls[i].arguments);
+        if (failed) return failed;
+    }
+    return 0;
 }

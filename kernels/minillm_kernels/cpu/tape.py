@@ -1,0 +1,91 @@
+"""A pass of a model as a list of C calls that can be made again without Python.
+
+A decode step makes some eight calls per layer, and each costs Python about ten microseconds: checks, an empty
+tensor, a struct of arguments. Of a small model's step that is most. But the calls of a step are always the same,
+and so are the addresses they work on; only the values there change. So they are written down once, and from then
+on the whole step is one call, whose loop over the list is in C. CUDA graphs are this idea on a GPU.
+"""
+
+import ctypes
+import struct
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+class NotRecordable(RuntimeError):
+    """The pass computes something outside the C kernels, which a replay would leave out."""
+
+
+class _Thread(threading.local):
+    tape: "Tape | None" = None  # what this thread records on
+
+
+_thread = _Thread()
+
+
+class Tape:
+    """The C calls that one pass made while `recording`, to be made again with `replay`.
+
+    Whatever the pass read and wrote stays alive with the tape and at its address: put new values into the tensors
+    that went in, replay, read the tensors that came out.
+    """
+
+    def __init__(self, play: Callable[[bytes, int], int]):
+        self._play = play  # `minillm_replay` in step.c
+        self._calls: list[tuple[int, bytes]] = []  # address of the function, its packed arguments
+        self._kept: list = []
+        self._list = b""
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Note the calls that this thread makes; raises NotRecordable where PyTorch computes anything in between."""
+        _thread.tape = self
+        try:
+            with _OnlyShapes():
+                yield
+        finally:
+            _thread.tape = None
+        arguments = [ctypes.create_string_buffer(packed, len(packed)) for _, packed in self._calls]
+        addresses = [
+            number
+            for (function, _), buffer in zip(self._calls, arguments, strict=True)
+            for number in (function, ctypes.addressof(buffer))
+        ]
+        self._list = struct.pack(f"{len(addresses)}q", *addresses)
+        self._kept += arguments
+
+    def add(self, function: int, packed: bytes, tensors: tuple[Tensor | None, ...]) -> None:
+        self._calls.append((function, packed))
+        self._kept += tensors
+
+    def replay(self) -> None:
+        """Make the calls again, in their order, on what now stands at their addresses."""
+        if self._play(self._list, len(self._calls)):
+            raise MemoryError("no memory for a step's activations")
+
+
+class _OnlyShapes(TorchDispatchMode):
+    """Lets tensors be made and looked at differently; whatever would compute or copy is refused."""
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        result = function(*arguments, **(keywords or {}))
+        if function is torch.ops.aten.empty.memory_format:
+            return result
+        # By the memory and not by the operator's name: `reshape` and `contiguous` copy only where they must.
+        known = {tensor.untyped_storage().data_ptr() for tensor in arguments if isinstance(tensor, Tensor)}
+        results = result if isinstance(result, list | tuple) else [result]
+        looks = all(isinstance(view, Tensor) and view.untyped_storage().data_ptr() in known for view in results)
+        if not looks or any(value.alias_info and value.alias_info.is_write for value in function._schema.arguments):
+            raise NotRecordable(f"{function} is computed by PyTorch")
+        return result
+
+
+def note(function, packed: bytes, tensors: tuple[Tensor | None, ...]) -> None:
+    """Write a call on the tape that this thread records on, if it does."""
+    if _thread.tape is not None:
+        _thread.tape.add(ctypes.cast(function, ctypes.c_void_p).value, packed, tensors)

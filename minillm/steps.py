@@ -1,0 +1,151 @@
+"""The steps of decoding, run again and again for less than Python asks.
+
+A decode step of a small model is calls more than arithmetic: at batch one, twelve layers cost a millisecond of
+Python before any weight is read. But a step of a given shape is the same work every time, at the same addresses;
+only token and position differ, and those are data. `compile=` says what is made of that:
+
+* "auto": the first step of a shape runs as it is written and is *recorded*, all later ones are replayed. On a CPU
+  the record is the list of C calls (`minillm_kernels/cpu/tape.py`), on a GPU a CUDA graph. Nothing waits for a
+  compiler, no value of anything asks for a second recording, and what is computed is the same to the last bit.
+* True: `torch.compile`, one full graph with every size but the weights' left open, so that no length of prompt,
+  text or cache compiles anything twice. On a GPU the compiled step is captured as well.
+* False: the decoder as it is written.
+
+Few shapes are needed, because positions are data: a chunk of prompt (any length), one token per row, and the
+k + 1 tokens of a verify step.
+"""
+
+from collections.abc import Callable
+from weakref import WeakKeyDictionary
+
+import torch
+from minillm_kernels import cpu
+from minillm_kernels.cpu.tape import NotRecordable, Tape
+from torch import Tensor
+
+from minillm.cache import StaticCache
+from minillm.compiled import CompiledStates
+from minillm.errors import BackendError
+from minillm.model import Decoder
+
+MAX_RECORDED = 16  # tokens per row: longer steps are bound by arithmetic, and their activations are not small
+
+
+class Steps:
+    """A decoder that is called like `Decoder`, and runs its short steps the fast way.
+
+    Args:
+        model: the decoder. Its weights must stay where they are: a recorded step reads them there.
+        compile: "auto", True or False, see above.
+
+    Raises `BackendError` for another value of `compile`.
+    """
+
+    def __init__(self, model: Decoder, compile: bool | str = "auto"):
+        if compile != "auto" and type(compile) is not bool:
+            raise BackendError(f"compile={compile!r} is not one of True, False, 'auto'")
+        self.model, self.config = model, model.config
+        self.compiled = CompiledStates(model) if compile is True else None
+        device = model.embedding.weight.device.type
+        self._make: Callable | None = None  # records a step, where steps can be recorded
+        if device == "cuda" and compile is not False:
+            self._make = CapturedStep
+        elif device == "cpu" and compile == "auto" and model.fused and cpu.available():
+            self._make = RecordedStep
+        # Per cache and (rows, tokens): the recorded step, or None where it cannot be recorded. A cache that is
+        # dropped takes its steps along.
+        self._recorded: WeakKeyDictionary[StaticCache, dict] = WeakKeyDictionary()
+
+    @property
+    def kind(self) -> str:
+        """How steps run: "recorded", "compiled" or "eager"."""
+        return "compiled" if self.compiled is not None else "eager" if self._make is None else "recorded"
+
+    @torch.inference_mode()
+    def __call__(
+        self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache, key_length: int | None = None
+    ) -> Tensor:
+        """Logits `[B, T, V]` float32; arguments as for `Decoder.forward`."""
+        if self._make is not None and input_ids.shape[1] <= MAX_RECORDED:
+            steps, shape = self._recorded.setdefault(cache, {}), tuple(input_ids.shape)
+            if shape not in steps:
+                steps[shape] = self._make(self, input_ids, cache_position, cache)
+            if steps[shape] is not None:
+                try:
+                    return steps[shape](input_ids, cache_position, cache)
+                except NotRecordable:  # many rows go to a library, for instance
+                    steps[shape] = None
+        return self.logits(self.hidden_states(input_ids, cache_position, cache, key_length))
+
+    def hidden_states(
+        self,
+        input_ids: Tensor,
+        cache_position: Tensor,
+        cache: StaticCache,
+        key_length: int | None = None,
+        from_start: bool = False,
+    ) -> Tensor:
+        """The last hidden state of every token, `[B, T, d]`: prefill's part; as `Decoder.hidden_states`."""
+        states = self.compiled or self.model.hidden_states
+        return states(input_ids, cache_position, cache, key_length, from_start)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """As `Decoder.logits`."""
+        return self.model.logits(hidden)
+
+
+class RecordedStep:
+    """A step on the CPU as the list of its C calls: the first call writes the list, the others work through it."""
+
+    def __init__(self, steps: Steps, input_ids: Tensor, cache_position: Tensor, cache: StaticCache):
+        self.model = steps.model
+        self.position = torch.empty_like(cache_position)  # [B, T]
+        self.x, self.rotary = self.model.embed(input_ids, cache_position, cache)
+        self.tape: Tape | None = None
+
+    def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
+        cache.record(input_ids, cache_position)
+        x, rotary = self.model.embed(input_ids, cache_position, cache)
+        # To where the calls read it.
+        self.x.copy_(x)
+        self.position.copy_(cache_position)
+        for kept, new in zip(self.rotary, rotary, strict=True):
+            kept[0].copy_(new[0])
+            kept[1].copy_(new[1])
+        if self.tape is None:
+            tape = cpu.blank_tape()
+            with tape.recording():
+                # No kernel asks for the key length: each reads the positions.
+                self.out = self.model.head(self.model.walk(self.x, self.rotary, self.position, cache, key_length=1))
+            self.tape = tape
+        else:
+            self.tape.replay()
+        # A copy, even of float32: the next step overwrites what this one returned.
+        return self.model.finish(self.out.to(torch.float32, copy=True))  # [B, T, V]
+
+
+class CapturedStep:
+    """A step on a GPU as a CUDA graph: one launch for all kernels, which read token and position where they lie."""
+
+    def __init__(self, steps: Steps, input_ids: Tensor, cache_position: Tensor, cache: StaticCache):
+        self.input_ids, self.position = input_ids.clone(), cache_position.clone()  # [B, T] each
+
+        def step() -> Tensor:
+            return steps.logits(steps.hidden_states(self.input_ids, self.position, cache))  # [B, T, V]
+
+        # Once before capturing, on a stream of its own: kernels are compiled and libraries wake up. A step may
+        # run twice: it writes the same keys to the same slots.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            step()
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.out = step()
+
+    def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
+        self.input_ids.copy_(input_ids)
+        self.position.copy_(cache_position)
+        self.graph.replay()
+        return self.out.clone()

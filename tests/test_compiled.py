@@ -1,0 +1,184 @@
+"""torch.compile: how often, with what result, and what is left for the next process."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from families import FAMILIES, prompt_ids, save_checkpoint, seed_of
+from torch._dynamo.utils import counters
+
+from minillm import LLM, StaticCache, compiled, decode_one_token
+from minillm.checkpoint import load_decoder
+from minillm.config import load_config
+from minillm.decode import prefill
+from minillm.steps import Steps
+
+SAME = dict(rtol=0.0, atol=2e-5)  # against ourselves, see test_cache.py
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler(monkeypatch, tmp_path):
+    """Nothing of another test, and nothing in the user's folder."""
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+@pytest.fixture
+def trace_only(monkeypatch):
+    """What compiles again is decided by tracing; leaving out C++ makes these tests ten times faster."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+
+def graphs() -> int:
+    return counters["stats"]["unique_graphs"]
+
+
+def save(folder, name, text_tokenizer_files):
+    save_checkpoint(folder, FAMILIES[name].config, seed_of(name))
+    text_tokenizer_files.copy_to(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", ["llama3", "mistral-v0.1", "gemma3"])
+def test_no_request_compiles_anything_twice(name, trace_only, tmp_path, text_tokenizer_files):
+    """30 prompt lengths, caches of all sizes, rows that end at different times, every way of sampling."""
+    llm = LLM.from_pretrained(save(tmp_path, name, text_tokenizer_files), dtype="float32", device="cpu", compile=True)
+    assert graphs() == len(llm.steps.compiled.compilations) == 2
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.randint(1, 90, (30,), generator=generator).tolist()
+    for n, length in enumerate(lengths):
+        options = [
+            dict(temperature=0),
+            dict(temperature=0.3 + n / 10),
+            dict(top_k=2 + n, seed=n),
+            dict(top_p=0.5 + n / 100, min_p=0.01),
+            dict(temperature=1.1, repetition_penalty=1.0 + n / 10),
+            dict(prompt_lookup_num_tokens=1 + n % 5),
+        ][n % 6]
+        cache = StaticCache(llm.config, 1, length + 30 + n) if n % 3 == 0 else None
+        llm.generate(prompt_ids(length, seed=n), cache=cache, max_new_tokens=2 + n % 7, **options)
+    assert graphs() == 2
+
+    ends = set()
+    for rows in (2, 3, 4, 5):  # 3 and 4 are also numbers of heads
+        prompts = [prompt_ids(length, seed=length) for length in lengths[rows : 2 * rows]]
+        alone = [llm.generate(ids, temperature=0, max_new_tokens=9, eos_token_id=[]) for ids in prompts]
+        eos = [alone[0].token_ids[2], alone[1].token_ids[5]]
+        together = llm.generate(prompts, temperature=0, max_new_tokens=9, eos_token_id=eos)
+        ends |= {tuple(len(one.token_ids) for one in together)}
+    assert any(len(set(lengths)) > 1 for lengths in ends)  # rows did end at different times
+    assert graphs() == len(llm.steps.compiled.compilations) == 4
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma2"])
+def test_compiled_steps_agree_with_the_decoder(name, checkpoint, capfd):
+    """With the real compiler: prefill, single tokens, a verify step; then an unfinished row among several."""
+    model = load_decoder(checkpoint(name), load_config(checkpoint(name)), torch.float32, "cpu", attention="math")
+    steps = Steps(model, compile=True)
+    ids, more = prompt_ids(21, seed=1), torch.tensor([prompt_ids(4, seed=2)])
+    caches = [StaticCache(model.config, 1, 40) for _ in range(2)]
+    results = [[], []]
+    for run, cache, result in zip((model, steps), caches, results, strict=True):
+        with torch.inference_mode():
+            result.append(prefill(run, cache, [ids], [0]))
+            result.append(run(torch.tensor([[7]]), torch.tensor([[21]]), cache, 22))
+            result.append(run(more, torch.arange(22, 26)[None], cache, 26))
+            result.append(run(torch.tensor([[9]]), torch.tensor([[26]]), cache))
+    for expected, result in zip(*results, strict=True):
+        torch.testing.assert_close(result, expected, **SAME)
+    assert caches[0].token_ids == caches[1].token_ids
+    said = capfd.readouterr().err.splitlines()
+    assert [line.split(" ...")[0] for line in said if line.startswith("minillm:")] == [
+        "minillm: compiling the decoder for one row, several tokens",
+        "minillm: compiling the decoder for one row, one token",
+    ]
+
+
+def test_a_loop_of_ones_own_compiles(ours, trace_only):
+    """The guides' advanced example: compile decode_one_token, two prompts of different length."""
+    model = ours("llama3")
+    prompts = [prompt_ids(5, seed=1), prompt_ids(11, seed=2)]
+    texts = []
+    for step in (decode_one_token, torch.compile(decode_one_token, fullgraph=True)):
+        cache = StaticCache(model.config, 2, 32)
+        token = prefill(model, cache, prompts, [0, 0]).argmax(-1, keepdim=True)  # [2, 1]
+        position, new = torch.tensor([[5], [11]]), [token]
+        for _ in range(8):
+            new.append(token := step(model, token, position, cache))
+            position = position + 1
+        texts.append(torch.cat(new, dim=1).tolist())
+    assert texts[0] == texts[1]
+    assert graphs() == 1
+
+
+# -- artifacts ---------------------------------------------------------------------------------------
+
+PROGRAM = """
+import sys
+from minillm import LLM
+llm = LLM.from_pretrained(sys.argv[1], dtype="float32", device="cpu", compile=True)
+print(llm.generate([5, 6, 7], max_new_tokens=4, temperature=0, eos_token_id=[]).token_ids)
+from torch._dynamo.utils import counters
+print(counters["inductor"]["fxgraph_cache_miss"], counters["inductor"]["fxgraph_cache_hit"])
+"""
+
+
+def test_the_second_process_finds_what_the_first_compiled(tmp_path, text_tokenizer_files):
+    folder = save(tmp_path / "model", "llama3", text_tokenizer_files)
+    environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
+    outputs = []
+    for _ in range(2):
+        run = subprocess.run(
+            [sys.executable, "-c", PROGRAM, str(folder)], env=environment, capture_output=True, text=True, check=True
+        )
+        assert "compiling the decoder for one row, one token ..." in run.stderr
+        outputs.append(run.stdout.splitlines())
+    assert outputs[0][0] == outputs[1][0]
+    assert [line[1] for line in outputs] == ["2 0", "0 2"]
+    (kept,) = (tmp_path / "cache" / "minillm" / "compiled").iterdir()
+    assert any(file.is_file() for file in kept.rglob("*"))
+
+
+def test_the_oldest_artifacts_make_room(tmp_path, monkeypatch):
+    monkeypatch.setattr(compiled, "MAX_BYTES", 250)
+    for age, name in enumerate(["new", "middle", "old", "oldest"]):
+        (tmp_path / name / "deep").mkdir(parents=True)
+        (tmp_path / name / "deep" / "file").write_bytes(bytes(100))
+        os.utime(tmp_path / name, (1000 - age, 1000 - age))
+    compiled.make_room(tmp_path / "oldest")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "oldest"]
+    compiled.make_room(tmp_path / "oldest")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "oldest"]
+
+
+def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch, ours):
+    (tmp_path / "cache").write_text("a file where the folder should be")
+    with compiled.artifact_folder(ours("llama3")) as folder:
+        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
+        assert folder.is_dir()
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+
+
+def test_a_folder_the_user_chose_is_left_alone(tmp_path, monkeypatch, ours):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    with compiled.artifact_folder(ours("llama3")) as folder:
+        assert folder == tmp_path / "mine"
+    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
+    assert not (tmp_path / "cache").exists()
+
+
+def test_models_versions_and_formats_have_folders_of_their_own(checkpoint):
+    config = load_config(checkpoint("llama3"))
+    models = [load_decoder(checkpoint("llama3"), config, dtype, "cpu") for dtype in (torch.float32, torch.bfloat16)]
+    models.append(load_decoder(checkpoint("gemma2"), load_config(checkpoint("gemma2")), torch.float32, "cpu"))
+    names = [compiled._key(model) for model in models]
+    assert len(set(names)) == 3
+    assert compiled._key(models[0]) == names[0]
