@@ -3,8 +3,8 @@
  * With few rows every weight is used a few times and then forgotten, so the time is the time to read W
  * from memory. The loop is built around that:
  *
- *   - four output rows (a tile; int4: WIDE) are multiplied side by side, a cache line of each per step,
- *     while the next tile is being prefetched;
+ *   - two or four output rows (a tile) are multiplied side by side, a cache line of each per step, while
+ *     the next tile is being prefetched;
  *   - every activation row multiplies a weight while it sits in a register, so W moves once;
  *   - 32 output rows (a block) are the unit that threads take;
  *   - more than MAX_ROWS activation rows go in passes over a block that the first pass left in cache.
@@ -15,21 +15,25 @@
  * formed in the same order whatever the number of rows or threads, so a row never depends on them.
  */
 #include <stdlib.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
 #include "simd.h"
 #include "values.h"
 
-#define UNROLL_4 _Pragma("GCC unroll 4")
+#define UNROLL _Pragma("GCC unroll 8")
 
 enum { NO_GATE, SILU, GELU_TANH };
-enum { TILE = 4, WIDE = 2 * LANES, BLOCK = 32 }; /* output rows */
-enum { LINE = 64, MAX_GROUP = 128 };             /* bytes of a weight row per step; largest int4 group */
+enum { TILE = 4, BLOCK = 32 };                /* output rows side by side (at most), and taken by a thread */
+enum { LINE = 64, MAX_GROUP = 128 };          /* bytes of a weight row per step; largest int4 group */
+enum { WORDS = 2 * LANES, STEP = 2 * WORDS }; /* int16 and bytes in a register */
 enum { FLUSH = 4 * LANES };  /* lines until int32 sums move to fp32: 256 products of 2^15 * 2^7 per lane */
 enum { AHEAD = 8 * 1024 };   /* bytes to prefetch ahead at least: what arrives while memory answers once */
 enum { CACHED_ACTIVATIONS = 256 * 1024 };  /* bytes of activations that stay in L2 beside the weights */
 
-/* Weights in a line (not int4, which works in columns) and bytes of a prepared activation */
-#define WEIGHTS_PER_LINE(format) ((format) == FLOAT32 ? 16 : (format) <= FLOAT16 ? 32 : 64)
+/* Weights in a line and bytes of a prepared activation */
+#define WEIGHTS_PER_LINE(format) ((format) == FLOAT32 ? 16 : (format) <= FLOAT16 ? 32 : (format) == INT8 ? 64 : 128)
 #ifdef BF16_DOT
 #define ACTIVATION_BYTES(format) ((format) == FLOAT32 || (format) == FLOAT16 ? 4 : 2)
 #else
@@ -45,8 +49,9 @@ struct problem {
     char *x;               /* prepared activations: [rows, x_stride bytes], zero-padded to whole lines */
     float *x_scale;        /* [rows], int8 and int4 */
     float *x_sums;         /* [rows, groups] sums of the int16 activations, int4 */
-    uint8_t *last_rows;    /* int4: copy of the weight's rows from last_rows_from on, then rows of zeros */
-    long last_rows_from, rows, inputs, outputs, weight_rows, groups;
+    float *scales;         /* scratch, int4: for each thread the scales of a block, [BLOCK / TILE, tile_scales] */
+    long block_scales, tile_scales; /* floats for a block and for a tile of it: [groups, TILE], whole lines */
+    long rows, inputs, outputs, weight_rows, groups;
     size_t weight_stride, x_stride;
     int format, dtype, group_size, gate;
 };
@@ -75,14 +80,20 @@ INLINE void quantize(const void *x, int dtype, long start, long count, float inv
     for (long k = 0; k < count; k++) codes[k] = (int16_t)(int32_t)rintf(read_value(x, start + k, dtype) * inverse);
 }
 
-/* A group's codes in the order in which vs_nibbles deals out the weights, as pairs; returns their sum. Byte i of
- * a group holds elements i (low half) and i + group_size / 2 (high half). */
-INLINE float order_as_nibbles(const int16_t *codes, int group_size, int16_t *ordered) {
-    for (int byte = 0; byte < group_size / 2; byte += 4)
-        for (int i = 0; i < 4; i++, ordered += 2) {
-            const int16_t *from = codes + byte + i / 2 + i % 2 * (group_size / 2);
-            ordered[0] = from[0], ordered[1] = from[2];
+/* A group's codes in the order in which vs_nibbles deals out the weights; returns their sum. Two bytes of weights, a
+ * word, hold elements i, i + group_size / 2, i + 1 and i + 1 + group_size / 2, low bits first: the codes for the
+ * first nibble of all words in a register come first, then those for the second, and so on. */
+INLINE float order_as_nibbles(const int16_t *codes, long start, int group_size, int16_t *ordered) {
+    enum { RUN = WORDS < 8 ? WORDS : 8 }; /* the smallest group has 8 words */
+    for (int run = 0; run < group_size / 4; run += RUN) {
+        long word = start / 4 + run;
+        int16_t *to = ordered + word / WORDS * 4 * WORDS + word % WORDS;
+        const int16_t *low = codes + 2 * run, *high = low + group_size / 2;
+        for (int i = 0; i < RUN; i++) {
+            to[i] = low[2 * i], to[i + WORDS] = high[2 * i];
+            to[i + 2 * WORDS] = low[2 * i + 1], to[i + 3 * WORDS] = high[2 * i + 1];
         }
+    }
     int32_t sum = 0;
     for (int i = 0; i < group_size; i++) sum += codes[i];
     return (float)sum;
@@ -111,7 +122,7 @@ INLINE void prepare_row_of(const struct problem *p, const void *x, int dtype, lo
         int16_t codes[MAX_GROUP];
         long start = group * p->group_size;
         quantize(x, dtype, start, p->group_size, inverse, codes);
-        p->x_sums[row * p->groups + group] = order_as_nibbles(codes, p->group_size, (int16_t *)target + start);
+        p->x_sums[row * p->groups + group] = order_as_nibbles(codes, start, p->group_size, (int16_t *)target);
     }
 }
 
@@ -122,12 +133,12 @@ static void prepare_row(const struct problem *p, const void *x, long row) {
     else prepare_row_of(p, source, FLOAT16, row);
 }
 
-/* ---- the inner loops: `lines` lines of TILE weight rows against `rows` activation rows ---- */
+/* ---- the inner loops: `lines` lines of `tile` weight rows against `rows` activation rows ---- */
 
 /* Weight rows lie one behind the other, so the lines of the tiles to come are fetched in the order of memory:
  * that suits DRAM and the hardware's own prefetcher, which four streams per thread would confuse. */
-INLINE void prefetch_line(const char *const *weight, long line, size_t ahead) {
-    for (int n = 0; n < TILE; n++) __builtin_prefetch(weight[0] + (line * TILE + n) * LINE + ahead);
+INLINE void prefetch_line(int tile, const char *const *weight, long line, size_t ahead) {
+    for (int n = 0; n < tile; n++) __builtin_prefetch(weight[0] + (line * tile + n) * LINE + ahead);
 }
 
 INLINE vf load_weights(int format, const char *p) {
@@ -135,208 +146,243 @@ INLINE vf load_weights(int format, const char *p) {
     return format == BFLOAT16 ? vf_load_bf16((const uint16_t *)p) : vf_load_half((const uint16_t *)p);
 }
 
-INLINE void float_lines(int format, int rows, const char *const *weight, const char *x, size_t x_stride,
+INLINE void float_lines(int format, int tile, int rows, const char *const *weight, const char *x, size_t x_stride,
                         long lines, size_t ahead, vf sum[TILE][MAX_ROWS]) {
     const int weights = format == FLOAT32 ? 16 : 32; /* in a line */
     for (long line = 0; line < lines; line++) {
-        prefetch_line(weight, line, ahead);
+        prefetch_line(tile, weight, line, ahead);
         for (int k = 0; k < weights; k += LANES) {
             vf w[TILE];
-            for (int n = 0; n < TILE; n++)
+            for (int n = 0; n < tile; n++)
                 w[n] = load_weights(format, weight[n] + line * LINE + k * (LINE / weights));
             for (int r = 0; r < rows; r++) {
                 vf a = vf_load((const float *)(x + r * x_stride) + line * weights + k);
-                for (int n = 0; n < TILE; n++) sum[n][r] = vf_fma(w[n], a, sum[n][r]);
+                for (int n = 0; n < tile; n++) sum[n][r] = vf_fma(w[n], a, sum[n][r]);
             }
         }
     }
 }
 
 #ifdef BF16_DOT
-INLINE void bf16_lines(int rows, const char *const *weight, const char *x, size_t x_stride, long lines,
+INLINE void bf16_lines(int tile, int rows, const char *const *weight, const char *x, size_t x_stride, long lines,
                        size_t ahead, vf sum[TILE][MAX_ROWS]) {
     for (long line = 0; line < lines; line++) {
-        prefetch_line(weight, line, ahead);
+        prefetch_line(tile, weight, line, ahead);
         vs w[TILE];
-        for (int n = 0; n < TILE; n++) w[n] = vs_load((const int16_t *)(weight[n] + line * LINE));
+        for (int n = 0; n < tile; n++) w[n] = vs_load((const int16_t *)(weight[n] + line * LINE));
         for (int r = 0; r < rows; r++) {
             vs a = vs_load((const int16_t *)(x + r * x_stride + line * LINE));
-            for (int n = 0; n < TILE; n++) sum[n][r] = vf_dot_bf16(sum[n][r], w[n], a);
+            for (int n = 0; n < tile; n++) sum[n][r] = vf_dot_bf16(sum[n][r], w[n], a);
         }
     }
 }
 #endif
 
-INLINE void int8_lines(int rows, const char *const *weight, const char *x, size_t x_stride, long lines,
+INLINE void int8_lines(int tile, int rows, const char *const *weight, const char *x, size_t x_stride, long lines,
                        size_t ahead, vf sum[TILE][MAX_ROWS]) {
     for (long start = 0; start < lines; start += FLUSH) {
         long end = start + FLUSH < lines ? start + FLUSH : lines;
         vi dots[TILE][MAX_ROWS];
-        for (int n = 0; n < TILE; n++)
+        for (int n = 0; n < tile; n++)
             for (int r = 0; r < rows; r++) dots[n][r] = vi_zero();
         for (long line = start; line < end; line++) {
-            prefetch_line(weight, line, ahead);
+            prefetch_line(tile, weight, line, ahead);
             for (long k = line * LINE; k < (line + 1) * LINE; k += 2 * LANES) {
                 vs w[TILE];
-                for (int n = 0; n < TILE; n++) w[n] = vs_load_int8(weight[n] + k);
+                for (int n = 0; n < tile; n++) w[n] = vs_load_int8(weight[n] + k);
                 for (int r = 0; r < rows; r++) {
                     vs a = vs_load((const int16_t *)(x + r * x_stride) + k);
-                    for (int n = 0; n < TILE; n++) dots[n][r] = vi_dot(dots[n][r], w[n], a);
+                    for (int n = 0; n < tile; n++) dots[n][r] = vi_dot(dots[n][r], w[n], a);
                 }
             }
         }
-        for (int n = 0; n < TILE; n++)
+        for (int n = 0; n < tile; n++)
             for (int r = 0; r < rows; r++) sum[n][r] = vf_fma(vi_to_vf(dots[n][r]), vf_set(1), sum[n][r]);
     }
 }
 
-INLINE void tile_lines(const struct problem *p, int format, int rows, const char *const *weight, const char *x,
-                       long lines, size_t ahead, vf sum[TILE][MAX_ROWS]) {
+/* A register of weights is unpacked once for all rows, four dots per row multiply it. Their int32 sums, of 8 products
+ * per lane and exact in fp32, then take the scales of their groups: scales [groups, TILE], of which the first `tile`
+ * are meant. A group is 2^shift bytes. */
+INLINE void int4_lines(int tile, int rows, const char *const *weight, const char *x, size_t x_stride, long lines,
+                       const float *scales, int shift, size_t ahead, vf sum[TILE][MAX_ROWS]) {
+    scale_lanes lanes[TILE];
+    for (int n = 0; n < tile; n++) lanes[n] = scale_lanes_of(n, shift);
+    for (long line = 0; line < lines; line++) {
+        prefetch_line(tile, weight, line, ahead);
+        for (long k = line * LINE; k < (line + 1) * LINE; k += STEP) {
+            vs words[TILE];
+            vi dots[TILE][MAX_ROWS];
+            for (int n = 0; n < tile; n++) {
+                words[n] = vs_load((const int16_t *)(weight[n] + k));
+                for (int r = 0; r < rows; r++) dots[n][r] = vi_zero();
+            }
+            UNROLL for (int i = 0; i < 4; i++) {
+                vs w[TILE];
+                for (int n = 0; n < tile; n++) w[n] = vs_nibbles(words[n], i);
+                for (int r = 0; r < rows; r++) {
+                    vs a = vs_load((const int16_t *)(x + r * x_stride) + 2 * k + i * WORDS);
+                    for (int n = 0; n < tile; n++) dots[n][r] = vi_dot(dots[n][r], w[n], a);
+                }
+            }
+            for (int n = 0; n < tile; n++) {
+                vf scale = vf_load_scale(scales + (k >> shift) * TILE, lanes[n]);
+                for (int r = 0; r < rows; r++) sum[n][r] = vf_fma(vi_to_vf(dots[n][r]), scale, sum[n][r]);
+            }
+        }
+    }
+}
+
+/* What a block's scales and zero points need before the dots. The dots multiply bare codes: sum((q - zero) x) =
+ * sum(q x) - zero * sum(x), and the second part is a small product of its own, with a lane per output as suits
+ * [groups, outputs]; it goes to `out`. The scales go to scratch in the order in which the tiles want them.
+ * The next block's scales and zero points, a line of memory per group, are fetched meanwhile. */
+INLINE void int4_groups(const struct problem *p, int rows, long output, long row, float *scales,
+                        float out[MAX_ROWS][BLOCK]) {
+    const long width = p->weight_rows - output < BLOCK ? p->weight_rows - output : BLOCK;
+    vf offset[BLOCK / LANES][MAX_ROWS];
+    for (int n = 0; n < BLOCK / LANES; n++)
+        for (int r = 0; r < rows; r++) offset[n][r] = vf_zero();
+    for (long group = 0; group < p->groups; group++) {
+        const uint16_t *scale = (const uint16_t *)p->scale + group * p->weight_rows + output;
+        const uint8_t *zero = p->zero + group * p->weight_rows + output;
+        uint16_t scale_copy[BLOCK];
+        uint8_t zero_copy[BLOCK];
+        __builtin_prefetch(scale + BLOCK);
+        __builtin_prefetch(zero + BLOCK);
+        if (width < BLOCK) { /* do not read past the tensors */
+            scale = memcpy(scale_copy, scale, width * 2);
+            zero = memcpy(zero_copy, zero, width);
+        }
+        float wide[BLOCK];
+        for (int n = 0; n < BLOCK / LANES; n++) {
+            vf s = vf_load_half(scale + n * LANES), product = vf_mul(s, vf_load_uint8(zero + n * LANES));
+            vf_store(wide + n * LANES, s);
+            for (int r = 0; r < rows; r++)
+                offset[n][r] = vf_fma(product, vf_set(-p->x_sums[(row + r) * p->groups + group]), offset[n][r]);
+        }
+        UNROLL for (int tile = 0; tile < BLOCK / TILE; tile++)
+            memcpy(scales + tile * p->tile_scales + group * TILE, wide + tile * TILE, TILE * sizeof(float));
+    }
+    for (int r = 0; r < rows; r++)
+        for (int n = 0; n < BLOCK / LANES; n++) vf_store(out[r] + n * LANES, offset[n][r]);
+}
+
+INLINE void tile_lines(const struct problem *p, int format, int tile, int rows, const char *const *weight,
+                       const char *x, long lines, const float *scales, size_t ahead, vf sum[TILE][MAX_ROWS]) {
 #ifdef BF16_DOT
-    if (format == BFLOAT16) return bf16_lines(rows, weight, x, p->x_stride, lines, ahead, sum);
+    if (format == BFLOAT16) return bf16_lines(tile, rows, weight, x, p->x_stride, lines, ahead, sum);
 #endif
-    if (format == INT8) return int8_lines(rows, weight, x, p->x_stride, lines, ahead, sum);
-    float_lines(format, rows, weight, x, p->x_stride, lines, ahead, sum);
+    if (format == INT8) return int8_lines(tile, rows, weight, x, p->x_stride, lines, ahead, sum);
+    if (format == INT4) {
+        int shift = __builtin_ctz(p->group_size / 2);
+        return int4_lines(tile, rows, weight, x, p->x_stride, lines, scales, shift, ahead, sum);
+    }
+    float_lines(format, tile, rows, weight, x, p->x_stride, lines, ahead, sum);
 }
 
 /* ---- BLOCK outputs against `rows` activation rows: out [rows, BLOCK], scaled, before bias and gate ---- */
 
-/* float and int8: tile by tile, whole lines first, then the rest of each row through a zero-padded copy */
-INLINE void tiles(const struct problem *p, int format, int rows, long output, long row, size_t ahead,
-                  float out[MAX_ROWS][BLOCK]) {
-    long lines = p->inputs / WEIGHTS_PER_LINE(format);
-    size_t rest = p->weight_stride % LINE, x_line = ACTIVATION_BYTES(format) * WEIGHTS_PER_LINE(format);
-    const char *x = p->x + row * p->x_stride;
-    for (long first = 0; first < BLOCK && output + first < p->weight_rows; first += TILE) {
+INLINE int this_thread(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+/* Tile by tile, whole lines first, then the rest of each row through a zero-padded copy */
+INLINE void block_of(const struct problem *p, int format, int rows, long output, long row, size_t ahead,
+                     float out[MAX_ROWS][BLOCK]) {
+    /* int4 holds its dots beside the sums: half as many outputs fit the registers */
+    const int tile = format == INT4 && 2 * rows > MAX_ROWS + 1 ? TILE / 2 : TILE;
+    const long lines = p->weight_stride / LINE;
+    const size_t rest = p->weight_stride % LINE;
+    const char *x = p->x + row * p->x_stride, *x_rest = x + lines * ACTIVATION_BYTES(format) * WEIGHTS_PER_LINE(format);
+    float *block_scales = p->scales + this_thread() * p->block_scales;
+    if (format == INT4) int4_groups(p, rows, output, row, block_scales, out);
+    for (long first = 0; first < BLOCK && output + first < p->weight_rows; first += tile) {
         const char *weight[TILE];
+        const float *scales = block_scales + first / TILE * p->tile_scales + first % TILE;
         vf sum[TILE][MAX_ROWS];
-        for (int n = 0; n < TILE; n++) {
+        for (int n = 0; n < tile; n++) {
             long clamped = output + first + n < p->weight_rows ? output + first + n : p->weight_rows - 1;
             weight[n] = p->weight + clamped * p->weight_stride;
             for (int r = 0; r < rows; r++) sum[n][r] = vf_zero();
         }
-        tile_lines(p, format, rows, weight, x, lines, ahead, sum);
+        tile_lines(p, format, tile, rows, weight, x, lines, scales, ahead, sum);
         if (rest) {
             char copy[TILE][LINE] = {{0}};
-            for (int n = 0; n < TILE; n++) weight[n] = memcpy(copy[n], weight[n] + lines * LINE, rest);
-            tile_lines(p, format, rows, weight, x + lines * x_line, 1, 0, sum);
+            for (int n = 0; n < tile; n++) weight[n] = memcpy(copy[n], weight[n] + lines * LINE, rest);
+            if (format == INT4) scales += lines * LINE / (p->group_size / 2) * TILE;
+            tile_lines(p, format, tile, rows, weight, x_rest, 1, scales, 0, sum);
         }
-        for (int n = 0; n < TILE && output + first + n < p->weight_rows; n++) {
-            float scale = format == INT8 ? ((const float *)p->scale)[output + first + n] : 1;
-            for (int r = 0; r < rows; r++)
-                out[r][first + n] = vf_sum(sum[n][r]) * (format == INT8 ? scale * p->x_scale[row + r] : 1);
+        float total[MAX_ROWS * TILE + 3]; /* [rows, tile] */
+        UNROLL for (int i = 0; i < rows * tile; i += 4) {
+            vf four[4];
+            for (int j = 0; j < 4; j++) four[j] = i + j < rows * tile ? sum[(i + j) % tile][(i + j) / tile] : vf_zero();
+            vf_sum_each(four, total + i);
         }
-    }
-}
-
-/* int4, WIDE outputs: a lane per output, so that a group's scales and zero points, [groups, outputs], are plain
- * vectors. The dots multiply bare codes; sum((q - zero) x) = sum(q x) - zero * sum(x) settles the zero points. */
-INLINE void int4_lanes(const struct problem *p, int rows, long output, long row, size_t ahead,
-                       float out[MAX_ROWS][BLOCK]) {
-    const int width = p->weight_rows - output < WIDE ? (int)(p->weight_rows - output) : WIDE;
-    const uint8_t *weight = (const uint8_t *)p->weight + output * p->weight_stride;
-    const uint16_t *scale = (const uint16_t *)p->scale + output;
-    const uint8_t *zero = p->zero + output;
-    const int chains = rows == 1 ? 2 : 1; /* the dots of one row alone would wait for each other */
-    const int16_t *x[MAX_ROWS];
-    vf sum[2][MAX_ROWS]; /* of the first LANES outputs and of the other LANES: x is loaded once for both */
-    for (int r = 0; r < rows; r++) {
-        x[r] = (const int16_t *)(p->x + (row + r) * p->x_stride);
-        sum[0][r] = sum[1][r] = vf_zero();
-    }
-    if (width < WIDE) weight = p->last_rows + (output - p->last_rows_from) * p->weight_stride;
-    for (long group = 0, byte = 0; group < p->groups; group++, scale += p->weight_rows, zero += p->weight_rows) {
-        vi dots[2][2][MAX_ROWS];
-        for (int chain = 0; chain < chains; chain++)
-            for (int r = 0; r < rows; r++) dots[0][chain][r] = dots[1][chain][r] = vi_zero();
-        for (int piece = 0; piece < p->group_size / 32; piece++, byte += 16) {
-            if (byte % LINE == 0) /* the next WIDE rows to the second-level cache, the next line to the first */
-                for (int n = 0; n < WIDE; n++) {
-                    __builtin_prefetch(weight + byte * WIDE + n * LINE + ahead, 0, 2);
-                    __builtin_prefetch(weight + byte + n * p->weight_stride + LINE);
-                }
-            vi column[2][4];
-            vi_load_columns(weight + byte, p->weight_stride, column[0]);
-            vi_load_columns(weight + LANES * p->weight_stride + byte, p->weight_stride, column[1]);
-            UNROLL_4 for (int j = 0; j < 4; j++)
-                UNROLL_4 for (int i = 0; i < 4; i++) {
-                    vs codes[2] = {vs_nibbles(column[0][j], i), vs_nibbles(column[1][j], i)};
-                    for (int r = 0; r < rows; r++) {
-                        vs a = vs_pair(x[r] + 2 * byte + 8 * j + 2 * i);
-                        for (int half = 0; half < 2; half++)
-                            dots[half][i % chains][r] = vi_dot(dots[half][i % chains][r], codes[half], a);
-                    }
-                }
-        }
-        uint16_t scale_copy[WIDE] = {0};
-        uint8_t zero_copy[WIDE] = {0};
-        if (width < WIDE) { /* do not read past the tensors */
-            memcpy(scale_copy, scale, width * 2);
-            memcpy(zero_copy, zero, width);
-        }
-        for (int half = 0; half < 2; half++) {
-            vf s = vf_load_half((width < WIDE ? scale_copy : scale) + half * LANES);
-            vf z = vf_load_uint8((width < WIDE ? zero_copy : zero) + half * LANES);
+        for (int n = 0; n < tile && output + first + n < p->weight_rows; n++)
             for (int r = 0; r < rows; r++) {
-                vf minus_x = vf_set(-p->x_sums[(row + r) * p->groups + group]);
-                vi dot = chains == 2 ? vi_add(dots[half][0][r], dots[half][1][r]) : dots[half][0][r];
-                sum[half][r] = vf_fma(vf_fma(z, minus_x, vi_to_vf(dot)), s, sum[half][r]);
+                float *value = &out[r][first + n], sums = total[r * tile + n];
+                if (format == INT8) *value = sums * (((const float *)p->scale)[output + first + n] * p->x_scale[row + r]);
+                else if (format == INT4) *value = (sums + *value) * p->x_scale[row + r];
+                else *value = sums;
             }
-        }
-    }
-    for (int r = 0; r < rows; r++)
-        for (int half = 0; half < 2; half++)
-            vf_store(out[r] + half * LANES, vf_fma(sum[half][r], vf_set(p->x_scale[row + r]), vf_zero()));
-}
-
-INLINE void block_of(const struct problem *p, int format, int rows, long output, long row, size_t ahead,
-                     float out[MAX_ROWS][BLOCK]) {
-    if (format != INT4) return tiles(p, format, rows, output, row, ahead, out);
-    for (int n = 0; n < BLOCK && output + n < p->weight_rows; n += WIDE)
-        int4_lanes(p, rows, output + n, row, ahead, (float(*)[BLOCK])&out[0][n]);
-}
-
-#define ROWS_CASE(r) case r: block_of(p, format, r <= MAX_ROWS ? r : 1, output, row, ahead, out); break;
-INLINE void block_of_rows(const struct problem *p, int format, int rows, long output, long row, size_t ahead,
-                          float out[MAX_ROWS][BLOCK]) {
-    switch (rows) { /* a constant number of rows lets the sums live in registers */
-        ROWS_CASE(1) ROWS_CASE(2) ROWS_CASE(3) ROWS_CASE(4) ROWS_CASE(5)
     }
 }
 
-static void block_values(const struct problem *p, int rows, long output, long row, size_t ahead,
-                         float out[MAX_ROWS][BLOCK]) {
-    switch (p->format) {
-        case FLOAT32: block_of_rows(p, FLOAT32, rows, output, row, ahead, out); break;
-        case BFLOAT16: block_of_rows(p, BFLOAT16, rows, output, row, ahead, out); break;
-        case FLOAT16: block_of_rows(p, FLOAT16, rows, output, row, ahead, out); break;
-        case INT8: block_of_rows(p, INT8, rows, output, row, ahead, out); break;
-        case INT4: block_of_rows(p, INT4, rows, output, row, ahead, out); break;
+/* A constant number of rows lets the sums live in registers; a function for each leaves the compiler room to see it. */
+typedef void block_function(const struct problem *p, long output, long row, size_t ahead, float out[MAX_ROWS][BLOCK]);
+#define ROWS_FUNCTION(format, rows)                                                                                \
+    static __attribute__((noinline)) void format##_##rows(const struct problem *p, long output, long row,          \
+                                                          size_t ahead, float out[MAX_ROWS][BLOCK]) {              \
+        block_of(p, format, rows <= MAX_ROWS ? rows : 1, output, row, ahead, out);                                 \
     }
-}
+#define FUNCTIONS(format) \
+    ROWS_FUNCTION(format, 1) ROWS_FUNCTION(format, 2) ROWS_FUNCTION(format, 3) ROWS_FUNCTION(format, 4) \
+    ROWS_FUNCTION(format, 5)
+FUNCTIONS(FLOAT32) FUNCTIONS(BFLOAT16) FUNCTIONS(FLOAT16) FUNCTIONS(INT8) FUNCTIONS(INT4)
+#define NAMES(format) {format##_1, format##_2, format##_3, format##_4, format##_5}
+static block_function *const block_functions[][5] = {
+    NAMES(FLOAT32), NAMES(BFLOAT16), NAMES(FLOAT16), NAMES(INT8), NAMES(INT4),
+};
 
+/* Both activations are g times a sigmoid: 1 + tanh(z) = 2 sigmoid(2 z). */
 INLINE float gated(int gate, float g, float up) {
-    if (gate == SILU) return g / (1.0f + expf(-g)) * up;
-    return 0.5f * g * (1.0f + tanhf(0.7978845608f * (g + 0.044715f * g * g * g))) * up;
+    float z = gate == SILU ? g : 1.5957691216f * (g + 0.044715f * g * g * g);
+    float e = exp_negative(-fabsf(z)); /* in 0..1: nothing overflows */
+    return g * ((z < 0 ? e : 1.0f) / (1.0f + e)) * up;
+}
+
+INLINE void finish_row(const struct problem *p, int dtype, long output, long row, long width, const float *out,
+                       const float *up) {
+    float value[BLOCK];
+    if (p->gate == SILU) for (long n = 0; n < width; n++) value[n] = gated(SILU, out[n], up[n]);
+    else if (p->gate) for (long n = 0; n < width; n++) value[n] = gated(GELU_TANH, out[n], up[n]);
+    else memcpy(value, out, width * sizeof(float));
+    if (p->bias) for (long n = 0; n < width; n++) value[n] += read_value(p->bias, output + n, dtype);
+    for (long n = 0; n < width; n++) write_value(p->y, row * p->outputs + output + n, dtype, value[n]);
 }
 
 /* BLOCK outputs from `output` on, `rows` rows from `row` on, in passes of at most MAX_ROWS */
 static void block(const struct problem *p, long output, long row, long rows) {
     long passes = (rows + MAX_ROWS - 1) / MAX_ROWS, pass_rows = (rows + passes - 1) / passes;
     long width = p->outputs - output < BLOCK ? p->outputs - output : BLOCK;
-    size_t tile_bytes = (p->format == INT4 ? WIDE : TILE) * p->weight_stride;
+    size_t tile_bytes = TILE * p->weight_stride;
     for (long done = 0; done < rows; done += pass_rows) {
         int count = (int)(rows - done < pass_rows ? rows - done : pass_rows);
         size_t ahead = done ? 0 : tile_bytes > AHEAD ? tile_bytes : AHEAD;
         float out[MAX_ROWS][BLOCK], up[MAX_ROWS][BLOCK];
-        block_values(p, count, output, row + done, ahead, out);
-        if (p->gate) block_values(p, count, output + p->outputs, row + done, ahead, up);
+        block_function *values = block_functions[p->format][count - 1];
+        values(p, output, row + done, ahead, out);
+        if (p->gate) values(p, output + p->outputs, row + done, ahead, up);
         for (int r = 0; r < count; r++)
-            for (long n = 0; n < width; n++) {
-                float value = out[r][n];
-                if (p->gate) value = gated(p->gate, value, up[r][n]);
-                if (p->bias) value += read_value(p->bias, output + n, p->dtype);
-                write_value(p->y, (row + done + r) * p->outputs + output + n, p->dtype, value);
+            switch (p->dtype) {
+                case FLOAT32: finish_row(p, FLOAT32, output, row + done + r, width, out[r], up[r]); break;
+                case BFLOAT16: finish_row(p, BFLOAT16, output, row + done + r, width, out[r], up[r]); break;
+                case FLOAT16: finish_row(p, FLOAT16, output, row + done + r, width, out[r], up[r]); break;
             }
     }
 }
@@ -365,29 +411,29 @@ int minillm_linear(const struct call *c) {
     };
     p.groups = format == INT4 ? inputs / p.group_size : 0;
     p.weight_stride = format == INT4 ? inputs / 2 : inputs * (format == FLOAT32 ? 4 : format == INT8 ? 1 : 2);
-    p.x_stride = round_up(inputs, format == INT4 ? 32 : WEIGHTS_PER_LINE(format)) * ACTIVATION_BYTES(format);
+    p.x_stride = round_up(inputs, WEIGHTS_PER_LINE(format)) * ACTIVATION_BYTES(format);
 
+    long blocks = (outputs + BLOCK - 1) / BLOCK;
+    if ((size_t)p.weight_rows * p.weight_stride * rows < 64 * 1024) threads = 1; /* waking a thread costs more */
+
+    if (format == INT4) {
+        p.tile_scales = round_up(p.weight_stride, LINE) / (p.group_size / 2) * TILE;
+        p.block_scales = BLOCK / TILE * p.tile_scales + LINE; /* a register is read where a group's scales begin */
+    }
     size_t x_bytes = rows * p.x_stride, scale_bytes = round_up(rows * 4, 64);
-    size_t sums_bytes = round_up(rows * p.groups * 4, 64), last_bytes = format == INT4 ? 2 * WIDE * p.weight_stride : 0;
-    p.x = aligned_alloc(64, round_up(x_bytes + scale_bytes + sums_bytes + last_bytes + 64, 64));
+    size_t sums_bytes = round_up(rows * p.groups * 4, 64), scales_bytes = round_up(threads * p.block_scales * 4, 64);
+    p.x = aligned_alloc(64, x_bytes + scale_bytes + sums_bytes + scales_bytes + 64);
     if (!p.x) return 1;
     p.x_scale = (float *)(p.x + x_bytes);
     p.x_sums = (float *)(p.x + x_bytes + scale_bytes);
-    if (format == INT4 && outputs % WIDE) { /* the last lanes read past the last row: let them read zeros */
-        p.last_rows = (uint8_t *)p.x + x_bytes + scale_bytes + sums_bytes;
-        p.last_rows_from = p.weight_rows < WIDE ? 0 : p.weight_rows - WIDE + 1;
-        size_t held = (p.weight_rows - p.last_rows_from) * p.weight_stride;
-        memcpy(p.last_rows, p.weight + p.last_rows_from * p.weight_stride, held);
-        memset(p.last_rows + held, 0, last_bytes - held);
-    }
+    p.scales = (float *)(p.x + x_bytes + scale_bytes + sums_bytes);
+    if (p.weight_stride % LINE) memset(p.scales, 0, scales_bytes); /* the groups that fill up a last line */
 
     long row_block = rows; /* rows whose activations fit the cache beside the weights */
     if (x_bytes > CACHED_ACTIVATIONS && rows > 16) {
         row_block = CACHED_ACTIVATIONS / p.x_stride / MAX_ROWS * MAX_ROWS;
         if (row_block < 2 * MAX_ROWS) row_block = 2 * MAX_ROWS;
     }
-    long blocks = (outputs + BLOCK - 1) / BLOCK;
-    if ((size_t)p.weight_rows * p.weight_stride * rows < 64 * 1024) threads = 1; /* waking a thread costs more */
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows >= 16)
     for (long r = 0; r < rows; r++) prepare_row(&p, x, r);
 #pragma omp parallel num_threads(threads) if (threads > 1)

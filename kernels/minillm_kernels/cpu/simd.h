@@ -5,10 +5,9 @@
  *
  * vi_dot multiplies 2 * LANES pairs of int16 and adds neighbours into LANES int32 sums; this
  * "multiply-add pairs" instruction is the one integer dot product that every x86 chip has.
- * vs_pair repeats two int16 in every lane. vi_load_columns reads 16 bytes of each of LANES rows, `stride`
- * bytes apart, and transposes: lane n of column[j] holds bytes 4j..4j+3 of row n. vs_nibbles(column, i)
- * takes two 4-bit codes of each lane as int16: the low (i = 0) or high (1) halves of bytes 0 and 2, or the
- * low (2) or high (3) halves of bytes 1 and 3.
+ * vs_nibbles(words, i) takes the i-th four bits of each int16, lowest first. vf_load_scales serves sums that
+ * belong to groups: quarter[i] points to the fp16 scales of TILE outputs in the group of lanes 4i..4i+3;
+ * scale[n] has those of output n, each in its four lanes.
  */
 #include <math.h>
 #include <stddef.h>
@@ -69,8 +68,16 @@ INLINE vf vf_zero(void) { return _mm512_setzero_ps(); }
 INLINE void vf_store(float *p, vf a) { _mm512_storeu_ps(p, a); }
 INLINE vf vf_set(float x) { return _mm512_set1_ps(x); }
 INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
+INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
+INLINE void vf_sum_each(const vf a[4], float sum[4]) {
+    vf ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1])); /* a b a b per 128 bits */
+    vf cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+    vf abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    _mm_storeu_ps(sum, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
 INLINE vf vf_load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 INLINE vf vf_load_bf16(const uint16_t *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
@@ -80,31 +87,19 @@ INLINE vf vf_load_uint8(const uint8_t *p) {
     return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128((const void *)p)));
 }
 INLINE vi vi_zero(void) { return _mm512_setzero_si512(); }
-INLINE vi vi_add(vi a, vi b) { return _mm512_add_epi32(a, b); }
 INLINE vf vi_to_vf(vi a) { return _mm512_cvtepi32_ps(a); }
 INLINE vs vs_load(const int16_t *p) { return _mm512_loadu_si512(p); }
 INLINE vs vs_load_int8(const void *p) { return _mm512_cvtepi8_epi16(_mm256_loadu_si256(p)); }
-INLINE vs vs_pair(const int16_t *p) {
-    int32_t pair;
-    memcpy(&pair, p, 4);
-    return _mm512_set1_epi32(pair);
+INLINE vs vs_nibbles(vs words, int i) {
+    vs shifted = i ? _mm512_srli_epi16(words, 4 * i) : words;
+    return i < 3 ? _mm512_and_si512(shifted, _mm512_set1_epi16(15)) : shifted;
 }
-INLINE vs vs_nibbles(vi columns, int i) {
-    return _mm512_and_si512(_mm512_srli_epi32(columns, 4 * i), _mm512_set1_epi32(0x000f000f));
+typedef __m512i scale_lanes;
+INLINE scale_lanes scale_lanes_of(int n, int shift) {
+    __m512i byte = _mm512_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16, 32, 32, 32, 32, 48, 48, 48, 48);
+    return _mm512_add_epi32(_mm512_slli_epi32(_mm512_srli_epi32(byte, shift), 2), _mm512_set1_epi32(n));
 }
-INLINE void vi_load_columns(const uint8_t *p, size_t stride, vi column[4]) {
-    vi rows[4]; /* rows[i]: the 16 bytes of rows i, i + 4, i + 8 and i + 12 */
-    for (int i = 0; i < 4; i++) {
-        rows[i] = _mm512_castsi128_si512(_mm_loadu_si128((const void *)(p + i * stride)));
-        rows[i] = _mm512_inserti32x4(rows[i], _mm_loadu_si128((const void *)(p + (i + 4) * stride)), 1);
-        rows[i] = _mm512_inserti32x4(rows[i], _mm_loadu_si128((const void *)(p + (i + 8) * stride)), 2);
-        rows[i] = _mm512_inserti32x4(rows[i], _mm_loadu_si128((const void *)(p + (i + 12) * stride)), 3);
-    }
-    vi low01 = _mm512_unpacklo_epi32(rows[0], rows[1]), high01 = _mm512_unpackhi_epi32(rows[0], rows[1]);
-    vi low23 = _mm512_unpacklo_epi32(rows[2], rows[3]), high23 = _mm512_unpackhi_epi32(rows[2], rows[3]);
-    column[0] = _mm512_unpacklo_epi64(low01, low23), column[1] = _mm512_unpackhi_epi64(low01, low23);
-    column[2] = _mm512_unpacklo_epi64(high01, high23), column[3] = _mm512_unpackhi_epi64(high01, high23);
-}
+INLINE vf vf_load_scale(const float *p, scale_lanes lanes) { return _mm512_permutexvar_ps(lanes, vf_load(p)); }
 /* Spelled in assembly: through the intrinsics gcc 12 copies every sum before and after, and reloads b. */
 #ifdef __AVX512VNNI__
 INLINE vi vi_dot(vi sum, vs a, vs b) {
@@ -131,11 +126,16 @@ INLINE vf vf_zero(void) { return _mm256_setzero_ps(); }
 INLINE void vf_store(float *p, vf a) { _mm256_storeu_ps(p, a); }
 INLINE vf vf_set(float x) { return _mm256_set1_ps(x); }
 INLINE vf vf_load(const float *p) { return _mm256_loadu_ps(p); }
+INLINE vf vf_mul(vf a, vf b) { return _mm256_mul_ps(a, b); }
 INLINE vf vf_fma(vf a, vf b, vf c) { return _mm256_fmadd_ps(a, b, c); }
 INLINE float vf_sum(vf a) {
     __m128 s = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
+}
+INLINE void vf_sum_each(const vf a[4], float sum[4]) {
+    vf ab = _mm256_hadd_ps(a[0], a[1]), cd = _mm256_hadd_ps(a[2], a[3]), abcd = _mm256_hadd_ps(ab, cd);
+    _mm_storeu_ps(sum, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
 }
 INLINE vf vf_load_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
 INLINE vf vf_load_bf16(const uint16_t *p) {
@@ -146,27 +146,19 @@ INLINE vf vf_load_uint8(const uint8_t *p) {
     return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)p)));
 }
 INLINE vi vi_zero(void) { return _mm256_setzero_si256(); }
-INLINE vi vi_add(vi a, vi b) { return _mm256_add_epi32(a, b); }
 INLINE vf vi_to_vf(vi a) { return _mm256_cvtepi32_ps(a); }
 INLINE vs vs_load(const int16_t *p) { return _mm256_loadu_si256((const void *)p); }
 INLINE vs vs_load_int8(const void *p) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(p)); }
-INLINE vs vs_pair(const int16_t *p) {
-    int32_t pair;
-    memcpy(&pair, p, 4);
-    return _mm256_set1_epi32(pair);
+INLINE vs vs_nibbles(vs words, int i) {
+    vs shifted = i ? _mm256_srli_epi16(words, 4 * i) : words;
+    return i < 3 ? _mm256_and_si256(shifted, _mm256_set1_epi16(15)) : shifted;
 }
-INLINE vs vs_nibbles(vi columns, int i) {
-    return _mm256_and_si256(_mm256_srli_epi32(columns, 4 * i), _mm256_set1_epi32(0x000f000f));
+typedef __m256i scale_lanes;
+INLINE scale_lanes scale_lanes_of(int n, int shift) {
+    __m256i byte = _mm256_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16);
+    return _mm256_add_epi32(_mm256_slli_epi32(_mm256_srli_epi32(byte, shift), 2), _mm256_set1_epi32(n));
 }
-INLINE void vi_load_columns(const uint8_t *p, size_t stride, vi column[4]) {
-    vi rows[4]; /* rows[i]: the 16 bytes of rows i and i + 4 */
-    for (int i = 0; i < 4; i++)
-        rows[i] = _mm256_loadu2_m128i((const void *)(p + (i + 4) * stride), (const void *)(p + i * stride));
-    vi low01 = _mm256_unpacklo_epi32(rows[0], rows[1]), high01 = _mm256_unpackhi_epi32(rows[0], rows[1]);
-    vi low23 = _mm256_unpacklo_epi32(rows[2], rows[3]), high23 = _mm256_unpackhi_epi32(rows[2], rows[3]);
-    column[0] = _mm256_unpacklo_epi64(low01, low23), column[1] = _mm256_unpackhi_epi64(low01, low23);
-    column[2] = _mm256_unpacklo_epi64(high01, high23), column[3] = _mm256_unpackhi_epi64(high01, high23);
-}
+INLINE vf vf_load_scale(const float *p, scale_lanes lanes) { return _mm256_permutevar8x32_ps(vf_load(p), lanes); }
 INLINE vi vi_dot(vi sum, vs a, vs b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 
 #elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(MINILLM_PLAIN_C)
@@ -180,8 +172,12 @@ INLINE vf vf_zero(void) { return vdupq_n_f32(0); }
 INLINE void vf_store(float *p, vf a) { vst1q_f32(p, a); }
 INLINE vf vf_set(float x) { return vdupq_n_f32(x); }
 INLINE vf vf_load(const float *p) { return vld1q_f32(p); }
+INLINE vf vf_mul(vf a, vf b) { return vmulq_f32(a, b); }
 INLINE vf vf_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 INLINE float vf_sum(vf a) { return vaddvq_f32(a); }
+INLINE void vf_sum_each(const vf a[4], float sum[4]) {
+    vst1q_f32(sum, vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])));
+}
 INLINE vf vf_load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 INLINE vf vf_load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 INLINE vf vf_load_uint8(const uint8_t *p) {
@@ -191,30 +187,16 @@ INLINE vf vf_load_uint8(const uint8_t *p) {
     return vcvtq_f32_u32(vmovl_u16(vget_low_u16(wide)));
 }
 INLINE vi vi_zero(void) { return vdupq_n_s32(0); }
-INLINE vi vi_add(vi a, vi b) { return vaddq_s32(a, b); }
 INLINE vf vi_to_vf(vi a) { return vcvtq_f32_s32(a); }
 INLINE vs vs_load(const int16_t *p) { return vld1q_s16(p); }
 INLINE vs vs_load_int8(const void *p) { return vmovl_s8(vld1_s8(p)); }
-INLINE vs vs_pair(const int16_t *p) {
-    int32_t pair;
-    memcpy(&pair, p, 4);
-    return vreinterpretq_s16_s32(vdupq_n_s32(pair));
+INLINE vs vs_nibbles(vs words, int i) {
+    uint16x8_t shifted = vshlq_u16(vreinterpretq_u16_s16(words), vdupq_n_s16(-4 * i));
+    return vreinterpretq_s16_u16(vandq_u16(shifted, vdupq_n_u16(15)));
 }
-INLINE vs vs_nibbles(vi columns, int i) {
-    vi shifted = vshlq_s32(columns, vdupq_n_s32(-4 * i));
-    return vreinterpretq_s16_s32(vandq_s32(shifted, vdupq_n_s32(0x000f000f)));
-}
-INLINE void vi_load_columns(const uint8_t *p, size_t stride, vi column[4]) {
-    vi rows[4];
-    for (int i = 0; i < 4; i++) rows[i] = vreinterpretq_s32_u8(vld1q_u8(p + i * stride));
-    vi low01 = vzip1q_s32(rows[0], rows[1]), high01 = vzip2q_s32(rows[0], rows[1]);
-    vi low23 = vzip1q_s32(rows[2], rows[3]), high23 = vzip2q_s32(rows[2], rows[3]);
-#define WIDE(a) vreinterpretq_s64_s32(a)
-    column[0] = vreinterpretq_s32_s64(vzip1q_s64(WIDE(low01), WIDE(low23)));
-    column[1] = vreinterpretq_s32_s64(vzip2q_s64(WIDE(low01), WIDE(low23)));
-    column[2] = vreinterpretq_s32_s64(vzip1q_s64(WIDE(high01), WIDE(high23)));
-    column[3] = vreinterpretq_s32_s64(vzip2q_s64(WIDE(high01), WIDE(high23)));
-}
+typedef int scale_lanes;
+INLINE scale_lanes scale_lanes_of(int n, int shift) { return (void)shift, n; }
+INLINE vf vf_load_scale(const float *p, scale_lanes lanes) { return vdupq_n_f32(p[lanes]); }
 INLINE vi vi_dot(vi sum, vs a, vs b) {
     return vaddq_s32(sum, vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b)));
 }
@@ -229,24 +211,24 @@ INLINE vf vf_zero(void) { return 0; }
 INLINE void vf_store(float *p, vf a) { *p = a; }
 INLINE vf vf_set(float x) { return x; }
 INLINE vf vf_load(const float *p) { return *p; }
+INLINE vf vf_mul(vf a, vf b) { return a * b; }
 INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
 INLINE float vf_sum(vf a) { return a; }
+INLINE void vf_sum_each(const vf a[4], float sum[4]) {
+    for (int i = 0; i < 4; i++) sum[i] = a[i];
+}
 INLINE vf vf_load_half(const uint16_t *p) { return half_to_float(*p); }
 INLINE vf vf_load_bf16(const uint16_t *p) { return bf16_to_float(*p); }
 INLINE vf vf_load_uint8(const uint8_t *p) { return *p; }
 INLINE vi vi_zero(void) { return 0; }
-INLINE vi vi_add(vi a, vi b) { return a + b; }
 INLINE vf vi_to_vf(vi a) { return (float)a; }
 INLINE vs vs_load(const int16_t *p) { return (vs){p[0], p[1]}; }
 INLINE vs vs_load_int8(const void *p) { return (vs){((const int8_t *)p)[0], ((const int8_t *)p)[1]}; }
-INLINE vs vs_pair(const int16_t *p) { return vs_load(p); }
-INLINE vs vs_nibbles(vi columns, int i) {
-    return (vs){(columns >> 4 * i) & 15, (columns >> (4 * i + 16)) & 15};
+INLINE vs vs_nibbles(vs words, int i) {
+    return (vs){(uint16_t)words.first >> 4 * i & 15, (uint16_t)words.second >> 4 * i & 15};
 }
-INLINE void vi_load_columns(const uint8_t *p, size_t stride, vi column[4]) {
-    (void)stride; /* one row */
-    for (int j = 0; j < 4; j++, p += 4)
-        column[j] = (vi)(p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 | (uint32_t)p[3] << 24);
-}
+typedef int scale_lanes;
+INLINE scale_lanes scale_lanes_of(int n, int shift) { return (void)shift, n; }
+INLINE vf vf_load_scale(const float *p, scale_lanes lanes) { return p[lanes]; }
 INLINE vi vi_dot(vi sum, vs a, vs b) { return sum + a.first * b.first + a.second * b.second; }
 #endif

@@ -36,18 +36,6 @@ INLINE float rounded(float value, int dtype) { /* to the dtype and back */
     return dtype == BFLOAT16 ? bf16_to_float(float_to_bf16(value)) : half_to_float(float_to_half(value));
 }
 
-/* e^x for x <= 0 to about 1e-7 of its value; unlike expf it is a loop that the compiler vectorises */
-INLINE float exp_negative(float x) {
-    x = x < -87.0f ? -87.0f : x;
-    float n = rintf(x * 1.44269504f);
-    float r = x - n * 0.693145752f - n * 1.42860677e-6f; /* x = n ln 2 + r, ln 2 in two parts */
-    float e = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (0.041666667f + r * (0.0083333333f + r * 0.0013888889f)))));
-    int32_t bits = ((int32_t)n + 127) << 23;
-    float power;
-    memcpy(&power, &bits, 4);
-    return e * power;
-}
-
 /* ---- RMSNorm, with the residual added first if there is one ---- */
 
 struct norm_call {

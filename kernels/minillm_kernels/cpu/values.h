@@ -1,4 +1,4 @@
-/* Reading and writing one value of a given dtype. */
+/* Reading and writing one value of a given dtype, and e^x: what linear.c and step.c share. */
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  /* weight formats; the first three also type activations */
 
 INLINE float read_value(const void *p, long i, int dtype) {
@@ -10,4 +10,16 @@ INLINE float read_value(const void *p, long i, int dtype) {
 INLINE void write_value(void *p, long i, int dtype, float value) {
     if (dtype == FLOAT32) ((float *)p)[i] = value;
     else ((uint16_t *)p)[i] = dtype == BFLOAT16 ? float_to_bf16(value) : float_to_half(value);
+}
+
+/* e^x for x <= 0 to about 1e-7 of its value; unlike expf it is a loop that the compiler vectorises */
+INLINE float exp_negative(float x) {
+    x = x < -87.0f ? -87.0f : x;
+    float n = rintf(x * 1.44269504f);
+    float r = x - n * 0.693145752f - n * 1.42860677e-6f; /* x = n ln 2 + r, ln 2 in two parts */
+    float e = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (0.041666667f + r * (0.0083333333f + r * 0.0013888889f)))));
+    int32_t bits = ((int32_t)n + 127) << 23;
+    float power;
+    memcpy(&power, &bits, 4);
+    return e * power;
 }
