@@ -29,7 +29,7 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3,
 CALL = struct.Struct("14q").pack  # `struct call` in linear.c
 NORM_CALL = struct.Struct("12q2d").pack  # `struct norm_call` in step.c, and so on
 ADD_CALL = struct.Struct("5q").pack
-ROPE_CALL = struct.Struct("23q").pack
+ROPE_CALL = struct.Struct("24q").pack
 ATTENTION_CALL = struct.Struct("17q2d").pack
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 
@@ -123,6 +123,7 @@ def rope_and_cache_write(q, k, v, cos, sin, k_cache, v_cache, cache_position) ->
         q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(), address(k_cache),
         address(v_cache), cache_position.data_ptr(), out.data_ptr(), batch, tokens, heads, k.shape[2], head_dim,
         cos.shape[-1], k_cache.shape[2] - 1, FORMATS[q.dtype], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
+        torch.get_num_threads(),
     )  # fmt: skip
     _call("rope_and_cache_write", packed, q, k, v, cos, sin, k_cache, v_cache, cache_position, out)
     return out

@@ -31,9 +31,11 @@ INLINE float dot(const float *a, const float *b, long count) {
     return total;
 }
 
-INLINE float rounded(float value, int dtype) { /* to the dtype and back */
-    if (dtype == FLOAT32) return value;
-    return dtype == BFLOAT16 ? bf16_to_float(float_to_bf16(value)) : half_to_float(float_to_half(value));
+INLINE void narrow(const float *wide, long count, int dtype, void *p, long start) {
+    uint16_t *bits = (uint16_t *)p + start;
+    if (dtype == FLOAT32) memcpy((float *)p + start, wide, count * sizeof(float));
+    else if (dtype == BFLOAT16) for (long i = 0; i < count; i++) bits[i] = float_to_bf16(wide[i]);
+    else for (long i = 0; i < count; i++) bits[i] = float_to_half(wide[i]);
 }
 
 /* ---- RMSNorm, with the residual added first if there is one ---- */
@@ -53,7 +55,7 @@ int minillm_rms_norm(const struct norm_call *c) {
     float offset = (float)c->offset;
 #pragma omp parallel num_threads((int)c->threads) if (rows * width > SERIAL_WORK)
     {
-        float *wide = malloc(sizeof(float) * 2 * (width + LANES)), *w = wide + width + LANES;
+        float *wide = malloc(sizeof(float) * 3 * width), *w = wide + width, *other = w + width;
         if (!wide) failed = 1;
         else {
             widen(weight, 0, width, dtype, w);
@@ -61,16 +63,20 @@ int minillm_rms_norm(const struct norm_call *c) {
             for (long row = 0; row < rows; row++) {
                 long start = row * width;
                 widen(x, row / c->group * c->group_stride + row % c->group * width, width, dtype, wide);
-                for (long i = 0; residual && i < width; i++) {
-                    wide[i] = rounded(wide[i] + read_value(residual, start + i, dtype), dtype);
-                    write_value(sum, start + i, dtype, wide[i]);
+                if (residual) {
+                    widen(residual, start, width, dtype, other);
+                    for (long i = 0; i < width; i++) wide[i] += other[i];
+                    narrow(wide, width, dtype, sum, start);
+                    widen(sum, start, width, dtype, wide); /* rounded: this is what the next layer will see */
                 }
                 float scale = 1.0f / sqrtf(dot(wide, wide, width) / (float)width + (float)c->eps);
-                for (long i = 0; i < width; i++) {
-                    float normed = wide[i] * scale;
-                    float value = c->multiply_in_fp32 ? normed * (offset + w[i]) : rounded(normed, dtype) * w[i];
-                    write_value(out, start + i, dtype, value);
+                for (long i = 0; i < width; i++) wide[i] *= scale;
+                if (!c->multiply_in_fp32 && dtype != FLOAT32) { /* rounded before the weight, too */
+                    narrow(wide, width, dtype, out, start);
+                    widen(out, start, width, dtype, wide);
                 }
+                for (long i = 0; i < width; i++) wide[i] *= c->multiply_in_fp32 ? offset + w[i] : w[i];
+                narrow(wide, width, dtype, out, start);
             }
         }
         free(wide);
@@ -98,39 +104,40 @@ struct rope_call {
     int64_t q, k, v, cos, sin, k_cache, v_cache, position, out;
     int64_t batch, tokens, heads, kv_heads, head_dim, half, slots, dtype;
     int64_t q_row, q_token, k_row, k_token, v_row, v_token; /* strides in elements; heads lie side by side */
+    int64_t threads;
 };
 
 INLINE void rotate_head(const void *from, long start, void *to, long target, const float *cos, const float *sin,
                         long half, long head_dim, int dtype) {
-    for (long j = 0; j < half; j++) {
-        float first = read_value(from, start + j, dtype), second = read_value(from, start + half + j, dtype);
-        write_value(to, target + j, dtype, first * cos[j] - second * sin[j]);
-        write_value(to, target + half + j, dtype, second * cos[j] + first * sin[j]);
-    }
-    for (long j = 2 * half; j < head_dim; j++) write_value(to, target + j, dtype, read_value(from, start + j, dtype));
+    float wide[2 * head_dim], *turned = wide + head_dim;
+    widen(from, start, head_dim, dtype, wide);
+    for (long j = 0; j < half; j++) turned[j] = wide[j] * cos[j] - wide[half + j] * sin[j];
+    for (long j = 0; j < half; j++) turned[half + j] = wide[half + j] * cos[j] + wide[j] * sin[j];
+    for (long j = 2 * half; j < head_dim; j++) turned[j] = wide[j];
+    narrow(turned, head_dim, dtype, to, target);
 }
 
 int minillm_rope_and_cache_write(const struct rope_call *c) {
     const int64_t *position = (const int64_t *)(uintptr_t)c->position;
-    void *out = (void *)(uintptr_t)c->out;
-    long D = c->head_dim, size = c->dtype == FLOAT32 ? 4 : 2;
-    for (long b = 0; b < c->batch; b++)
-        for (long t = 0; t < c->tokens; t++) {
-            int64_t place = position[b * c->tokens + t];
-            long slot = place < 0 ? c->slots : place % c->slots; /* padding goes to the bin */
-            const float *cos = (const float *)(uintptr_t)c->cos + (b * c->tokens + t) * c->half;
-            const float *sin = (const float *)(uintptr_t)c->sin + (b * c->tokens + t) * c->half;
-            for (long h = 0; h < c->heads; h++)
-                rotate_head((const void *)(uintptr_t)c->q, b * c->q_row + t * c->q_token + h * D, out,
-                            ((b * c->heads + h) * c->tokens + t) * D, cos, sin, c->half, D, (int)c->dtype);
-            for (long h = 0; h < c->kv_heads; h++) {
-                long target = ((b * c->kv_heads + h) * (c->slots + 1) + slot) * D;
-                rotate_head((const void *)(uintptr_t)c->k, b * c->k_row + t * c->k_token + h * D,
-                            (void *)(uintptr_t)c->k_cache, target, cos, sin, c->half, D, (int)c->dtype);
-                memcpy((char *)(uintptr_t)c->v_cache + target * size,
-                       (const char *)(uintptr_t)c->v + (b * c->v_row + t * c->v_token + h * D) * size, D * size);
-            }
+    long D = c->head_dim, size = c->dtype == FLOAT32 ? 4 : 2, tokens = c->batch * c->tokens;
+#pragma omp parallel for num_threads((int)c->threads) if (tokens * (c->heads + 2 * c->kv_heads) * D > SERIAL_WORK)
+    for (long token = 0; token < tokens; token++) {
+        long b = token / c->tokens, t = token % c->tokens;
+        long slot = position[token] < 0 ? c->slots : position[token] % c->slots; /* padding goes to the bin */
+        const float *cos = (const float *)(uintptr_t)c->cos + token * c->half;
+        const float *sin = (const float *)(uintptr_t)c->sin + token * c->half;
+        for (long h = 0; h < c->heads; h++)
+            rotate_head((const void *)(uintptr_t)c->q, b * c->q_row + t * c->q_token + h * D,
+                        (void *)(uintptr_t)c->out, ((b * c->heads + h) * c->tokens + t) * D, cos, sin, c->half, D,
+                        (int)c->dtype);
+        for (long h = 0; h < c->kv_heads; h++) {
+            long target = ((b * c->kv_heads + h) * (c->slots + 1) + slot) * D;
+            rotate_head((const void *)(uintptr_t)c->k, b * c->k_row + t * c->k_token + h * D,
+                        (void *)(uintptr_t)c->k_cache, target, cos, sin, c->half, D, (int)c->dtype);
+            memcpy((char *)(uintptr_t)c->v_cache + target * size,
+                   (const char *)(uintptr_t)c->v + (b * c->v_row + t * c->v_token + h * D) * size, D * size);
         }
+    }
     return 0;
 }
 

@@ -1,0 +1,81 @@
+"""Captured steps on a real GPU: the decoder's own results, at every position, without waiting for the host."""
+
+import pytest
+import torch
+from families import prompt_ids
+
+from minillm.cache import StaticCache
+from minillm.checkpoint import load_decoder
+from minillm.config import load_config
+from minillm.decode import Burst, GenerationConfig, new_row, prefill, run
+from minillm.sampling import Sampling
+from minillm.steps import CapturedStep, Steps
+from minillm.tokenizer import Tokenizer
+
+pytestmark = pytest.mark.gpu
+if not torch.cuda.is_available():
+    pytest.skip("needs a CUDA device; this machine has none", allow_module_level=True)
+
+FAMILIES = ["llama3", "mistral-v0.1", "gemma2", "olmo2"]
+
+
+def load(checkpoint, name, attention="triton", device="cuda"):
+    return load_decoder(checkpoint(name), load_config(checkpoint(name)), torch.float32, device, attention)
+
+
+@pytest.mark.parametrize("compile", ["auto", True])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_captured_step_follows_token_and_position(name, compile, checkpoint):
+    """One capture per shape; ragged rows, one finished; float32 within rounding of the CPU."""
+    model, on_cpu = load(checkpoint, name), load(checkpoint, name, "math", "cpu")
+    steps, rows = Steps(model, compile), [prompt_ids(n, seed=n) for n in (3, 14, 9)]
+    cache, expected_cache = (StaticCache(m.config, 3, 48, m.embedding.weight.device) for m in (model, on_cpu))
+    prefill(steps, cache, rows, [0] * 3)
+    prefill(on_cpu, expected_cache, rows, [0] * 3)
+    at, generator = torch.tensor([[3], [14], [9]]), torch.Generator().manual_seed(0)
+    for width in (1, 3, 1, 1, 3, 1):
+        position = at + torch.arange(width)
+        position[2] = -1
+        ids = torch.randint(5, model.config.vocab_size, (3, width), generator=generator)
+        with torch.inference_mode():
+            result = steps(ids.cuda(), position.cuda(), cache).cpu()
+            expected = on_cpu(ids, position, expected_cache)
+        torch.testing.assert_close(result[:2], expected[:2], rtol=0, atol=1e-3)
+        at += width
+    captured = steps._recorded[cache]
+    assert {shape: type(step) for shape, step in captured.items()} == {(3, 1): CapturedStep, (3, 3): CapturedStep}
+
+
+def rows_of(tokenizer, prompts, budget=24):
+    return [new_row(ids, GenerationConfig(), budget, frozenset([2]), tokenizer) for ids in prompts]
+
+
+@pytest.mark.parametrize("sampled", [{}, dict(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2)])
+def test_no_step_waits_for_the_host(sampled, checkpoint, text_tokenizer_files):
+    """Once captured, a burst of steps only queues work: any operation that waits raises."""
+    steps = Steps(load(checkpoint, "llama3"))
+    prompts = [prompt_ids(5, seed=1), prompt_ids(11, seed=2)]
+    rows = rows_of(Tokenizer(text_tokenizer_files.folder), prompts)
+    cache = StaticCache(steps.config, 2, 64, "cuda")
+    with torch.inference_mode():
+        burst = Burst(steps, cache, rows, Sampling.uniform_rows([1, 2], "cuda", **sampled))
+        burst.run(2, 11, logprobs=True)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            burst.run(8, 13, logprobs=True)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+def test_text_equals_the_uncaptured_decoders(checkpoint, text_tokenizer_files):
+    model, tokenizer = load(checkpoint, "llama3"), Tokenizer(text_tokenizer_files.folder)
+    prompts = [prompt_ids(5, seed=1), prompt_ids(11, seed=2)]
+    said = []
+    for runner in (model, Steps(model)):
+        rows, cache = rows_of(tokenizer, prompts), StaticCache(model.config, 2, 64, "cuda")
+        with torch.inference_mode():
+            for _ in run(runner, cache, rows, Sampling.uniform_rows([0, 0], "cuda"), logprobs=False):
+                pass
+        said.append([row.token_ids for row in rows])
+        assert cache.token_ids == [row.prompt + row.token_ids[:-1] for row in rows]
+    assert said[0] == said[1]
