@@ -3,8 +3,8 @@
  * With few rows every weight is used a few times and then forgotten, so the time is the time to read W
  * from memory. The loop is built around that:
  *
- *   - two or four output rows (a tile) are multiplied side by side, a cache line of each per step, while
- *     the next tile is being prefetched;
+ *   - four output rows (a tile) are multiplied side by side, a cache line of each per step, while the
+ *     next tile is being prefetched;
  *   - every activation row multiplies a weight while it sits in a register, so W moves once;
  *   - 32 output rows (a block) are the unit that threads take;
  *   - more than MAX_ROWS activation rows go in passes over a block that the first pass left in cache.
@@ -25,7 +25,7 @@
 #define UNROLL _Pragma("GCC unroll 8")
 
 enum { NO_GATE, SILU, GELU_TANH };
-enum { TILE = 4, BLOCK = 32 };                /* output rows side by side (at most), and taken by a thread */
+enum { TILE = 4, BLOCK = 32 };                /* output rows side by side, and taken by a thread */
 enum { LINE = 64, MAX_GROUP = 128 };          /* bytes of a weight row per step; largest int4 group */
 enum { WORDS = 2 * LANES, STEP = 2 * WORDS }; /* int16 and bytes in a register */
 enum { FLUSH = 4 * LANES };  /* lines until int32 sums move to fp32: 256 products of 2^15 * 2^7 per lane */
@@ -133,12 +133,12 @@ static void prepare_row(const struct problem *p, const void *x, long row) {
     else prepare_row_of(p, source, FLOAT16, row);
 }
 
-/* ---- the inner loops: `lines` lines of `tile` weight rows against `rows` activation rows ---- */
+/* ---- the inner loops: `lines` lines of TILE weight rows against `rows` activation rows ---- */
 
 /* Weight rows lie one behind the other, so the lines of the tiles to come are fetched in the order of memory:
  * that suits DRAM and the hardware's own prefetcher, which four streams per thread would confuse. */
-INLINE void prefetch_line(int tile, const char *const *weight, long line, size_t ahead) {
-    for (int n = 0; n < tile; n++) __builtin_prefetch(weight[0] + (line * tile + n) * LINE + ahead);
+INLINE void prefetch_line(const char *const *weight, long line, size_t ahead) {
+    for (int n = 0; n < TILE; n++) __builtin_prefetch(weight[0] + (line * TILE + n) * LINE + ahead);
 }
 
 INLINE vf load_weights(int format, const char *p) {
@@ -146,89 +146,83 @@ INLINE vf load_weights(int format, const char *p) {
     return format == BFLOAT16 ? vf_load_bf16((const uint16_t *)p) : vf_load_half((const uint16_t *)p);
 }
 
-INLINE void float_lines(int format, int tile, int rows, const char *const *weight, const char *x, size_t x_stride,
-                        long lines, size_t ahead, vf sum[TILE][MAX_ROWS]) {
+INLINE void float_lines(int format, int rows, const char *const *weight, const char *x, size_t x_stride,
+                        long lines, size_t ahead, vf sum[MAX_ROWS][TILE]) {
     const int weights = format == FLOAT32 ? 16 : 32; /* in a line */
     for (long line = 0; line < lines; line++) {
-        prefetch_line(tile, weight, line, ahead);
+        prefetch_line(weight, line, ahead);
         for (int k = 0; k < weights; k += LANES) {
             vf w[TILE];
-            for (int n = 0; n < tile; n++)
+            for (int n = 0; n < TILE; n++)
                 w[n] = load_weights(format, weight[n] + line * LINE + k * (LINE / weights));
             for (int r = 0; r < rows; r++) {
                 vf a = vf_load((const float *)(x + r * x_stride) + line * weights + k);
-                for (int n = 0; n < tile; n++) sum[n][r] = vf_fma(w[n], a, sum[n][r]);
+                for (int n = 0; n < TILE; n++) sum[r][n] = vf_fma(w[n], a, sum[r][n]);
             }
         }
     }
 }
 
 #ifdef BF16_DOT
-INLINE void bf16_lines(int tile, int rows, const char *const *weight, const char *x, size_t x_stride, long lines,
-                       size_t ahead, vf sum[TILE][MAX_ROWS]) {
+INLINE void bf16_lines(int rows, const char *const *weight, const char *x, size_t x_stride, long lines,
+                       size_t ahead, vf sum[MAX_ROWS][TILE]) {
     for (long line = 0; line < lines; line++) {
-        prefetch_line(tile, weight, line, ahead);
+        prefetch_line(weight, line, ahead);
         vs w[TILE];
-        for (int n = 0; n < tile; n++) w[n] = vs_load((const int16_t *)(weight[n] + line * LINE));
+        for (int n = 0; n < TILE; n++) w[n] = vs_load((const int16_t *)(weight[n] + line * LINE));
         for (int r = 0; r < rows; r++) {
             vs a = vs_load((const int16_t *)(x + r * x_stride + line * LINE));
-            for (int n = 0; n < tile; n++) sum[n][r] = vf_dot_bf16(sum[n][r], w[n], a);
+            for (int n = 0; n < TILE; n++) sum[r][n] = vf_dot_bf16(sum[r][n], w[n], a);
         }
     }
 }
 #endif
 
-INLINE void int8_lines(int tile, int rows, const char *const *weight, const char *x, size_t x_stride, long lines,
-                       size_t ahead, vf sum[TILE][MAX_ROWS]) {
+INLINE void int8_lines(int rows, const char *const *weight, const char *x, size_t x_stride, long lines,
+                       size_t ahead, vf sum[MAX_ROWS][TILE]) {
     for (long start = 0; start < lines; start += FLUSH) {
         long end = start + FLUSH < lines ? start + FLUSH : lines;
-        vi dots[TILE][MAX_ROWS];
-        for (int n = 0; n < tile; n++)
-            for (int r = 0; r < rows; r++) dots[n][r] = vi_zero();
+        vi dots[MAX_ROWS][TILE];
+        for (int n = 0; n < TILE; n++)
+            for (int r = 0; r < rows; r++) dots[r][n] = vi_zero();
         for (long line = start; line < end; line++) {
-            prefetch_line(tile, weight, line, ahead);
+            prefetch_line(weight, line, ahead);
             for (long k = line * LINE; k < (line + 1) * LINE; k += 2 * LANES) {
                 vs w[TILE];
-                for (int n = 0; n < tile; n++) w[n] = vs_load_int8(weight[n] + k);
+                for (int n = 0; n < TILE; n++) w[n] = vs_load_int8(weight[n] + k);
                 for (int r = 0; r < rows; r++) {
                     vs a = vs_load((const int16_t *)(x + r * x_stride) + k);
-                    for (int n = 0; n < tile; n++) dots[n][r] = vi_dot(dots[n][r], w[n], a);
+                    for (int n = 0; n < TILE; n++) dots[r][n] = vi_dot(dots[r][n], w[n], a);
                 }
             }
         }
-        for (int n = 0; n < tile; n++)
-            for (int r = 0; r < rows; r++) sum[n][r] = vf_fma(vi_to_vf(dots[n][r]), vf_set(1), sum[n][r]);
+        for (int n = 0; n < TILE; n++)
+            for (int r = 0; r < rows; r++) sum[r][n] = vf_fma(vi_to_vf(dots[r][n]), vf_set(1), sum[r][n]);
     }
 }
 
-/* A register of weights is unpacked once for all rows, four dots per row multiply it. Their int32 sums, of 8 products
- * per lane and exact in fp32, then take the scales of their groups: scales [groups, TILE], of which the first `tile`
- * are meant. A group is 2^shift bytes. */
-INLINE void int4_lines(int tile, int rows, const char *const *weight, const char *x, size_t x_stride, long lines,
-                       const float *scales, int shift, size_t ahead, vf sum[TILE][MAX_ROWS]) {
-    scale_lanes lanes[TILE];
-    for (int n = 0; n < tile; n++) lanes[n] = scale_lanes_of(n, shift);
+/* A register of weights is unpacked once for all rows; four dots per row multiply it. The int32 sums of four outputs
+ * meet in one register, exact in fp32, where lane 4 i + n belongs to output n and to the group of the i-th 16 bytes:
+ * in that order lie the scales, [groups, TILE]. So lies sum[r][0]. A group is 2^shift bytes. */
+INLINE void int4_lines(int rows, const char *const *weight, const char *x, size_t x_stride, long lines,
+                       const float *scales, int shift, size_t ahead, vf sum[MAX_ROWS][TILE]) {
+    const quads spread = quads_of_groups(shift);
     for (long line = 0; line < lines; line++) {
-        prefetch_line(tile, weight, line, ahead);
+        prefetch_line(weight, line, ahead);
         for (long k = line * LINE; k < (line + 1) * LINE; k += STEP) {
-            vs words[TILE];
-            vi dots[TILE][MAX_ROWS];
-            for (int n = 0; n < tile; n++) {
-                words[n] = vs_load((const int16_t *)(weight[n] + k));
-                for (int r = 0; r < rows; r++) dots[n][r] = vi_zero();
-            }
+            vi dots[MAX_ROWS][TILE];
+            for (int r = 0; r < rows; r++)
+                for (int n = 0; n < TILE; n++) dots[r][n] = vi_zero();
             UNROLL for (int i = 0; i < 4; i++) {
                 vs w[TILE];
-                for (int n = 0; n < tile; n++) w[n] = vs_nibbles(words[n], i);
+                for (int n = 0; n < TILE; n++) w[n] = vs_nibbles(vs_load((const int16_t *)(weight[n] + k)), i);
                 for (int r = 0; r < rows; r++) {
                     vs a = vs_load((const int16_t *)(x + r * x_stride) + 2 * k + i * WORDS);
-                    for (int n = 0; n < tile; n++) dots[n][r] = vi_dot(dots[n][r], w[n], a);
+                    for (int n = 0; n < TILE; n++) dots[r][n] = vi_dot(dots[r][n], w[n], a);
                 }
             }
-            for (int n = 0; n < tile; n++) {
-                vf scale = vf_load_scale(scales + (k >> shift) * TILE, lanes[n]);
-                for (int r = 0; r < rows; r++) sum[n][r] = vf_fma(vi_to_vf(dots[n][r]), scale, sum[n][r]);
-            }
+            vf scale = vf_load_quads(scales + (k >> shift) * TILE, spread);
+            for (int r = 0; r < rows; r++) sum[r][0] = vf_fma(vi_to_vf(vi_quads(dots[r])), scale, sum[r][0]);
         }
     }
 }
@@ -248,8 +242,8 @@ INLINE void int4_groups(const struct problem *p, int rows, long output, long row
         const uint8_t *zero = p->zero + group * p->weight_rows + output;
         uint16_t scale_copy[BLOCK];
         uint8_t zero_copy[BLOCK];
-        __builtin_prefetch(scale + BLOCK);
-        __builtin_prefetch(zero + BLOCK);
+        __builtin_prefetch(scale + BLOCK, 0, 2); /* to the second level: their strides crowd few sets of the first */
+        __builtin_prefetch(zero + BLOCK, 0, 2);
         if (width < BLOCK) { /* do not read past the tensors */
             scale = memcpy(scale_copy, scale, width * 2);
             zero = memcpy(zero_copy, zero, width);
@@ -268,17 +262,17 @@ INLINE void int4_groups(const struct problem *p, int rows, long output, long row
         for (int n = 0; n < BLOCK / LANES; n++) vf_store(out[r] + n * LANES, offset[n][r]);
 }
 
-INLINE void tile_lines(const struct problem *p, int format, int tile, int rows, const char *const *weight,
-                       const char *x, long lines, const float *scales, size_t ahead, vf sum[TILE][MAX_ROWS]) {
+INLINE void tile_lines(const struct problem *p, int format, int rows, const char *const *weight, const char *x,
+                       long lines, const float *scales, size_t ahead, vf sum[MAX_ROWS][TILE]) {
 #ifdef BF16_DOT
-    if (format == BFLOAT16) return bf16_lines(tile, rows, weight, x, p->x_stride, lines, ahead, sum);
+    if (format == BFLOAT16) return bf16_lines(rows, weight, x, p->x_stride, lines, ahead, sum);
 #endif
-    if (format == INT8) return int8_lines(tile, rows, weight, x, p->x_stride, lines, ahead, sum);
+    if (format == INT8) return int8_lines(rows, weight, x, p->x_stride, lines, ahead, sum);
     if (format == INT4) {
         int shift = __builtin_ctz(p->group_size / 2);
-        return int4_lines(tile, rows, weight, x, p->x_stride, lines, scales, shift, ahead, sum);
+        return int4_lines(rows, weight, x, p->x_stride, lines, scales, shift, ahead, sum);
     }
-    float_lines(format, tile, rows, weight, x, p->x_stride, lines, ahead, sum);
+    float_lines(format, rows, weight, x, p->x_stride, lines, ahead, sum);
 }
 
 /* ---- BLOCK outputs against `rows` activation rows: out [rows, BLOCK], scaled, before bias and gate ---- */
@@ -294,42 +288,36 @@ INLINE int this_thread(void) {
 /* Tile by tile, whole lines first, then the rest of each row through a zero-padded copy */
 INLINE void block_of(const struct problem *p, int format, int rows, long output, long row, size_t ahead,
                      float out[MAX_ROWS][BLOCK]) {
-    /* int4 holds its dots beside the sums: half as many outputs fit the registers */
-    const int tile = format == INT4 && 2 * rows > MAX_ROWS + 1 ? TILE / 2 : TILE;
     const long lines = p->weight_stride / LINE;
     const size_t rest = p->weight_stride % LINE;
     const char *x = p->x + row * p->x_stride, *x_rest = x + lines * ACTIVATION_BYTES(format) * WEIGHTS_PER_LINE(format);
-    float *block_scales = p->scales + this_thread() * p->block_scales;
-    if (format == INT4) int4_groups(p, rows, output, row, block_scales, out);
-    for (long first = 0; first < BLOCK && output + first < p->weight_rows; first += tile) {
+    float *scales = p->scales + this_thread() * p->block_scales;
+    if (format == INT4) int4_groups(p, rows, output, row, scales, out);
+    for (long first = 0; first < BLOCK && output + first < p->weight_rows; first += TILE, scales += p->tile_scales) {
         const char *weight[TILE];
-        const float *scales = block_scales + first / TILE * p->tile_scales + first % TILE;
-        vf sum[TILE][MAX_ROWS];
-        for (int n = 0; n < tile; n++) {
+        vf sum[MAX_ROWS][TILE];
+        for (int n = 0; n < TILE; n++) {
             long clamped = output + first + n < p->weight_rows ? output + first + n : p->weight_rows - 1;
             weight[n] = p->weight + clamped * p->weight_stride;
-            for (int r = 0; r < rows; r++) sum[n][r] = vf_zero();
+            for (int r = 0; r < rows; r++) sum[r][n] = vf_zero();
         }
-        tile_lines(p, format, tile, rows, weight, x, lines, scales, ahead, sum);
+        tile_lines(p, format, rows, weight, x, lines, scales, ahead, sum);
         if (rest) {
             char copy[TILE][LINE] = {{0}};
-            for (int n = 0; n < tile; n++) weight[n] = memcpy(copy[n], weight[n] + lines * LINE, rest);
-            if (format == INT4) scales += lines * LINE / (p->group_size / 2) * TILE;
-            tile_lines(p, format, tile, rows, weight, x_rest, 1, scales, 0, sum);
+            for (int n = 0; n < TILE; n++) weight[n] = memcpy(copy[n], weight[n] + lines * LINE, rest);
+            const float *rest_scales = format == INT4 ? scales + lines * LINE / (p->group_size / 2) * TILE : scales;
+            tile_lines(p, format, rows, weight, x_rest, 1, rest_scales, 0, sum);
         }
-        float total[MAX_ROWS * TILE + 3]; /* [rows, tile] */
-        UNROLL for (int i = 0; i < rows * tile; i += 4) {
-            vf four[4];
-            for (int j = 0; j < 4; j++) four[j] = i + j < rows * tile ? sum[(i + j) % tile][(i + j) / tile] : vf_zero();
-            vf_sum_each(four, total + i);
-        }
-        for (int n = 0; n < tile && output + first + n < p->weight_rows; n++)
-            for (int r = 0; r < rows; r++) {
-                float *value = &out[r][first + n], sums = total[r * tile + n];
-                if (format == INT8) *value = sums * (((const float *)p->scale)[output + first + n] * p->x_scale[row + r]);
-                else if (format == INT4) *value = (sums + *value) * p->x_scale[row + r];
-                else *value = sums;
+        for (int r = 0; r < rows; r++) {
+            float total[TILE];
+            vf_store_quad(total, format == INT4 ? sum[r][0] : vf_quads(sum[r]));
+            for (int n = 0; n < TILE && output + first + n < p->weight_rows; n++) {
+                float *value = &out[r][first + n];
+                if (format == INT8) *value = total[n] * (((const float *)p->scale)[output + first + n] * p->x_scale[row + r]);
+                else if (format == INT4) *value = (total[n] + *value) * p->x_scale[row + r];
+                else *value = total[n];
             }
+        }
     }
 }
 

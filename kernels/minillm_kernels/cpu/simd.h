@@ -71,13 +71,6 @@ INLINE vf vf_load(const float *p) { return _mm512_loadu_ps(p); }
 INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 INLINE vf vf_fma(vf a, vf b, vf c) { return _mm512_fmadd_ps(a, b, c); }
 INLINE float vf_sum(vf a) { return _mm512_reduce_add_ps(a); }
-INLINE void vf_sum_each(const vf a[4], float sum[4]) {
-    vf ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1])); /* a b a b per 128 bits */
-    vf cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
-    vf abcd = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-    _mm_storeu_ps(sum, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
-}
 INLINE vf vf_load_half(const uint16_t *p) { return _mm512_cvtph_ps(_mm256_loadu_si256((const void *)p)); }
 INLINE vf vf_load_bf16(const uint16_t *p) {
     __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256((const void *)p));
@@ -94,12 +87,27 @@ INLINE vs vs_nibbles(vs words, int i) {
     vs shifted = i ? _mm512_srli_epi16(words, 4 * i) : words;
     return i < 3 ? _mm512_and_si512(shifted, _mm512_set1_epi16(15)) : shifted;
 }
-typedef __m512i scale_lanes;
-INLINE scale_lanes scale_lanes_of(int n, int shift) {
-    __m512i byte = _mm512_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16, 32, 32, 32, 32, 48, 48, 48, 48);
-    return _mm512_add_epi32(_mm512_slli_epi32(_mm512_srli_epi32(byte, shift), 2), _mm512_set1_epi32(n));
+INLINE vf vf_quads(const vf a[4]) {
+    vf ab = _mm512_add_ps(_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpackhi_ps(a[0], a[1])); /* quads of a b a b */
+    vf cd = _mm512_add_ps(_mm512_unpacklo_ps(a[2], a[3]), _mm512_unpackhi_ps(a[2], a[3]));
+    return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
 }
-INLINE vf vf_load_scale(const float *p, scale_lanes lanes) { return _mm512_permutexvar_ps(lanes, vf_load(p)); }
+INLINE vi vi_quads(const vi a[4]) {
+    vi ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
+    vi cd = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
+    return _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+}
+INLINE void vf_store_quad(float *p, vf a) {
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+typedef __m512i quads;
+INLINE quads quads_of_groups(int shift) {
+    __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
+    __m512i byte = _mm512_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16, 32, 32, 32, 32, 48, 48, 48, 48);
+    return _mm512_add_epi32(_mm512_slli_epi32(_mm512_srli_epi32(byte, shift), 2), lane);
+}
+INLINE vf vf_load_quads(const float *p, quads order) { return _mm512_permutexvar_ps(order, vf_load(p)); }
 /* Spelled in assembly: through the intrinsics gcc 12 copies every sum before and after, and reloads b. */
 #ifdef __AVX512VNNI__
 INLINE vi vi_dot(vi sum, vs a, vs b) {
@@ -133,10 +141,6 @@ INLINE float vf_sum(vf a) {
     s = _mm_add_ps(s, _mm_movehl_ps(s, s));
     return _mm_cvtss_f32(_mm_add_ss(s, _mm_movehdup_ps(s)));
 }
-INLINE void vf_sum_each(const vf a[4], float sum[4]) {
-    vf ab = _mm256_hadd_ps(a[0], a[1]), cd = _mm256_hadd_ps(a[2], a[3]), abcd = _mm256_hadd_ps(ab, cd);
-    _mm_storeu_ps(sum, _mm_add_ps(_mm256_castps256_ps128(abcd), _mm256_extractf128_ps(abcd, 1)));
-}
 INLINE vf vf_load_half(const uint16_t *p) { return _mm256_cvtph_ps(_mm_loadu_si128((const void *)p)); }
 INLINE vf vf_load_bf16(const uint16_t *p) {
     __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)p));
@@ -153,12 +157,25 @@ INLINE vs vs_nibbles(vs words, int i) {
     vs shifted = i ? _mm256_srli_epi16(words, 4 * i) : words;
     return i < 3 ? _mm256_and_si256(shifted, _mm256_set1_epi16(15)) : shifted;
 }
-typedef __m256i scale_lanes;
-INLINE scale_lanes scale_lanes_of(int n, int shift) {
-    __m256i byte = _mm256_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16);
-    return _mm256_add_epi32(_mm256_slli_epi32(_mm256_srli_epi32(byte, shift), 2), _mm256_set1_epi32(n));
+INLINE vf vf_quads(const vf a[4]) {
+    vf ab = _mm256_add_ps(_mm256_unpacklo_ps(a[0], a[1]), _mm256_unpackhi_ps(a[0], a[1])); /* quads of a b a b */
+    vf cd = _mm256_add_ps(_mm256_unpacklo_ps(a[2], a[3]), _mm256_unpackhi_ps(a[2], a[3]));
+    return _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
 }
-INLINE vf vf_load_scale(const float *p, scale_lanes lanes) { return _mm256_permutevar8x32_ps(vf_load(p), lanes); }
+INLINE vi vi_quads(const vi a[4]) {
+    vi ab = _mm256_add_epi32(_mm256_unpacklo_epi32(a[0], a[1]), _mm256_unpackhi_epi32(a[0], a[1]));
+    vi cd = _mm256_add_epi32(_mm256_unpacklo_epi32(a[2], a[3]), _mm256_unpackhi_epi32(a[2], a[3]));
+    return _mm256_add_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+}
+INLINE void vf_store_quad(float *p, vf a) {
+    _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)));
+}
+typedef __m256i quads;
+INLINE quads quads_of_groups(int shift) {
+    __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3), byte = _mm256_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16);
+    return _mm256_add_epi32(_mm256_slli_epi32(_mm256_srli_epi32(byte, shift), 2), lane);
+}
+INLINE vf vf_load_quads(const float *p, quads order) { return _mm256_permutevar8x32_ps(vf_load(p), order); }
 INLINE vi vi_dot(vi sum, vs a, vs b) { return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b)); }
 
 #elif defined(__aarch64__) && defined(__ARM_NEON) && !defined(MINILLM_PLAIN_C)
@@ -175,9 +192,6 @@ INLINE vf vf_load(const float *p) { return vld1q_f32(p); }
 INLINE vf vf_mul(vf a, vf b) { return vmulq_f32(a, b); }
 INLINE vf vf_fma(vf a, vf b, vf c) { return vfmaq_f32(c, a, b); }
 INLINE float vf_sum(vf a) { return vaddvq_f32(a); }
-INLINE void vf_sum_each(const vf a[4], float sum[4]) {
-    vst1q_f32(sum, vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])));
-}
 INLINE vf vf_load_half(const uint16_t *p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 INLINE vf vf_load_bf16(const uint16_t *p) { return vreinterpretq_f32_u32(vshll_n_u16(vld1_u16(p), 16)); }
 INLINE vf vf_load_uint8(const uint8_t *p) {
@@ -194,41 +208,47 @@ INLINE vs vs_nibbles(vs words, int i) {
     uint16x8_t shifted = vshlq_u16(vreinterpretq_u16_s16(words), vdupq_n_s16(-4 * i));
     return vreinterpretq_s16_u16(vandq_u16(shifted, vdupq_n_u16(15)));
 }
-typedef int scale_lanes;
-INLINE scale_lanes scale_lanes_of(int n, int shift) { return (void)shift, n; }
-INLINE vf vf_load_scale(const float *p, scale_lanes lanes) { return vdupq_n_f32(p[lanes]); }
+INLINE vf vf_quads(const vf a[4]) { return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])); }
+INLINE vi vi_quads(const vi a[4]) { return vpaddq_s32(vpaddq_s32(a[0], a[1]), vpaddq_s32(a[2], a[3])); }
+INLINE void vf_store_quad(float *p, vf a) { vst1q_f32(p, a); }
+typedef int quads; /* one quad, one group: nothing to spread */
+INLINE quads quads_of_groups(int shift) { return shift; }
+INLINE vf vf_load_quads(const float *p, quads order) { return (void)order, vf_load(p); }
 INLINE vi vi_dot(vi sum, vs a, vs b) {
     return vaddq_s32(sum, vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b)));
 }
 
-#else /* plain C: correct everywhere, one lane at a time */
-#define LANES 1
+#else /* plain C: correct everywhere; whether the loops become vectors is up to the compiler */
+#define LANES 4
 #define MAX_ROWS 2
-typedef float vf;
-typedef int32_t vi;
-typedef struct { int16_t first, second; } vs;
-INLINE vf vf_zero(void) { return 0; }
-INLINE void vf_store(float *p, vf a) { *p = a; }
-INLINE vf vf_set(float x) { return x; }
-INLINE vf vf_load(const float *p) { return *p; }
-INLINE vf vf_mul(vf a, vf b) { return a * b; }
-INLINE vf vf_fma(vf a, vf b, vf c) { return a * b + c; }
-INLINE float vf_sum(vf a) { return a; }
-INLINE void vf_sum_each(const vf a[4], float sum[4]) {
-    for (int i = 0; i < 4; i++) sum[i] = a[i];
+typedef struct { float lane[4]; } vf;
+typedef struct { int32_t lane[4]; } vi;
+typedef struct { int16_t lane[8]; } vs;
+#define EACH_LANE(type, value) type v; for (int i = 0; i < (int)(sizeof v / sizeof *v.lane); i++) v.lane[i] = value; return v
+INLINE vf vf_set(float x) { EACH_LANE(vf, x); }
+INLINE vf vf_zero(void) { return vf_set(0); }
+INLINE void vf_store(float *p, vf a) { memcpy(p, a.lane, sizeof a); }
+INLINE vf vf_load(const float *p) { EACH_LANE(vf, p[i]); }
+INLINE vf vf_mul(vf a, vf b) { EACH_LANE(vf, a.lane[i] * b.lane[i]); }
+INLINE vf vf_fma(vf a, vf b, vf c) { EACH_LANE(vf, a.lane[i] * b.lane[i] + c.lane[i]); }
+INLINE float vf_sum(vf a) { return (a.lane[0] + a.lane[1]) + (a.lane[2] + a.lane[3]); }
+INLINE vf vf_load_half(const uint16_t *p) { EACH_LANE(vf, half_to_float(p[i])); }
+INLINE vf vf_load_bf16(const uint16_t *p) { EACH_LANE(vf, bf16_to_float(p[i])); }
+INLINE vf vf_load_uint8(const uint8_t *p) { EACH_LANE(vf, p[i]); }
+INLINE vi vi_zero(void) { EACH_LANE(vi, 0); }
+INLINE vf vi_to_vf(vi a) { EACH_LANE(vf, (float)a.lane[i]); }
+INLINE vs vs_load(const int16_t *p) { EACH_LANE(vs, p[i]); }
+INLINE vs vs_load_int8(const void *p) { EACH_LANE(vs, ((const int8_t *)p)[i]); }
+INLINE vs vs_nibbles(vs words, int n) { EACH_LANE(vs, (uint16_t)words.lane[i] >> 4 * n & 15); }
+INLINE vi vi_dot(vi sum, vs a, vs b) {
+    EACH_LANE(vi, sum.lane[i] + a.lane[2 * i] * b.lane[2 * i] + a.lane[2 * i + 1] * b.lane[2 * i + 1]);
 }
-INLINE vf vf_load_half(const uint16_t *p) { return half_to_float(*p); }
-INLINE vf vf_load_bf16(const uint16_t *p) { return bf16_to_float(*p); }
-INLINE vf vf_load_uint8(const uint8_t *p) { return *p; }
-INLINE vi vi_zero(void) { return 0; }
-INLINE vf vi_to_vf(vi a) { return (float)a; }
-INLINE vs vs_load(const int16_t *p) { return (vs){p[0], p[1]}; }
-INLINE vs vs_load_int8(const void *p) { return (vs){((const int8_t *)p)[0], ((const int8_t *)p)[1]}; }
-INLINE vs vs_nibbles(vs words, int i) {
-    return (vs){(uint16_t)words.first >> 4 * i & 15, (uint16_t)words.second >> 4 * i & 15};
+INLINE vf vf_quads(const vf a[4]) { EACH_LANE(vf, vf_sum(a[i])); }
+INLINE vi vi_quads(const vi a[4]) {
+    EACH_LANE(vi, a[i].lane[0] + a[i].lane[1] + a[i].lane[2] + a[i].lane[3]);
 }
-typedef int scale_lanes;
-INLINE scale_lanes scale_lanes_of(int n, int shift) { return (void)shift, n; }
-INLINE vf vf_load_scale(const float *p, scale_lanes lanes) { return p[lanes]; }
-INLINE vi vi_dot(vi sum, vs a, vs b) { return sum + a.first * b.first + a.second * b.second; }
+INLINE void vf_store_quad(float *p, vf a) { vf_store(p, a); }
+typedef int quads;
+INLINE quads quads_of_groups(int shift) { return shift; }
+INLINE vf vf_load_quads(const float *p, quads order) { return (void)order, vf_load(p); }
 #endif
