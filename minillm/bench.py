@@ -22,6 +22,7 @@ from minillm.errors import RequestError
 from minillm.llm import LLM
 from minillm.memory import format_bytes, weight_bytes
 from minillm.model import Decoder
+from minillm.plot import picture
 from minillm.quantize import Int4Linear, QuantizedLinear
 from minillm.tokenizer import Tokenizer
 
@@ -323,10 +324,6 @@ def progress_bar(total: int, label: str) -> Iterator[Callable[[], None]]:
 
 def save_plot(path: Path, report: Report) -> None:
     """Decode speed against position and against cache capacity, time to first token against prompt length."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise RequestError("--plot needs matplotlib: install the extra, minillm[plot]") from None
 
     def draw(axes, xs: list[int], spreads: list[Spread], scale: float = 1.0) -> None:
         middle = [spread.median * scale for spread in spreads]
@@ -337,16 +334,16 @@ def save_plot(path: Path, report: Report) -> None:
         axes.set_xticks(xs, map(str, xs))
         axes.set_ylim(0, None)
 
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    at_position, at_capacity, first = figure.subplots(1, 3)
-    draw(at_position, [d.position for d in report.decode], [d.tokens_per_second for d in report.decode])
-    draw(at_capacity, [d.capacity for d in report.capacity], [d.tokens_per_second for d in report.capacity])
-    draw(first, [p.prompt_tokens for p in report.prefill], [p.first_token_seconds for p in report.prefill], 1e3)
-    at_position.set(xlabel="position", ylabel="decode, tokens/s")
-    at_capacity.set(xlabel=f"capacity of the cache, at position {report.decode[0].position}", ylabel="decode, tokens/s")
-    first.set(xlabel="prompt, tokens", ylabel="time to first token, ms")
-    figure.suptitle(f"{report.name}, {report.format}, {report.device}: median, lowest and highest of {report.repeats}")
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--plot {path}: {error}") from None
+    with picture(path, 12, 4) as figure:
+        at_position, at_capacity, first = figure.subplots(1, 3)
+        draw(at_position, [d.position for d in report.decode], [d.tokens_per_second for d in report.decode])
+        draw(at_capacity, [d.capacity for d in report.capacity], [d.tokens_per_second for d in report.capacity])
+        draw(first, [p.prompt_tokens for p in report.prefill], [p.first_token_seconds for p in report.prefill], 1e3)
+        at_position.set(xlabel="position", ylabel="decode, tokens/s")
+        at_capacity.set(
+            xlabel=f"capacity of the cache, at position {report.decode[0].position}", ylabel="decode, tokens/s"
+        )
+        first.set(xlabel="prompt, tokens", ylabel="time to first token, ms")
+        figure.suptitle(
+            f"{report.name}, {report.format}, {report.device}: median, lowest and highest of {report.repeats}"
+        )

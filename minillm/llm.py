@@ -120,7 +120,7 @@ class LLM:
         """
         folder = find_checkpoint(name, revision=revision, token=token, local_files_only=local_files_only)
         config = load_config(folder, strict=strict)
-        tokenizer = Tokenizer.from_folder(folder)
+        tokenizer = Tokenizer(folder)
         defaults = generation_defaults(folder, config, tokenizer)
         if compile is True and attention == "auto":
             # As a node of a graph a C kernel of ours costs more than what the compiler makes around the library's.

@@ -18,6 +18,7 @@ from minillm.config import ModelConfig
 from minillm.errors import CheckpointError, RequestError
 from minillm.hub import DEMOS, first_line
 from minillm.model import Decoder
+from minillm.plot import picture
 from minillm.quantize import QuantizedLinear
 
 # Sizes of memory people have, GiB: laptops and graphics cards.
@@ -245,28 +246,19 @@ def formats(config: ModelConfig, dtype: torch.dtype) -> list[tuple[str, str | No
 
 def save_plot(path: Path, config: ModelConfig, dtype: torch.dtype, batch_size: int, context: int) -> None:
     """Draw total memory against context, a line per format, into a PNG."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise RequestError("--plot needs matplotlib: install the extra, minillm[plot]") from None
-
     lengths = sorted({max(1, context * step // 32) for step in range(1, 33)})
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    highest = 0.0
-    for name, quantize in formats(config, dtype):
-        totals = [estimate(config, batch_size, length, dtype, quantize).total / 2**30 for length in lengths]
-        axes.plot(lengths, totals, label=name)
-        highest = max(highest, totals[-1])
-    for size in MEMORY_SIZES:
-        if size <= highest * 1.1:
-            axes.axhline(size, color="gray", linewidth=0.5, linestyle=":")
-    axes.set(xlabel="context, tokens per row", ylabel="memory, GiB", ylim=(0, None), title=f"batch {batch_size}")
-    axes.legend()
-    try:
-        figure.savefig(path, dpi=120)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"--plot {path}: {error}") from None
+    with picture(path, 7, 4) as figure:
+        axes = figure.subplots()
+        highest = 0.0
+        for name, quantize in formats(config, dtype):
+            totals = [estimate(config, batch_size, length, dtype, quantize).total / 2**30 for length in lengths]
+            axes.plot(lengths, totals, label=name)
+            highest = max(highest, totals[-1])
+        for size in MEMORY_SIZES:
+            if size <= highest * 1.1:
+                axes.axhline(size, color="gray", linewidth=0.5, linestyle=":")
+        axes.set(xlabel="context, tokens per row", ylabel="memory, GiB", ylim=(0, None), title=f"batch {batch_size}")
+        axes.legend()
 
 
 def format_bytes(count: int) -> str:

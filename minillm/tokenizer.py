@@ -56,10 +56,6 @@ class Tokenizer:
         self.chat_template = _chat_template(folder, config)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
-    @classmethod
-    def from_folder(cls, folder: str | Path) -> "Tokenizer":
-        return cls(folder)
-
     @cached_property
     def vocabulary(self) -> dict[str, int]:
         """Every token and its id, added and special ones included."""

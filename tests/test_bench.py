@@ -1,5 +1,6 @@
 """bench.py and perplexity.py: the figures add up, bits per byte are those of transformers. No timing is asserted."""
 
+import functools
 import json
 import math
 import subprocess
@@ -48,6 +49,8 @@ def test_everything_asked_for_is_measured_and_adds_up(report):
     assert [(one.position, one.capacity) for one in report.capacity] == [(7, 20), (7, 64)]
     assert (report.format, report.device, report.repeats, report.new_tokens) == ("int8", "cpu", 3, 5)
     assert report.load_seconds > 0 and report.first_request_seconds > 0
+    assert (report.compilations, report.compile_seconds) == (0, 0)
+    assert report.steps in ("recorded", "eager")  # eager without a C compiler
     assert report.peak_bytes >= report.load_peak_bytes >= 0
     for one in report.prefill:
         # The same three times, seen twice: tokens over seconds, order reversed.
@@ -61,6 +64,16 @@ def test_everything_asked_for_is_measured_and_adds_up(report):
         assert one.bandwidth_percent == pytest.approx(percent)
     assert report.capacity[0].bytes_per_token == report.capacity[1].bytes_per_token  # cost follows the position
     assert report.decode[0].bytes_per_token < report.decode[1].bytes_per_token
+
+
+def test_compiling_is_counted_and_not_called_loading(text_checkpoint, monkeypatch):
+    # What is counted does not depend on what the compiler then makes.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    load = lambda: LLM.from_pretrained(text_checkpoint, dtype="float32", device="cpu", compile=True)  # noqa: E731
+    report = measure(load, lengths=[7, 40], capacities=[64], new_tokens=3, repeats=1)
+    assert (report.steps, report.compilations) == ("compiled", 2)
+    assert report.compile_seconds > report.load_seconds > 0
+    assert "compile, 2 graphs" in report.as_text()
 
 
 def test_the_report_reads_as_text_json_and_picture(report, tmp_path):

@@ -26,7 +26,7 @@ def files(request, text_tokenizer_files, metaspace_files):
 
 @pytest.fixture
 def tokenizer(files):
-    return Tokenizer.from_folder(files.folder)
+    return Tokenizer(files.folder)
 
 
 @pytest.fixture
