@@ -47,7 +47,7 @@ class Draft:
     """Proposals for the next places of every row; rows may have fewer than k."""
 
     tokens: Tensor  # [B, k] int64, beyond a row's length any id
-    probs: Tensor | None  # [B, k, V]: the distribution each token was drawn from; None if there is none
+    probs: Tensor | None  # [B, k, V]: the distribution each token was drawn from; None where nothing was drawn
     lengths: list[int]  # how many of the k each row proposes
 
 
@@ -85,12 +85,11 @@ def verify(
 
     Returns `accepted [B]`, from 0 to draft_lengths, and `next_token [B]`, both int64.
     """
-    k = draft_tokens.shape[1]
-    proposed = torch.arange(k, device=draft_tokens.device) < draft_lengths[:, None]  # [B, k]
     if draft_probs is None:
         fresh = sample(target_probs.flatten(0, 1), fresh_uniforms.flatten()).view_as(fresh_uniforms)  # [B, k + 1]
-        accepted = _leading(proposed & (draft_tokens == fresh[:, :k]))  # [B]
-        return accepted, fresh.gather(1, accepted[:, None])[:, 0]
+        return compare(draft_tokens, fresh, draft_lengths)
+    k = draft_tokens.shape[1]
+    proposed = torch.arange(k, device=draft_tokens.device) < draft_lengths[:, None]  # [B, k]
     # No draft at a place means q = 0 there, and the residual p - q is p itself.
     q = F.pad(draft_probs.masked_fill(~proposed[:, :, None], 0.0), (0, 0, 0, 1))  # [B, k + 1, V]
     drafted = draft_tokens[:, :, None]  # [B, k, 1]
@@ -106,22 +105,35 @@ def verify(
     return accepted, sample(residual, fresh_uniforms[rows, accepted])
 
 
+def compare(draft_tokens: Tensor, tokens: Tensor, draft_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    """`verify` where the target has chosen its own `tokens [B, k + 1]`: a proposal is kept while it is that token."""
+    k = draft_tokens.shape[1]
+    proposed = torch.arange(k, device=tokens.device) < draft_lengths[:, None]  # [B, k]
+    accepted = _leading(proposed & (draft_tokens == tokens[:, :k]))  # [B]
+    return accepted, tokens.gather(1, accepted[:, None])[:, 0]
+
+
 def _leading(keep: Tensor) -> Tensor:
     """How many True stand at the beginning of each row of `keep [B, k]`; `[B]` int64."""
     return keep.long().cumprod(dim=1).sum(dim=1)
 
 
+def _penalized(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
+    """`sampling.penalize` at T places per row: logits and `seen` `[B, T, V]` -> `[B, T, V]`."""
+    if sampling.repetition_penalty is None:
+        return logits
+    penalty = sampling.repetition_penalty.repeat_interleave(logits.shape[1])  # [B * T]
+    return penalize(logits.flatten(0, 1), seen.flatten(0, 1), penalty).view_as(logits)
+
+
 def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
     """`sampling.probabilities` at T places per row: logits and `seen` `[B, T, V]` -> `[B, T, V]`."""
-    T = logits.shape[1]
 
     def per_place(parameter: Tensor | None) -> Tensor | None:
-        return None if parameter is None else parameter.repeat_interleave(T)  # [B * T]
+        return None if parameter is None else parameter.repeat_interleave(logits.shape[1])  # [B * T]
 
-    flat = logits.flatten(0, 1)  # [B * T, V]
-    if sampling.repetition_penalty is not None:
-        flat = penalize(flat, seen.flatten(0, 1), per_place(sampling.repetition_penalty))
     filters = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    flat = _penalized(logits, sampling, seen).flatten(0, 1)  # [B * T, V]
     return probabilities(flat, *map(per_place, filters)).view_as(logits)
 
 
@@ -198,13 +210,16 @@ def _judge(logits: Tensor, draft: Draft, start: Tensor, sampling: Sampling, seen
         for token in draft.tokens.unbind(dim=1):
             stages.append(stages[-1].scatter(1, token[:, None], True))  # [B, V]
         stages = torch.stack(stages, dim=1)  # [B, k + 1, V]
+    lengths = torch.tensor(draft.lengths, device=start.device)  # [B]
+    if sampling.temperature is None:
+        return compare(draft.tokens, _penalized(logits, sampling, stages).argmax(dim=-1), lengths)
     place = start[:, None] + torch.arange(logits.shape[1], device=start.device)  # [B, k + 1]
     seed = sampling.seed[:, None]  # [B, 1]
     return verify(
         draft.tokens,
         draft.probs,
         distribution(logits, sampling, stages),
-        torch.tensor(draft.lengths, device=start.device),
+        lengths,
         uniform(seed, place[:, :-1], _ACCEPT_STREAM),
         uniform(seed, place),
     )
@@ -315,7 +330,8 @@ class DraftModel:
         logits = prefill(self.steps, self.cache, missing, held)  # [B, V of the draft]
         wanted = torch.tensor(counts, device=self.cache.device)  # [B]
         place = torch.tensor([[*range(len(text), len(text) + k)] for text in texts], device=self.cache.device)  # [B, k]
-        numbers = uniform(sampling.seed[:, None], place, _DRAFT_STREAM)  # [B, k]
+        greedy = sampling.temperature is None
+        numbers = None if greedy else uniform(sampling.seed[:, None], place, _DRAFT_STREAM)  # [B, k]
         common = min(self.vocab_size, logits.shape[-1])
         tokens, probs = [], []
         for i in range(k):
@@ -326,9 +342,14 @@ class DraftModel:
                 if seen is not None:
                     seen = seen.scatter(1, tokens[-1][:, None], True)
             shared = None if seen is None else seen[:, None, :common]  # [B, 1, common]
+            if greedy:  # the target compares tokens and asks for no distribution
+                tokens.append(_penalized(logits[:, None, :common], sampling, shared)[:, 0].argmax(dim=-1))  # [B]
+                continue
             q = distribution(logits[:, None, :common], sampling, shared)[:, 0]  # [B, common]
             tokens.append(sample(q, numbers[:, i]))  # [B]
             probs.append(q)
+        if greedy:
+            return Draft(torch.stack(tokens, dim=1), None, counts)  # tokens [B, k]
         padded = F.pad(torch.stack(probs, dim=1), (0, self.vocab_size - common))  # [B, k, V]
         return Draft(torch.stack(tokens, dim=1), padded, counts)  # tokens [B, k]
 
