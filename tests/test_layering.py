@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # that is not in this list has no place in the house.
 ROOMS = """
     errors families config rope cache attention quantize model hub checkpoint tokenizer sampling compiled steps decode
-    speculative llm plot memory parallel finetune bench perplexity describe cli
+    drafting speculative request llm plot memory parallel finetune bench perplexity describe cli
 """.split()
 ENTRANCES = ["__init__", "__main__"]  # may import anything
 

@@ -12,11 +12,12 @@ import pytest
 import torch
 from families import FAMILIES, make_model, prompt_ids, save_checkpoint
 
-from minillm import LLM, StaticCache, speculative
+from minillm import LLM, StaticCache, drafting, speculative
 from minillm.cli import main
+from minillm.drafting import DRAFT_STREAM, DraftLength, DraftModel, PromptLookup
 from minillm.errors import RequestError
 from minillm.sampling import Sampling
-from minillm.speculative import DraftLength, DraftModel, PromptLookup, verify
+from minillm.speculative import verify
 from minillm.steps import Steps
 
 # -- verify, by enumeration ----------------------------------------------------------------------
@@ -471,7 +472,7 @@ def test_rows_that_finish_at_different_times(targets, drafts, plain):
 def cheap_drafts(targets, monkeypatch):
     """Drafts as large as the target would make "auto" choose 1 for ever; let it believe they are a tenth."""
     large = [llm.model for llm in targets.values()]
-    monkeypatch.setattr(speculative, "_weight_bytes", lambda model: 10 if any(model is m for m in large) else 1)
+    monkeypatch.setattr(drafting, "_weight_bytes", lambda model: 10 if any(model is m for m in large) else 1)
 
 
 def test_auto_equals_plain(targets, drafts, plain, cheap_drafts):
@@ -706,7 +707,7 @@ def test_the_chi_square_test_finds_a_biased_verifier(mistake, llm, drafts, sampl
     if mistake == "no residual":
         monkeypatch.setattr(speculative, "verify", without_residual)
     else:
-        monkeypatch.setattr(speculative, "_ACCEPT_STREAM", speculative._DRAFT_STREAM)
+        monkeypatch.setattr(speculative, "_ACCEPT_STREAM", DRAFT_STREAM)
     prompt, law = sampling_truth
     texts = sampled_texts(llm, drafts["full", "noise"][0]["assistant_model"], prompt, ROWS)
     assert chi_square_p_value(law, texts) < FALSE_ALARM
