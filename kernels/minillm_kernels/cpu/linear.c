@@ -230,10 +230,12 @@ INLINE void int4_lines(int rows, const char *const *weight, const char *x, size_
 /* What a block's scales and zero points need before the dots. The dots multiply bare codes: sum((q - zero) x) =
  * sum(q x) - zero * sum(x), and the second part is a small product of its own, with a lane per output as suits
  * [groups, outputs]; it goes to `out`. The scales go to scratch in the order in which the tiles want them.
- * The next block's scales and zero points, a line of memory per group, are fetched meanwhile. */
-INLINE void int4_groups(const struct problem *p, int rows, long output, long row, float *scales,
+ * Memory is kept busy meanwhile with this block's weights and with the next block's scales and zero points, a line
+ * of memory per group. They go to the second level: with their strides they would crowd few sets of the first. */
+INLINE void int4_groups(const struct problem *p, int rows, long output, long row, size_t ahead, float *scales,
                         float out[MAX_ROWS][BLOCK]) {
     const long width = p->weight_rows - output < BLOCK ? p->weight_rows - output : BLOCK;
+    const char *weight = p->weight + output * p->weight_stride + ahead;
     vf offset[BLOCK / LANES][MAX_ROWS];
     for (int n = 0; n < BLOCK / LANES; n++)
         for (int r = 0; r < rows; r++) offset[n][r] = vf_zero();
@@ -242,8 +244,9 @@ INLINE void int4_groups(const struct problem *p, int rows, long output, long row
         const uint8_t *zero = p->zero + group * p->weight_rows + output;
         uint16_t scale_copy[BLOCK];
         uint8_t zero_copy[BLOCK];
-        __builtin_prefetch(scale + BLOCK, 0, 2); /* to the second level: their strides crowd few sets of the first */
+        __builtin_prefetch(scale + BLOCK, 0, 2);
         __builtin_prefetch(zero + BLOCK, 0, 2);
+        for (int i = 0; i < 2; i++) __builtin_prefetch(weight + (2 * group + i) * LINE, 0, 2);
         if (width < BLOCK) { /* do not read past the tensors */
             scale = memcpy(scale_copy, scale, width * 2);
             zero = memcpy(zero_copy, zero, width);
@@ -292,7 +295,7 @@ INLINE void block_of(const struct problem *p, int format, int rows, long output,
     const size_t rest = p->weight_stride % LINE;
     const char *x = p->x + row * p->x_stride, *x_rest = x + lines * ACTIVATION_BYTES(format) * WEIGHTS_PER_LINE(format);
     float *scales = p->scales + this_thread() * p->block_scales;
-    if (format == INT4) int4_groups(p, rows, output, row, scales, out);
+    if (format == INT4) int4_groups(p, rows, output, row, ahead, scales, out);
     for (long first = 0; first < BLOCK && output + first < p->weight_rows; first += TILE, scales += p->tile_scales) {
         const char *weight[TILE];
         vf sum[MAX_ROWS][TILE];
