@@ -11,8 +11,11 @@
  *
  * Quantized weights multiply activations held as int16 (one scale per row: 32767 / largest): products
  * and sums are then integers, four times as many per instruction as fp32 and exact. The rounding of x
- * is at most 1.5e-5 of its largest element, far below the 4e-3 step of an int8 weight. Every sum is
- * formed in the same order whatever the number of rows or threads, so a row never depends on them.
+ * is at most 1.5e-5 of its largest element, far below the 4e-3 step of an int8 weight. int4 keeps up with
+ * memory by unpacking whole registers: two bytes are an int16 of four codes, and one AND, one shift, or both
+ * leave one of them; the activations lie in the order in which the codes come out.
+ *
+ * Every sum is formed in the same order whatever the number of rows or threads: a row never depends on them.
  */
 #include <stdlib.h>
 #ifdef _OPENMP
@@ -201,12 +204,12 @@ INLINE void int8_lines(int rows, const char *const *weight, const char *x, size_
     }
 }
 
-/* A register of weights is unpacked once for all rows; four dots per row multiply it. The int32 sums of four outputs
- * meet in one register, exact in fp32, where lane 4 i + n belongs to output n and to the group of the i-th 16 bytes:
- * in that order lie the scales, [groups, TILE]. So lies sum[r][0]. A group is 2^shift bytes. */
+/* A register of weights is unpacked once for all rows; four dots per row multiply it. The sums of four outputs then
+ * meet in one register, quad i holding those of the i-th 16 bytes: 32 products, 2^24 at most, exact in fp32. There
+ * they take the scales [groups, TILE] of their groups of 2^shift bytes; sum[r][0] stays in that form. */
 INLINE void int4_lines(int rows, const char *const *weight, const char *x, size_t x_stride, long lines,
                        const float *scales, int shift, size_t ahead, vf sum[MAX_ROWS][TILE]) {
-    const quads spread = quads_of_groups(shift);
+    const quads order = quads_of_groups(shift);
     for (long line = 0; line < lines; line++) {
         prefetch_line(weight, line, ahead);
         for (long k = line * LINE; k < (line + 1) * LINE; k += STEP) {
@@ -221,7 +224,7 @@ INLINE void int4_lines(int rows, const char *const *weight, const char *x, size_
                     for (int n = 0; n < TILE; n++) dots[r][n] = vi_dot(dots[r][n], w[n], a);
                 }
             }
-            vf scale = vf_load_quads(scales + (k >> shift) * TILE, spread);
+            vf scale = vf_load_quads(scales + (k >> shift) * TILE, order);
             for (int r = 0; r < rows; r++) sum[r][0] = vf_fma(vi_to_vf(vi_quads(dots[r])), scale, sum[r][0]);
         }
     }
@@ -315,10 +318,9 @@ INLINE void block_of(const struct problem *p, int format, int rows, long output,
             float total[TILE];
             vf_store_quad(total, format == INT4 ? sum[r][0] : vf_quads(sum[r]));
             for (int n = 0; n < TILE && output + first + n < p->weight_rows; n++) {
-                float *value = &out[r][first + n];
-                if (format == INT8) *value = total[n] * (((const float *)p->scale)[output + first + n] * p->x_scale[row + r]);
-                else if (format == INT4) *value = (total[n] + *value) * p->x_scale[row + r];
-                else *value = total[n];
+                float *value = &out[r][first + n], scale = format >= INT8 ? p->x_scale[row + r] : 1;
+                if (format == INT8) scale *= ((const float *)p->scale)[output + first + n];
+                *value = (format == INT4 ? total[n] + *value : total[n]) * scale;
             }
         }
     }

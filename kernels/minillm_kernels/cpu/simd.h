@@ -1,13 +1,16 @@
 /* The few vector operations the kernels need, once per instruction set.
  *
- * LANES is the number of fp32 lanes in a register: 16 (AVX-512), 8 (AVX2), 4 (NEON) or 1 (plain C).
+ * LANES is the number of fp32 lanes in a register: 16 (AVX-512), 8 (AVX2) or 4 (NEON and plain C).
  *   vf   LANES floats          vi   LANES int32          vs   2 * LANES int16
  *
- * vi_dot multiplies 2 * LANES pairs of int16 and adds neighbours into LANES int32 sums; this
- * "multiply-add pairs" instruction is the one integer dot product that every x86 chip has.
- * vs_nibbles(words, i) takes the i-th four bits of each int16, lowest first. vf_load_scales serves sums that
- * belong to groups: quarter[i] points to the fp16 scales of TILE outputs in the group of lanes 4i..4i+3;
- * scale[n] has those of output n, each in its four lanes.
+ * vi_dot multiplies 2 * LANES pairs of int16 and adds them into LANES int32 sums, each product into some lane of
+ * its own quarter register; the "multiply-add pairs" of x86 is the one integer dot product that every chip there
+ * has. vs_nibbles(words, i) takes the i-th four bits of each int16, lowest first.
+ *
+ * A quad is four lanes. vf_quads and vi_quads add up the quads of four registers: lane 4 i + n of the result is the
+ * sum of a[n]'s i-th quad. vf_store_quad adds up the quads of that and stores the four sums of whole registers.
+ * vf_load_quads loads a quad of floats for each 16 bytes of int4 weights: p holds a quad per group of 2^shift bytes,
+ * and the order of quads_of_groups(shift) repeats each as often as its group fills quads.
  */
 #include <math.h>
 #include <stddef.h>
@@ -215,7 +218,7 @@ typedef int quads; /* one quad, one group: nothing to spread */
 INLINE quads quads_of_groups(int shift) { return shift; }
 INLINE vf vf_load_quads(const float *p, quads order) { return (void)order, vf_load(p); }
 INLINE vi vi_dot(vi sum, vs a, vs b) {
-    return vaddq_s32(sum, vpaddq_s32(vmull_s16(vget_low_s16(a), vget_low_s16(b)), vmull_high_s16(a, b)));
+    return vmlal_high_s16(vmlal_s16(sum, vget_low_s16(a), vget_low_s16(b)), a, b);
 }
 
 #else /* plain C: correct everywhere; whether the loops become vectors is up to the compiler */
@@ -224,7 +227,10 @@ INLINE vi vi_dot(vi sum, vs a, vs b) {
 typedef struct { float lane[4]; } vf;
 typedef struct { int32_t lane[4]; } vi;
 typedef struct { int16_t lane[8]; } vs;
-#define EACH_LANE(type, value) type v; for (int i = 0; i < (int)(sizeof v / sizeof *v.lane); i++) v.lane[i] = value; return v
+#define EACH_LANE(type, value)                                                       \
+    type v;                                                                          \
+    for (int i = 0; i < (int)(sizeof v / sizeof *v.lane); i++) v.lane[i] = (value); \
+    return v
 INLINE vf vf_set(float x) { EACH_LANE(vf, x); }
 INLINE vf vf_zero(void) { return vf_set(0); }
 INLINE void vf_store(float *p, vf a) { memcpy(p, a.lane, sizeof a); }

@@ -17,7 +17,8 @@ INLINE float exp_negative(float x) {
     x = x < -87.0f ? -87.0f : x;
     float n = rintf(x * 1.44269504f);
     float r = x - n * 0.693145752f - n * 1.42860677e-6f; /* x = n ln 2 + r, ln 2 in two parts */
-    float e = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * (0.041666667f + r * (0.0083333333f + r * 0.0013888889f)))));
+    float e = 0.041666667f + r * (0.0083333333f + r * 0.0013888889f);
+    e = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * e)));
     int32_t bits = ((int32_t)n + 127) << 23;
     float power;
     memcpy(&power, &bits, 4);
