@@ -1,6 +1,8 @@
 """Recorded and compiled steps against the decoder as it is written."""
 
 import gc
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -205,3 +207,15 @@ def test_looking_seldom_changes_nothing(look_every, name, ours, text_tokenizer_f
         once, seldom = texts(1, **options), texts(look_every, **options)
         assert seldom[:2] == once[:2]
         assert seldom[2] < once[2]
+
+
+def test_generating_imports_no_compiler():
+    """PyTorch's takes seconds and 140 MB to import; nothing but compile=True may ask for it."""
+    program = """
+import sys
+from minillm import LLM
+LLM.from_pretrained("demo").generate("Once", max_new_tokens=4)
+print(*[name for name in ("torch._dynamo", "torch._inductor", "sympy") if name in sys.modules])
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == []
