@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from minillm_kernels import cpu
 from minillm_kernels.gated_mlp import gated_mlp, gated_mlp_cpu
 from minillm_kernels.int4_linear import GROUP_SIZES, dequantize_int4, int4_linear, int4_linear_cpu
 from minillm_kernels.int8_linear import int8_linear, int8_linear_cpu
@@ -38,7 +39,8 @@ __all__ = [
 ]
 
 _PIECE = 1 << 18  # weights quantized at a time: temporaries stay in cache, and small beside the model
-_SHRINKS = torch.linspace(0.7, 1.1, 9).tolist()  # ranges tried for a group, in units of its own
+_SHRINKS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)  # ranges tried for a group, in units of its own
+_NOT_FINITE = "a weight to be quantized is infinite or not a number; load it without quantize=..."
 _SMALLEST_SCALE = 2.0**-24  # of float16; keeps a group of zeros from dividing by zero
 
 
@@ -104,6 +106,10 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
     packed = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=device)
     scale = torch.empty(groups, outputs, dtype=torch.float16, device=device)
     zero = torch.empty(groups, outputs, dtype=torch.uint8, device=device)
+    if weight.is_cpu and cpu.available():  # the same search and results as below, several times faster
+        if not cpu.quantize_int4(weight, group_size, packed, scale, zero):
+            raise CheckpointError(_NOT_FINITE)
+        return packed, scale, zero
     for rows in _pieces(weight):
         grouped = weight[rows].float().view(-1, groups, group_size)  # [n, K/G, G]
         _finite(grouped.abs().amax())
@@ -119,11 +125,12 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
 def _search(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The best scale and zero [n, K/G, 1] found for weight [n, K/G, G]; see `quantize_int4`."""
     low, high = weight.amin(2, keepdim=True).clamp(max=0), weight.amax(2, keepdim=True).clamp(min=0)
-    best_error = torch.full_like(low, torch.inf)
+    best_error = torch.full_like(low, torch.inf, dtype=torch.float64)
     best_scale, best_zero = torch.empty_like(low), torch.empty_like(low)
 
     def keep_if_better(scale: Tensor, zero: Tensor) -> None:
-        error = (_round_to_codes(weight, scale, zero).sub_(zero) * scale).sub_(weight).square_().sum(2, keepdim=True)
+        error = (_round_to_codes(weight, scale, zero).sub_(zero) * scale).sub_(weight).square_()
+        error = error.sum(2, keepdim=True, dtype=torch.float64)  # in float64 the order of adding does not matter
         better = error < best_error
         for best, new in ((best_error, error), (best_scale, scale), (best_zero, zero)):
             torch.where(better, new, best, out=best)
@@ -133,8 +140,9 @@ def _search(weight: Tensor) -> tuple[Tensor, Tensor]:
         keep_if_better(scale, (-shrink * low / scale).round_().clamp_(0, 15))
     centred = _round_to_codes(weight, best_scale, best_zero).sub_(best_zero)  # [n, K/G, G]
     # Least squares: the scale that takes these codes closest to the weights.
-    fitted = (weight * centred).sum(2, keepdim=True) / centred.square().sum(2, keepdim=True).clamp(min=1)
-    keep_if_better(_storable(fitted), best_zero.clone())
+    products = (weight * centred).sum(2, keepdim=True, dtype=torch.float64)
+    squares = centred.square().sum(2, keepdim=True, dtype=torch.float64)
+    keep_if_better(_storable((products / squares.clamp(min=1)).float()), best_zero.clone())
     return best_scale, best_zero
 
 
@@ -154,7 +162,7 @@ def _pieces(weight: Tensor) -> list[slice]:
 
 def _finite(largest: Tensor) -> Tensor:
     if not torch.isfinite(largest).all():
-        raise CheckpointError("a weight to be quantized is infinite or not a number; load it without quantize=...")
+        raise CheckpointError(_NOT_FINITE)
     return largest
 
 

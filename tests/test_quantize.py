@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from minillm_kernels import cpu
 
 from minillm.errors import MinillmError
 from minillm.quantize import (
@@ -75,6 +76,25 @@ def test_int4_search_beats_round_to_nearest(group_size, gain):
     assert found.square().sum() < (1 - gain) * plain.square().sum()
     per_group = [e.view(-1, group_size).square().sum(1) for e in (found, plain)]
     assert (per_group[0] <= per_group[1] * (1 + 1e-5)).all()
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_int4_in_c_gives_the_codes_of_the_torch_code(group_size, dtype, monkeypatch):
+    """Bit for bit: 37 rows of many magnitudes, weights on a coarse grid (equal errors) and groups of nothing."""
+    if not cpu.available():
+        pytest.skip("no C compiler")
+    torch.manual_seed(7)
+    weight = torch.randn(37, 1024) * torch.logspace(-7, 3, 37)[:, None]
+    weight[5:15] = torch.randint(-9, 10, (10, 1024)) / 16
+    weight[3], weight[4, :512] = 0, 1.5
+    weight = weight.to(dtype)
+    in_c = quantize_int4(weight, group_size)
+    transposed = quantize_int4(weight.t().contiguous().t(), group_size)
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    for found, other, expected in zip(in_c, transposed, quantize_int4(weight, group_size), strict=True):
+        assert torch.equal(found, expected)
+        assert torch.equal(other, expected)
 
 
 def test_int4_of_awkward_groups():
@@ -206,6 +226,19 @@ def test_words():
             parse_quantize(wrong)
 
 
+@pytest.mark.parametrize("in_c", [False, True])
+def test_weights_that_are_not_finite_are_refused(in_c, monkeypatch):
+    if not in_c:
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    for wrong in (float("nan"), float("inf"), -float("inf")):
+        weight = torch.ones(40, 64)
+        weight[39, 3] = wrong
+        with pytest.raises(MinillmError, match="infinite or not a number"):
+            quantize_int8(weight)
+        with pytest.raises(MinillmError, match="infinite or not a number"):
+            Int4Linear(64, 40, bias=False).load_rows(0, weight)
+
+
 def test_errors_name_the_shape_and_the_way_out():
     with pytest.raises(
         MinillmError, match=r'96 inputs and 10 outputs .* groups of 64; use quantize="int4-g32" or "int8"'
@@ -215,10 +248,3 @@ def test_errors_name_the_shape_and_the_way_out():
         quantize_int4(torch.ones(10, 50), 64)
     with pytest.raises(MinillmError, match="groups hold 32, 64, 128 inputs, not 48"):
         quantize_int4(torch.ones(10, 96), 48)
-    for wrong in (float("nan"), float("inf")):
-        weight = torch.ones(4, 64)
-        weight[2, 3] = wrong
-        with pytest.raises(MinillmError, match="infinite or not a number"):
-            quantize_int8(weight)
-        with pytest.raises(MinillmError, match="infinite or not a number"):
-            Int4Linear(64, 4, bias=False).load_rows(0, weight)

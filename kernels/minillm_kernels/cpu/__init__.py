@@ -1,7 +1,7 @@
 """The C kernels: built on first use with the system's C compiler, called through ctypes.
 
-`linear.c` (matrix products) and `step.c` (what lies between them) know nothing of Python or torch: no headers, no
-build system, one `cc` call of a few seconds whose result is kept in `$XDG_CACHE_HOME/minillm/kernels` under a
+`linear.c` (matrix products), `step.c` (what lies between them) and `quantize.c` (int4 codes) know nothing of Python or
+torch: no headers, no build system, one `cc` call of a few seconds whose result is kept in `$XDG_CACHE_HOME/minillm/kernels` under a
 name made of the sources, the compiler and the CPU. Without a compiler (or if the build fails) `available()` is
 False, one warning says why, and the ops take their PyTorch implementation. $CC names another compiler.
 """
@@ -31,6 +31,7 @@ NORM_CALL = struct.Struct("12q2d").pack  # `struct norm_call` in step.c, and so 
 ADD_CALL = struct.Struct("5q").pack
 ROPE_CALL = struct.Struct("24q").pack
 ATTENTION_CALL = struct.Struct("17q2d").pack
+QUANTIZE_CALL = struct.Struct("9q").pack
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
@@ -159,6 +160,21 @@ def blank_tape() -> tape.Tape:
     return tape.Tape(library().minillm_replay)
 
 
+def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor, zero: Tensor) -> bool:
+    """Fill packed [N, K / 2], scale and zero [K / G, N] with weight [N, K] in int4, a layout as in `int4_linear`.
+
+    Returns False, with nothing useful filled in, when a weight is infinite or not a number.
+    """
+    weight = weight.contiguous()
+    failed = library().minillm_quantize_int4(
+        QUANTIZE_CALL(
+            FORMATS[weight.dtype], weight.data_ptr(), *weight.shape, group_size, address(packed), address(scale),
+            address(zero), torch.get_num_threads(),
+        )
+    )  # fmt: skip
+    return not failed
+
+
 def address(tensor: Tensor | None) -> int:
     if tensor is None:
         return 0
@@ -180,7 +196,7 @@ def library() -> ctypes.CDLL | None:
             stacklevel=2,
         )
         return None
-    for name in ("linear", "rms_norm", "add", "rope_and_cache_write", "decode_attention"):
+    for name in ("linear", "rms_norm", "add", "rope_and_cache_write", "decode_attention", "quantize_int4"):
         getattr(loaded, f"minillm_{name}").argtypes = [ctypes.c_char_p]
     loaded.minillm_replay.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     return loaded
