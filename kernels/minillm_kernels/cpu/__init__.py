@@ -1,9 +1,10 @@
 """The C kernels: built on first use with the system's C compiler, called through ctypes.
 
-`linear.c` (matrix products), `step.c` (what lies between them) and `quantize.c` (int4 codes) know nothing of Python or
-torch: no headers, no build system, one `cc` call of a few seconds whose result is kept in `$XDG_CACHE_HOME/minillm/kernels` under a
-name made of the sources, the compiler and the CPU. Without a compiler (or if the build fails) `available()` is
-False, one warning says why, and the ops take their PyTorch implementation. $CC names another compiler.
+`linear.c` (matrix products), `step.c` (what lies between them) and `quantize.c` (int4 codes) know nothing of Python
+or torch: no headers, no build system, one `cc` call of some seconds whose result is kept in
+`$XDG_CACHE_HOME/minillm/kernels` under a name made of the sources, the compiler and the CPU. Without a compiler (or
+if the build fails) `available()` is False, one warning says why, and the ops take their PyTorch implementation. $CC
+names another compiler.
 """
 
 import ctypes
