@@ -90,12 +90,17 @@ class CompiledStates:
         rows, tokens = next(sizes) if several_rows else 1, next(sizes) if several_tokens else 1
         key_length, capacity = islice(sizes, 2)
         cache = StaticCache(self.model.config, rows, capacity, weight.device, weight.dtype, max_step=next(sizes))
+        for tensor in (*cache.keys, *cache.values):  # [B, KV, S + 1, D]: heads and channels are the model's
+            torch._dynamo.mark_static(tensor, 1)
+            torch._dynamo.mark_static(tensor, 3)
         input_ids = torch.zeros(rows, tokens, dtype=torch.int64, device=weight.device)
         position = torch.arange(tokens, device=weight.device).repeat(rows, 1)  # [B, T]
         started = time.perf_counter()
         print(f"minillm: compiling the decoder for {label} ...", end="", file=sys.stderr, flush=True)
         try:
-            with artifact_folder(self.model), torch._dynamo.config.patch(recompile_limit=64):
+            # A norm's epsilon is no size: left open, it costs a second compilation that finds that out.
+            settings = torch._dynamo.config.patch(recompile_limit=64, specialize_float=True)
+            with artifact_folder(self.model), settings:
                 self._run(input_ids, position, cache, key_length, from_start)
         finally:
             seconds = time.perf_counter() - started
