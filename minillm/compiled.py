@@ -31,6 +31,7 @@ from torch import Tensor
 
 from minillm.cache import StaticCache
 from minillm.config import ModelConfig
+from minillm.errors import BackendError
 from minillm.model import Decoder
 
 MAX_BYTES = 1 << 30  # of all folders together
@@ -40,7 +41,8 @@ _KEYS_ROUNDED_TO = 128  # a compiled step reads keys in whole blocks of so many
 class CompiledStates:
     """`Decoder.hidden_states` as compiled graphs, called with the same arguments.
 
-    `compilations` lists what was compiled so far, and the seconds each took.
+    `compilations` lists what was compiled so far, and the seconds each took. Raises `BackendError` where the
+    compiler fails, for want of a C++ compiler for instance.
     """
 
     def __init__(self, model: Decoder):
@@ -102,6 +104,9 @@ class CompiledStates:
             settings = torch._dynamo.config.patch(recompile_limit=64, specialize_float=True)
             with artifact_folder(self.model), settings:
                 self._run(input_ids, position, cache, key_length, from_start)
+        except RuntimeError as error:  # what PyTorch's compiler raises; its own message runs over pages
+            reason = " ".join(str(error).strip().splitlines()[:2])
+            raise BackendError(f"compile=True: torch.compile failed ({reason}); use compile='auto'") from error
         finally:
             seconds = time.perf_counter() - started
             print(f" {seconds:.1f} s", file=sys.stderr, flush=True)

@@ -14,6 +14,7 @@ from minillm import LLM, StaticCache, compiled, decode_one_token
 from minillm.checkpoint import load_decoder
 from minillm.config import load_config
 from minillm.decode import prefill
+from minillm.errors import BackendError
 from minillm.steps import Steps
 
 SAME = dict(rtol=0.0, atol=2e-5)  # against ourselves, see test_cache.py
@@ -116,6 +117,17 @@ def test_a_loop_of_ones_own_compiles(ours, trace_only):
         texts.append(torch.cat(new, dim=1).tolist())
     assert texts[0] == texts[1]
     assert graphs() == 1
+
+
+def test_a_compiler_that_fails_is_one_clear_error(ours, monkeypatch):
+    def broken(graph, inputs):
+        raise RuntimeError("no C++ compiler")
+
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=broken))
+    steps = Steps(ours("llama3"), compile=True)
+    with pytest.raises(BackendError, match=r"no C\+\+ compiler.*use compile='auto'"):
+        steps.compiled.warm_up()
+    assert steps.compiled.compilations == []
 
 
 # -- artifacts ---------------------------------------------------------------------------------------
