@@ -1,5 +1,8 @@
 """LLM: a checkpoint ready to use. from_pretrained, generate, stream, conversation."""
 
+import ctypes
+import os
+import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -80,6 +83,8 @@ class LLM:
         model = load_decoder(
             folder, config, choose_dtype(dtype, config), _device(device), attention, quantize, quantize_head
         )
+        if model.embedding.weight.is_cpu:
+            _keep_freed_memory()
         llm = cls(model, tokenizer, config, defaults, str(name), compile)
         if llm.steps.compiled is not None:
             llm.steps.compiled.warm_up()
@@ -225,3 +230,18 @@ def _device(device: str | torch.device) -> torch.device:
         return torch.device(device)
     except RuntimeError as error:
         raise BackendError(f"device {device!r}: {str(error).splitlines()[0]}") from None
+
+
+def _keep_freed_memory() -> None:
+    """Ask glibc's malloc to keep what a prompt's activations leave, up to 128 MiB, for the next layer and prompt.
+
+    By default it hands megabytes back to the system when they are freed and gets them again page by page: a
+    quarter of the time to the first token of a 512-token prompt (110M, bf16: 280 ms instead of 205). The setting
+    holds for the process; a user's own (MALLOC_TRIM_THRESHOLD_) is left alone, other C libraries do without.
+    """
+    if "MALLOC_TRIM_THRESHOLD_" in os.environ or platform.libc_ver()[0] != "glibc":
+        return
+    trim_threshold, mmap_threshold = -1, -3  # from malloc.h
+    libc = ctypes.CDLL(None)
+    libc.mallopt(trim_threshold, 128 << 20)
+    libc.mallopt(mmap_threshold, 32 << 20)
