@@ -150,12 +150,12 @@ def passes(target: LLM, draft: LLM, options) -> list[dict]:
     cases = [("target", target, 1)] + [("target", target, k + 1) for k in options.lengths] + [("draft", draft, 1)]
     caches = {id(llm): StaticCache(llm.config, 1, 160, device=llm.device, dtype=llm.dtype) for llm in (target, draft)}
     for llm in (target, draft):
-        llm.model(torch.ones(1, 128, dtype=torch.int64), torch.arange(128)[None], caches[id(llm)])
+        llm.steps(torch.ones(1, 128, dtype=torch.int64), torch.arange(128)[None], caches[id(llm)])
     seconds = {case: [] for case in range(len(cases))}
     for _ in range(60):
         for case, (_, llm, width) in enumerate(cases):
             begin = time.process_time()
-            llm.model(torch.ones(1, width, dtype=torch.int64), torch.arange(128, 128 + width)[None], caches[id(llm)])
+            llm.steps(torch.ones(1, width, dtype=torch.int64), torch.arange(128, 128 + width)[None], caches[id(llm)])
             seconds[case].append(time.process_time() - begin)
     return [
         {"model": name, "tokens": width, "ms": 1000 * statistics.median(seconds[case])}
