@@ -246,7 +246,9 @@ class StaticCache:
         if key_length is None:
             on_host = self.device.type == "cpu" and not torch.compiler.is_compiling()
             key_length = int(cache_position.max()) + 1 if on_host else slots
-        return KeyView(cache_position, window, slots, torch.sym_max(1, torch.sym_min(key_length, slots)), from_start)
+        # Not min and max: of those a compiler takes one branch, and compiles again when it is the other.
+        key_length = torch.sym_max(1, torch.sym_min(key_length, slots))
+        return KeyView(cache_position, window, slots, key_length, from_start)
 
     def write(self, layer: int, keys: Tensor, values: Tensor, view: KeyView) -> None:
         """Put this step's `keys` and `values`, both `[B, T, KV, D]`, into their slots."""

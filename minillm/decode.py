@@ -193,9 +193,10 @@ def new_row(prompt: list[int], config: GenerationConfig, budget: int, eos: froze
 def prefill(model: Decoder | Steps, cache: StaticCache, ids: Sequence[Sequence[int]], start: Sequence[int]) -> Tensor:
     """Feed row b the tokens `ids[b]` at positions `start[b]`, `start[b] + 1`, ... in chunks of `cache.max_step`.
 
-    Rows may differ in length; each has at least one token. Returns the logits after each row's last
-    token, `[B, V]` float32. Only that one column goes through the head: with a vocabulary of 128,000 the
-    logits of a whole prompt would be the largest tensor of all.
+    Rows may differ in length; of a row without tokens the result means nothing. Returns the logits after each
+    row's last token, `[B, V]` float32. Only that one column goes through the head: with a vocabulary of 128,000
+    the logits of a whole prompt would be the largest tensor of all. One or two tokens are fed as a decode step
+    is, which may be recorded.
     """
     device, step = cache.device, cache.max_step
     longest = max(len(row) for row in ids)
@@ -214,7 +215,7 @@ def prefill(model: Decoder | Steps, cache: StaticCache, ids: Sequence[Sequence[i
         used = max(first + begin + len(row) for row, first in zip(chunk, start, strict=True))
         if longest <= _CATCH_UP:
             logits = model(input_ids, positions, cache, used)  # [B, T, V]
-            return torch.stack([logits[b, len(row) - 1] for b, row in enumerate(ids)])
+            return torch.stack([logits[b, len(row) - 1] for b, row in enumerate(ids)])  # [B, V]
         fresh = begin == 0 and not any(start)
         hidden = model.hidden_states(input_ids, positions, cache, key_length=used, from_start=fresh)  # [B, T, d]
         for b, row in enumerate(chunk):
