@@ -17,6 +17,7 @@ request, and that the next process begins with nothing. Here
 import hashlib
 import os
 import platform
+import re
 import shutil
 import sys
 import tempfile
@@ -35,6 +36,7 @@ from minillm.errors import BackendError
 from minillm.model import Decoder
 
 MAX_BYTES = 1 << 30  # of all folders together
+_NAME = r"model-[0-9a-f]{20}"  # of a folder, see `_key`
 _KEYS_ROUNDED_TO = 128  # a compiled step reads keys in whole blocks of so many
 
 
@@ -142,7 +144,8 @@ def artifact_folder(model: Decoder) -> Iterator[Path]:
         os.environ.pop("TORCHINDUCTOR_CACHE_DIR")
         if before:
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = before
-        make_room(folder)
+        if folder.parent == all_artifacts():
+            make_room(folder)
 
 
 def all_artifacts() -> Path:
@@ -150,8 +153,12 @@ def all_artifacts() -> Path:
 
 
 def make_room(kept: Path) -> None:
-    """Delete the folders beside `kept` that were not used for longest, until all fit MAX_BYTES."""
-    folders = sorted((path for path in kept.parent.iterdir() if path.is_dir()), key=lambda path: path.stat().st_mtime)
+    """Delete the folders beside `kept` that were not used for longest, until all fit MAX_BYTES.
+
+    Only folders that bear a name made by `_key` are counted or deleted, whatever else lies there.
+    """
+    ours = [path for path in kept.parent.iterdir() if path.is_dir() and re.fullmatch(_NAME, path.name)]
+    folders = sorted(ours, key=lambda path: path.stat().st_mtime)
     sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in folders}
     for path in folders:
         if sum(sizes.values()) <= MAX_BYTES:
@@ -167,4 +174,4 @@ def _key(model: Decoder) -> str:
     hardware = torch.cuda.get_device_name(weight.device) if weight.is_cuda else platform.machine()
     layers = [(name, tuple(tensor.shape), str(tensor.dtype)) for name, tensor in model.state_dict().items()]
     words = (model.config, model.fused, layers, torch.__version__, platform.python_version(), hardware)
-    return hashlib.sha256(repr(words).encode()).hexdigest()[:20]
+    return "model-" + hashlib.sha256(repr(words).encode()).hexdigest()[:20]

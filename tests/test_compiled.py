@@ -4,6 +4,7 @@ import functools
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -159,24 +160,34 @@ def test_the_second_process_finds_what_the_first_compiled(tmp_path, text_tokeniz
     assert any(file.is_file() for file in kept.rglob("*"))
 
 
+def fill(folder, age):
+    (folder / "deep").mkdir(parents=True)
+    (folder / "deep" / "file").write_bytes(bytes(100))
+    os.utime(folder, (1000 - age, 1000 - age))
+    return folder
+
+
 def test_the_oldest_artifacts_make_room(tmp_path, monkeypatch):
     monkeypatch.setattr(compiled, "MAX_BYTES", 250)
-    for age, name in enumerate(["new", "middle", "old", "oldest"]):
-        (tmp_path / name / "deep").mkdir(parents=True)
-        (tmp_path / name / "deep" / "file").write_bytes(bytes(100))
-        os.utime(tmp_path / name, (1000 - age, 1000 - age))
-    compiled.make_room(tmp_path / "oldest")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "oldest"]
-    compiled.make_room(tmp_path / "oldest")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "oldest"]
+    new, middle, old, oldest = (fill(tmp_path / f"model-{age:020x}", age) for age in range(4))
+    fill(tmp_path / "holiday pictures", 1000)
+    for _ in range(2):
+        compiled.make_room(oldest)
+        assert new.exists() and oldest.exists()
+        assert not middle.exists() and not old.exists()
+        assert (tmp_path / "holiday pictures" / "deep" / "file").exists()
 
 
-def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch, ours):
+def test_a_folder_that_cannot_be_written_is_no_obstacle_and_nothing_is_deleted(tmp_path, monkeypatch, ours):
     (tmp_path / "cache").write_text("a file where the folder should be")
+    monkeypatch.setattr(compiled, "MAX_BYTES", 0)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
+    neighbour, namesake = (fill(tmp_path / "temporary" / name, 1) for name in ("neighbour", f"model-{7:020x}"))
     with compiled.artifact_folder(ours("llama3")) as folder:
         assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
-        assert folder.is_dir()
+        assert folder.parent == tmp_path / "temporary"
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
+    assert neighbour.exists() and namesake.exists()
 
 
 def test_a_folder_the_user_chose_is_left_alone(tmp_path, monkeypatch, ours):
