@@ -158,13 +158,16 @@ def make_room(kept: Path) -> None:
     Only folders that bear a name made by `_key` are counted or deleted, whatever else lies there.
     """
     ours = [path for path in kept.parent.iterdir() if path.is_dir() and re.fullmatch(_NAME, path.name)]
-    folders = sorted(ours, key=lambda path: path.stat().st_mtime)
-    sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in folders}
+    try:
+        folders = sorted(ours, key=lambda path: path.stat().st_mtime)
+        sizes = {path: sum(file.stat().st_size for file in path.rglob("*") if file.is_file()) for path in folders}
+    except FileNotFoundError:  # another process is making room right now: leave it to that one
+        return
     for path in folders:
         if sum(sizes.values()) <= MAX_BYTES:
             return
         if path != kept:
-            shutil.rmtree(path, ignore_errors=True)  # another process may be deleting it too
+            shutil.rmtree(path, ignore_errors=True)  # the other process may be deleting it too
             del sizes[path]
 
 
