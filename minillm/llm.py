@@ -18,7 +18,7 @@ from minillm.errors import BackendError, RequestError
 from minillm.hub import find_checkpoint
 from minillm.model import Decoder
 from minillm.request import Completion, Prompt, Request
-from minillm.steps import Steps
+from minillm.steps import Steps, check_compile
 from minillm.tokenizer import Tokenizer
 
 _DEFAULT_CONVERSATION = 4096  # tokens a conversation's cache holds unless told otherwise
@@ -73,6 +73,7 @@ class LLM:
 
         Raises a `MinillmError` that names the file or value at fault.
         """
+        check_compile(compile)  # now, not after the weights are read
         folder = find_checkpoint(name, revision=revision, token=token, local_files_only=local_files_only)
         config = load_config(folder, strict=strict)
         tokenizer = Tokenizer(folder)

@@ -42,8 +42,7 @@ class Steps:
     """
 
     def __init__(self, model: Decoder, compile: bool | str = "auto"):
-        if compile != "auto" and type(compile) is not bool:
-            raise BackendError(f"compile={compile!r} is not one of True, False, 'auto'")
+        check_compile(compile)
         self.model, self.config = model, model.config
         self.compiled = CompiledStates(model) if compile is True else None
         device = model.embedding.weight.device.type
@@ -92,6 +91,12 @@ class Steps:
     def logits(self, hidden: Tensor) -> Tensor:
         """As `Decoder.logits`."""
         return self.model.logits(hidden)
+
+
+def check_compile(compile: bool | str) -> None:
+    """Raise `BackendError` for anything but "auto", True and False."""
+    if compile != "auto" and type(compile) is not bool:
+        raise BackendError(f"compile={compile!r} is not one of True, False, 'auto'")
 
 
 class RecordedStep:

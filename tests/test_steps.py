@@ -178,6 +178,8 @@ def test_a_loop_of_ones_own_with_steps(llm):
 def test_an_unknown_way_to_compile_is_refused(bad, llm):
     with pytest.raises(BackendError, match="compile="):
         Steps(llm.model, bad)
+    with pytest.raises(BackendError, match="compile="):  # before anything is looked for
+        LLM.from_pretrained("/there/is/no/such/folder", compile=bad)
 
 
 # -- several steps between two looks, as on a GPU -----------------------------------------------------
