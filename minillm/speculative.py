@@ -60,8 +60,7 @@ def verify(
     if draft_probs is None:
         fresh = sample(target_probs.flatten(0, 1), fresh_uniforms.flatten()).view_as(fresh_uniforms)  # [B, k + 1]
         return compare(draft_tokens, fresh, draft_lengths)
-    k = draft_tokens.shape[1]
-    proposed = torch.arange(k, device=draft_tokens.device) < draft_lengths[:, None]  # [B, k]
+    k, proposed = draft_tokens.shape[1], _proposed(draft_tokens, draft_lengths)
     # No draft at a place means q = 0 there, and the residual p - q is p itself.
     q = F.pad(draft_probs.masked_fill(~proposed[:, :, None], 0.0), (0, 0, 0, 1))  # [B, k + 1, V]
     drafted = draft_tokens[:, :, None]  # [B, k, 1]
@@ -79,10 +78,14 @@ def verify(
 
 def compare(draft_tokens: Tensor, tokens: Tensor, draft_lengths: Tensor) -> tuple[Tensor, Tensor]:
     """`verify` where the target has chosen its own `tokens [B, k + 1]`: a proposal is kept while it is that token."""
-    k = draft_tokens.shape[1]
-    proposed = torch.arange(k, device=tokens.device) < draft_lengths[:, None]  # [B, k]
-    accepted = _leading(proposed & (draft_tokens == tokens[:, :k]))  # [B]
+    same = draft_tokens == tokens[:, : draft_tokens.shape[1]]  # [B, k]
+    accepted = _leading(_proposed(draft_tokens, draft_lengths) & same)  # [B]
     return accepted, tokens.gather(1, accepted[:, None])[:, 0]
+
+
+def _proposed(draft_tokens: Tensor, draft_lengths: Tensor) -> Tensor:
+    """Which of `draft_tokens [B, k]` a row proposes: its first `draft_lengths [B]`; `[B, k]` bool."""
+    return torch.arange(draft_tokens.shape[1], device=draft_tokens.device) < draft_lengths[:, None]
 
 
 def _leading(keep: Tensor) -> Tensor:

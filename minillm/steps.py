@@ -68,7 +68,7 @@ class Steps:
         if self._make is not None and input_ids.shape[1] <= MAX_RECORDED:
             steps, shape = self._recorded.setdefault(cache, {}), tuple(input_ids.shape)
             if shape not in steps:
-                steps[shape] = self._make(self, input_ids, cache_position, cache)
+                steps[shape] = self._make(self)
             if steps[shape] is not None:
                 try:
                     return steps[shape](input_ids, cache_position, cache)
@@ -76,17 +76,10 @@ class Steps:
                     steps[shape] = None
         return self.logits(self.hidden_states(input_ids, cache_position, cache, key_length))
 
-    def hidden_states(
-        self,
-        input_ids: Tensor,
-        cache_position: Tensor,
-        cache: StaticCache,
-        key_length: int | None = None,
-        from_start: bool = False,
-    ) -> Tensor:
-        """The last hidden state of every token, `[B, T, d]`: prefill's part; as `Decoder.hidden_states`."""
-        states = self.compiled or self.model.hidden_states
-        return states(input_ids, cache_position, cache, key_length, from_start)
+    @property
+    def hidden_states(self) -> Callable[..., Tensor]:
+        """`Decoder.hidden_states` or its compiled twin: prefill's part, which is not recorded."""
+        return self.compiled or self.model.hidden_states
 
     def logits(self, hidden: Tensor) -> Tensor:
         """As `Decoder.logits`."""
@@ -102,28 +95,27 @@ def check_compile(compile: bool | str) -> None:
 class RecordedStep:
     """A step on the CPU as the list of its C calls: the first call writes the list, the others work through it."""
 
-    def __init__(self, steps: Steps, input_ids: Tensor, cache_position: Tensor, cache: StaticCache):
+    def __init__(self, steps: Steps):
         self.model = steps.model
-        self.position = torch.empty_like(cache_position)  # [B, T]
-        self.x, self.rotary = self.model.embed(input_ids, cache_position, cache)
         self.tape: Tape | None = None
 
     def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
         cache.record(input_ids, cache_position)
         x, rotary = self.model.embed(input_ids, cache_position, cache)
-        # To where the calls read it.
-        self.x.copy_(x)
-        self.position.copy_(cache_position)
-        for kept, new in zip(self.rotary, rotary, strict=True):
-            kept[0].copy_(new[0])
-            kept[1].copy_(new[1])
         if self.tape is None:
+            # Where the calls read from now on.
+            self.x, self.rotary, self.position = x, rotary, cache_position.clone()
             tape = cpu.blank_tape()
             with tape.recording():
                 # No kernel asks for the key length: each reads the positions.
-                self.out = self.model.head(self.model.walk(self.x, self.rotary, self.position, cache, key_length=1))
+                self.out = self.model.head(self.model.walk(x, rotary, self.position, cache, key_length=1))
             self.tape = tape
         else:
+            self.x.copy_(x)
+            self.position.copy_(cache_position)
+            for kept, new in zip(self.rotary, rotary, strict=True):
+                kept[0].copy_(new[0])
+                kept[1].copy_(new[1])
             self.tape.replay()
         # A copy, even of float32: the next step overwrites what this one returned.
         return self.model.finish(self.out.to(torch.float32, copy=True))  # [B, T, V]
@@ -132,11 +124,23 @@ class RecordedStep:
 class CapturedStep:
     """A step on a GPU as a CUDA graph: one launch for all kernels, which read token and position where they lie."""
 
-    def __init__(self, steps: Steps, input_ids: Tensor, cache_position: Tensor, cache: StaticCache):
+    def __init__(self, steps: Steps):
+        self.states, self.logits = steps.hidden_states, steps.model.logits
+        self.graph: torch.cuda.CUDAGraph | None = None
+
+    def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
+        if self.graph is None:
+            self._capture(input_ids, cache_position, cache)
+        self.input_ids.copy_(input_ids)
+        self.position.copy_(cache_position)
+        self.graph.replay()
+        return self.out.clone()
+
+    def _capture(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> None:
         self.input_ids, self.position = input_ids.clone(), cache_position.clone()  # [B, T] each
 
         def step() -> Tensor:
-            return steps.logits(steps.hidden_states(self.input_ids, self.position, cache))  # [B, T, V]
+            return self.logits(self.states(self.input_ids, self.position, cache))  # [B, T, V]
 
         # Once before capturing, on a stream of its own: kernels are compiled and libraries wake up. A step may
         # run twice: it writes the same keys to the same slots.
@@ -145,12 +149,7 @@ class CapturedStep:
         with torch.cuda.stream(side):
             step()
         torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.out = step()
-
-    def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
-        self.input_ids.copy_(input_ids)
-        self.position.copy_(cache_position)
-        self.graph.replay()
-        return self.out.clone()
+        self.graph = graph

@@ -29,7 +29,7 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3,
 # The structs through which the C functions take their arguments, in the order of their members.
 CALL = struct.Struct("14q").pack  # `struct call` in linear.c
 NORM_CALL = struct.Struct("12q2d").pack  # `struct norm_call` in step.c, and so on
-ADD_CALL = struct.Struct("5q").pack
+ADD_CALL = struct.Struct("6q").pack
 ROPE_CALL = struct.Struct("24q").pack
 ATTENTION_CALL = struct.Struct("17q2d").pack
 QUANTIZE_CALL = struct.Struct("9q").pack
@@ -75,14 +75,12 @@ def rms_norm(
     """(norm, sum) as `minillm::add_rms_norm` returns them, or (norm, None) without a residual."""
     width = x.shape[-1]
     # Queries and keys are parts of one wider tensor; their heads lie side by side, so no copy is needed.
-    groups = _groups(x)
+    groups = _groups(x) if residual is None else None
     if groups is None:
-        x = x.contiguous()
-        groups = 1, width
+        x, groups = x.contiguous(), (1, width)
     out = torch.empty(x.shape, dtype=x.dtype)
     total = None
     if residual is not None:
-        x, groups = x.contiguous(), (1, width)
         residual, total = residual.contiguous(), torch.empty(x.shape, dtype=x.dtype)
     packed = NORM_CALL(
         x.data_ptr(), address(residual), address(weight), out.data_ptr(), address(total), x.numel() // width,
@@ -110,7 +108,7 @@ def _groups(x: Tensor) -> tuple[int, int] | None:
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, two contiguous tensors of one shape and dtype."""
     out = torch.empty(x.shape, dtype=x.dtype)
-    packed = ADD_CALL(address(x), address(y), out.data_ptr(), out.numel(), FORMATS[x.dtype])
+    packed = ADD_CALL(address(x), address(y), out.data_ptr(), out.numel(), FORMATS[x.dtype], torch.get_num_threads())
     _call("add", packed, x, y, out)
     return out
 

@@ -87,14 +87,20 @@ int minillm_rms_norm(const struct norm_call *c) {
 /* ---- x + y, rounded to their dtype ---- */
 
 struct add_call {
-    int64_t x, y, out, count, dtype;
+    int64_t x, y, out, count, dtype, threads;
 };
 
 int minillm_add(const struct add_call *c) {
-    const void *x = (const void *)(uintptr_t)c->x, *y = (const void *)(uintptr_t)c->y;
-    int dtype = (int)c->dtype;
-    for (long i = 0; i < c->count; i++)
-        write_value((void *)(uintptr_t)c->out, i, dtype, read_value(x, i, dtype) + read_value(y, i, dtype));
+    enum { PIECE = 1024 };
+#pragma omp parallel for num_threads((int)c->threads) if (c->count > SERIAL_WORK)
+    for (long start = 0; start < c->count; start += PIECE) {
+        float x[PIECE], y[PIECE];
+        long count = c->count - start < PIECE ? c->count - start : PIECE;
+        widen((const void *)(uintptr_t)c->x, start, count, (int)c->dtype, x);
+        widen((const void *)(uintptr_t)c->y, start, count, (int)c->dtype, y);
+        for (long i = 0; i < count; i++) x[i] += y[i];
+        narrow(x, count, (int)c->dtype, (void *)(uintptr_t)c->out, start);
+    }
     return 0;
 }
 
