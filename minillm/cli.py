@@ -301,9 +301,9 @@ def _answer(pieces) -> None:
 
 
 def _inspect(options: argparse.Namespace) -> None:
-    from minillm.config import load_config
-    from minillm.describe import facts, trace
     from minillm.llm import choose_dtype
+    from minillm.load.config_json import load_config
+    from minillm.measure.describe import facts, trace
 
     config = load_config(_find(options))
     for name, value in facts(config, choose_dtype(options.dtype, config), options.quantize, options.quantize_head):
@@ -322,7 +322,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 
 def _find(options: argparse.Namespace, weights: bool = False) -> Path:
-    from minillm.hub import find_checkpoint
+    from minillm.load.hub import find_checkpoint
 
     return find_checkpoint(
         options.model, revision=options.revision, local_files_only=options.local_files_only, weights=weights
@@ -337,7 +337,7 @@ def _bench(options: argparse.Namespace) -> None:
     if options.perplexity is not None:
         _score(options)
         return
-    from minillm.bench import measure, save_plot
+    from minillm.measure.bench import measure, save_plot
 
     speeds = measure(lambda: _load(options), options.lengths, options.capacities, options.new_tokens, options.repeats)
     print(json.dumps(speeds.as_dict(), indent=2) if options.json else speeds.as_text())
@@ -347,7 +347,7 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _score(options: argparse.Namespace) -> None:
-    from minillm.perplexity import parse_format, read_documents, score_text, scores_as_text
+    from minillm.measure.perplexity import parse_format, read_documents, score_text, scores_as_text
 
     asked = [(options.dtype, options.quantize)]
     if options.formats is not None:
@@ -363,9 +363,9 @@ def _score(options: argparse.Namespace) -> None:
 
 
 def _memory(options: argparse.Namespace) -> None:
-    from minillm.config import load_config
     from minillm.llm import choose_dtype
-    from minillm.memory import report, save_plot
+    from minillm.load.config_json import load_config
+    from minillm.measure.memory import report, save_plot
 
     folder = _find(options)
     config = load_config(folder)
@@ -380,7 +380,7 @@ def _memory(options: argparse.Namespace) -> None:
 
 
 def _quantize(options: argparse.Namespace) -> None:
-    from minillm.checkpoint import quantize_checkpoint
+    from minillm.load.quantized_copy import quantize_checkpoint
 
     quantize_checkpoint(_find(options, weights=True), options.out, options.to, options.head)
     print(options.out)

@@ -6,139 +6,21 @@ step, and each step reads every weight of the model for one column of output: it
 bandwidth. This room holds both, and `Row.commit`, which alone decides when a row is finished.
 """
 
-import dataclasses
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from minillm.cache import StaticCache
-from minillm.config import ModelConfig, read_json, token_ids
-from minillm.errors import CheckpointError, RequestError
 from minillm.model import Decoder
+from minillm.options import GenerationConfig
 from minillm.sampling import Sampling, next_token
 from minillm.steps import Steps
 from minillm.tokenizer import TextStream, Tokenizer
 
 _CATCH_UP = 2  # tokens, at most, that a draft model lacks between two steps: fed as a step and not as a prompt
 _LOOK_EVERY = 8  # decode steps between two looks at an accelerator's tokens
-
-
-@dataclass(frozen=True)
-class GenerationConfig:
-    """What a caller may ask of `generate`; names and meanings as in `transformers`.
-
-    `None` means "not set": the checkpoint's `generation_config.json` may fill it in, else the filter is
-    off. Raises `RequestError` for a value out of range.
-    """
-
-    max_new_tokens: int | None = None  # at most this many new tokens; unset: 256, or what there is room for
-    do_sample: bool | None = None  # unset: sample if temperature, top_k or top_p ask for it
-    temperature: float | None = None  # 0: greedy
-    top_k: int | None = None
-    top_p: float | None = None
-    min_p: float | None = None
-    repetition_penalty: float | None = None
-    seed: int | Sequence[int] | None = None  # one for every row by itself, or one per row; unset: fresh
-    eos_token_id: int | Sequence[int] | None = None  # unset: the checkpoint's; []: none
-    stop_strings: str | Sequence[str] | None = None
-    logprobs: bool = False  # also return the model's log-probability of each new token
-    num_assistant_tokens: int | str | None = None  # drafted per step by assistant_model; unset: "auto"
-    prompt_lookup_num_tokens: int | None = None  # copied per step from the text so far; unset: none
-
-    def __post_init__(self):
-        _check("max_new_tokens", self.max_new_tokens, int, 1)
-        _check("temperature", self.temperature, float, 0.0)
-        _check("top_k", self.top_k, int, 0)
-        _check("top_p", self.top_p, float, 0.0, 1.0)
-        _check("min_p", self.min_p, float, 0.0, 1.0)
-        _check("repetition_penalty", self.repetition_penalty, float, 1e-6)
-        _check("prompt_lookup_num_tokens", self.prompt_lookup_num_tokens, int, 1)
-        if self.num_assistant_tokens != "auto":
-            _check("num_assistant_tokens", self.num_assistant_tokens, int, 1, hint=' or "auto"')
-        if self.top_p == 0:
-            raise RequestError("top_p must be above 0 (1 keeps every token)")
-        for name in ("do_sample", "logprobs"):
-            if getattr(self, name) not in (None, True, False):
-                raise RequestError(f"{name} must be true or false, not {getattr(self, name)!r}")
-        for name in ("seed", "eos_token_id"):
-            ids = _as_list(getattr(self, name))
-            if not all(type(token) is int for token in ids):
-                raise RequestError(f"{name} must be a whole number or a list of them, not {getattr(self, name)!r}")
-        if not all(isinstance(stop, str) and stop for stop in self.stops):
-            raise RequestError(f"stop_strings must be non-empty strings, not {self.stop_strings!r}")
-
-    @property
-    def stops(self) -> tuple[str, ...]:
-        return tuple(_as_list(self.stop_strings))
-
-    @property
-    def samples(self) -> bool:
-        """Whether tokens are drawn at random at all."""
-        if self.do_sample is not None:
-            return self.do_sample and self.temperature != 0
-        asked = self.temperature is not None or self.top_k is not None or self.top_p is not None
-        return asked and self.temperature != 0
-
-    def sampling(self, seeds: Sequence[int], device: torch.device) -> Sampling:
-        """The parameters as tensors, one entry per row."""
-        penalty = None if self.repetition_penalty == 1.0 else self.repetition_penalty
-        if not self.samples:
-            return Sampling.uniform_rows(seeds, device, repetition_penalty=penalty)
-        return Sampling.uniform_rows(
-            seeds,
-            device,
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_k=self.top_k or None,  # 0 means off, as in transformers
-            top_p=None if self.top_p == 1.0 else self.top_p,
-            min_p=self.min_p or None,
-            repetition_penalty=penalty,
-        )
-
-
-def merge_options(defaults: GenerationConfig, given: GenerationConfig | None, options: dict) -> GenerationConfig:
-    """Keywords over the caller's object over the checkpoint's defaults."""
-    asked = {} if given is None else dataclasses.asdict(given)
-    asked = {name: value for name, value in asked.items() if value is not None} | options
-    if "do_sample" not in asked and any(asked.get(name) is not None for name in ("temperature", "top_k", "top_p")):
-        asked["do_sample"] = None  # the caller's wish decides, whatever the file says
-    if isinstance(asked.get("eos_token_id"), int):
-        asked["eos_token_id"] = [asked["eos_token_id"]]
-    if asked.get("eos_token_id", 0) is None:
-        del asked["eos_token_id"]
-    return dataclasses.replace(defaults, **asked)
-
-
-def generation_defaults(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> GenerationConfig:
-    """The checkpoint's own sampling defaults, and the union of every EOS id it names anywhere."""
-    path = folder / "generation_config.json"
-    raw = read_json(path, CheckpointError)
-    eos = [*config.eos_token_ids, *token_ids(raw.get("eos_token_id"), f"{path}: eos_token_id")]
-    if tokenizer.eos_token_id is not None:
-        eos.append(tokenizer.eos_token_id)
-    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
-    values = {name: raw[name] for name in names if raw.get(name) is not None}
-    try:
-        return GenerationConfig(**values, eos_token_id=list(dict.fromkeys(eos)))
-    except RequestError as error:
-        raise CheckpointError(f"{path}: {error}") from None
-
-
-def _as_list(value) -> list:
-    """Nothing, one thing, or several of them, as a list."""
-    return [] if value is None else list(value) if isinstance(value, list | tuple) else [value]
-
-
-def _check(name: str, value, kind: type, low: float, high: float = float("inf"), hint: str = "") -> None:
-    """Reject a value of the wrong type or outside [low, high]; a whole number passes for a float."""
-    fits = type(value) is int or (kind is float and type(value) is float and math.isfinite(value))
-    if value is not None and not (fits and low <= value <= high):
-        limit = f"from {low} to {high}" if high != float("inf") else f">= {low}"
-        number = "a whole number" if kind is int else "a number"
-        raise RequestError(f"{name} must be {number} {limit}{hint}, not {value!r}")
 
 
 @dataclass

@@ -13,9 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.cache import StaticCache
-from minillm.decode import GenerationConfig, Row, next_logits, prefill, reuse_prefix
+from minillm.decode import Row, next_logits, prefill, reuse_prefix
 from minillm.errors import RequestError
 from minillm.model import Decoder
+from minillm.options import GenerationConfig
 from minillm.sampling import Sampling, penalize, probabilities, sample, uniform
 from minillm.steps import Steps
 from minillm.tokenizer import Tokenizer

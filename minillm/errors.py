@@ -31,3 +31,8 @@ class CacheError(MinillmError):
 
 class BackendError(MinillmError):
     """The chosen attention backend, dtype or device cannot run this model."""
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says first: enough for one line of ours."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -10,13 +10,14 @@ import torch
 
 from minillm.attention import choose_backend
 from minillm.cache import StaticCache
-from minillm.checkpoint import load_decoder
-from minillm.config import ModelConfig, load_config
-from minillm.decode import GenerationConfig, generation_defaults
+from minillm.config import ModelConfig
 from minillm.drafting import Proposer
 from minillm.errors import BackendError, RequestError
-from minillm.hub import find_checkpoint
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import generation_defaults, load_config
+from minillm.load.hub import find_checkpoint
 from minillm.model import Decoder
+from minillm.options import GenerationConfig
 from minillm.request import Completion, Prompt, Request
 from minillm.steps import Steps, check_compile
 from minillm.tokenizer import Tokenizer
@@ -77,7 +78,7 @@ class LLM:
         folder = find_checkpoint(name, revision=revision, token=token, local_files_only=local_files_only)
         config = load_config(folder, strict=strict)
         tokenizer = Tokenizer(folder)
-        defaults = generation_defaults(folder, config, tokenizer)
+        defaults = generation_defaults(folder, config, tokenizer.eos_token_id)
         if compile is True and attention == "auto":
             # As a node of a graph a C kernel of ours costs more than what the compiler makes around the library's.
             attention = choose_backend("auto", config).name

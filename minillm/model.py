@@ -8,6 +8,7 @@ F intermediate_size, V vocab_size, S cache slots.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from minillm_kernels.launch import interpreting
@@ -22,10 +23,11 @@ from minillm_kernels.norm_rope import (
 )
 from torch import Tensor, nn
 
-from minillm.attention import Backend
+from minillm.attention import Backend, choose_backend
 from minillm.cache import KeyView, StaticCache
 from minillm.config import LayerSpec, ModelConfig, NormSpec
-from minillm.quantize import Linear, QuantizedLinear, make_linear
+from minillm.errors import ConfigError
+from minillm.linear import Linear, QuantizedLinear, make_linear, parse_quantize
 from minillm.rope import cos_sin, rotate
 
 # Builds an empty projection: (in_features, out_features, bias) -> layer.
@@ -176,16 +178,16 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A causal language model over a `StaticCache`.
 
-    Build it through `checkpoint.load_decoder`; built directly its weights are uninitialised.
+    Build it through `load.checkpoint.load_decoder`; built directly its weights are uninitialised.
     """
 
     def __init__(
         self,
         config: ModelConfig,
         backend: Backend,
-        linear: LinearFactory = make_linear,
-        head: LinearFactory = make_linear,
-        dtype: torch.dtype = torch.float32,
+        linear: LinearFactory,
+        head: LinearFactory,
+        dtype: torch.dtype,
     ):
         super().__init__()
         self.config, self.fused = config, backend.fused
@@ -261,3 +263,32 @@ class Decoder(nn.Module):
         """What a family does to its logits `[..., V]` float32 at the very end."""
         cap = self.config.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+
+def empty_decoder(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    attention: str = "auto",
+    quantize: str | None = None,
+    quantize_head: bool = False,
+    device: torch.device | str = "meta",
+) -> Decoder:
+    """The decoder with uninitialised weights; on the "meta" device without any memory behind them at all.
+
+    `quantize` ("int8", "int4-g64", ...) is for the linear layers, `quantize_head` takes the output head to
+    int8; embedding and norms stay in `dtype`. A checkpoint that is quantized already says both itself.
+    """
+    if config.quantization is not None:
+        if quantize is not None or quantize_head:
+            raise ConfigError(f"the checkpoint is quantized already ({config.quantization}): load it without quantize")
+        quantize, quantize_head = config.quantization, config.quantized_head
+    spec = parse_quantize(quantize)
+    head_spec = parse_quantize("int8" if quantize_head else None)
+    with torch.device(device):
+        return Decoder(
+            config,
+            choose_backend(attention, config, torch.device(device).type),
+            linear=partial(make_linear, dtype=dtype, spec=spec),
+            head=partial(make_linear, dtype=dtype, spec=head_spec),
+            dtype=dtype,
+        )

@@ -1,7 +1,5 @@
 """One call of generate: checked before anything is computed, run step by step, told as a `Completion`."""
 
-import dataclasses
-import difflib
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -10,15 +8,16 @@ from dataclasses import dataclass
 import torch
 
 from minillm.cache import StaticCache
-from minillm.decode import GenerationConfig, merge_options, new_row, reuse_prefix, run
+from minillm.decode import new_row, reuse_prefix, run
 from minillm.drafting import Proposer, make_proposer
 from minillm.errors import RequestError
+from minillm.options import GenerationConfig, as_list, merge_options
+from minillm.sampling import Sampling
 from minillm.speculative import run_speculative
 
 Prompt = str | Sequence[int]
 
 _DEFAULT_NEW_TOKENS = 256
-_OPTIONS = [field.name for field in dataclasses.fields(GenerationConfig)]
 
 
 @dataclass(frozen=True)
@@ -82,11 +81,6 @@ class Request:
         options: dict,
         previous: Proposer | None = None,
     ):
-        unknown = [name for name in options if name not in _OPTIONS]
-        if unknown:
-            close = difflib.get_close_matches(unknown[0], _OPTIONS, n=1)
-            hint = f"; did you mean {close[0]}?" if close else f"; known: {', '.join(_OPTIONS)}"
-            raise RequestError(f"unknown option {unknown[0]!r}{hint}")
         self.llm = llm
         config = merge_options(llm.defaults, generation_config, options)
         prompts, self.single = _prompts(prompt)
@@ -105,10 +99,10 @@ class Request:
         if assistant is not None and not hasattr(assistant, "steps"):
             raise RequestError(f"assistant_model must be an LLM (LLM.from_pretrained(...)), not {assistant!r}")
         self.cache = cache
-        eos = frozenset(config.eos_token_id or ())
+        eos = frozenset(as_list(config.eos_token_id))
         self.rows = [new_row(row, config, budget, eos, llm.tokenizer) for row, budget in zip(ids, budgets, strict=True)]
-        self.sampling = config.sampling(_seeds(config, len(ids)), llm.device)
-        self.logprobs = config.logprobs
+        self.sampling = Sampling.of(config, _seeds(config, len(ids)), llm.device)
+        self.logprobs = bool(config.logprobs)
         self.proposer = make_proposer(llm, assistant, config, self.rows, cache, planned, previous)
 
     def _ids(self, prompt: Prompt, number: int) -> list[int]:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from minillm.options import GenerationConfig
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -22,6 +24,22 @@ class Sampling:
     top_p: Tensor | None = None  # [B] float32: keep the fewest that hold this mass
     min_p: Tensor | None = None  # [B] float32: drop those below this share of the likeliest
     repetition_penalty: Tensor | None = None  # [B] float32
+
+    @staticmethod
+    def of(config: GenerationConfig, seeds: Sequence[int], device: torch.device) -> "Sampling":
+        """What a request asks for, the same for all its rows but the seeds; a filter that would do nothing is None."""
+        penalty = None if config.repetition_penalty == 1.0 else config.repetition_penalty
+        if not config.samples:
+            return Sampling.uniform_rows(seeds, device, repetition_penalty=penalty)
+        return Sampling.uniform_rows(
+            seeds,
+            device,
+            temperature=1.0 if config.temperature is None else config.temperature,
+            top_k=config.top_k or None,  # 0 means off, as in transformers
+            top_p=None if config.top_p == 1.0 else config.top_p,
+            min_p=config.min_p or None,
+            repetition_penalty=penalty,
+        )
 
     @staticmethod
     def uniform_rows(

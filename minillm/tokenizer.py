@@ -17,8 +17,8 @@ from jinja2.ext import LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as _Tokenizer
 
-from minillm.config import read_json
 from minillm.errors import TokenizerError
+from minillm.files import read_json
 
 # How far back to look in a prompt for a token that ends on a whole character.
 _CONTEXT_TOKENS = 8

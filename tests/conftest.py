@@ -13,9 +13,9 @@ import tiny_tokenizers
 import torch
 from families import FAMILIES, load_reference, save_checkpoint, seed_of
 
-from minillm.checkpoint import load_decoder
-from minillm.config import load_config
 from minillm.llm import LLM
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import load_config
 
 # The tiny models are all overhead: on a busy machine waking a second thread for each small
 # operation makes the suite nine times slower (80 s against 9 s for test_families.py).

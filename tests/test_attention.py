@@ -8,8 +8,9 @@ from families import FAMILIES
 
 from minillm.attention import BACKENDS, choose_backend
 from minillm.cache import StaticCache
-from minillm.config import LayerSpec, parse_config
+from minillm.config import LayerSpec
 from minillm.errors import BackendError
+from minillm.load.config_json import parse_config
 
 
 def plain_attention(q, keys, values, position, spec):

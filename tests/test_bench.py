@@ -12,13 +12,13 @@ from families import load_reference
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from minillm.bench import Report, Spread, bytes_per_token, measure, memory_bandwidth, save_plot
-from minillm.checkpoint import load_decoder
 from minillm.cli import main
-from minillm.config import load_config
 from minillm.errors import RequestError
 from minillm.llm import LLM
-from minillm.perplexity import parse_format, read_documents, score_text, token_stream, windows
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import load_config
+from minillm.measure.bench import Report, Spread, bytes_per_token, measure, memory_bandwidth, save_plot
+from minillm.measure.perplexity import parse_format, read_documents, score_text, token_stream, windows
 
 DOCUMENTS = [
     "Once upon a time there was a little girl. " * 20,

@@ -13,10 +13,10 @@ from families import FAMILIES, prompt_ids, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from minillm.cache import StaticCache
-from minillm.checkpoint import load_decoder
-from minillm.config import load_config
 from minillm.errors import BackendError, CheckpointError
-from minillm.hub import find_checkpoint
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import load_config
+from minillm.load.hub import find_checkpoint
 
 PROMPT = prompt_ids(12, seed=1)
 
@@ -160,12 +160,12 @@ def test_each_missing_tensor_is_named(name, checkpoint, rewritten, tmp_path):
 
 
 def test_errors_come_before_any_weight_is_read(rewritten, monkeypatch):
-    import minillm.checkpoint as room
+    import minillm.load.checkpoint as room
 
     def never(*args):
         raise AssertionError("a tensor was read")
 
-    monkeypatch.setattr(room, "_stream", never)
+    monkeypatch.setattr(room, "stream_tensors", never)
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight"):
         load(rewritten("llama3", lambda tensors: tensors.pop("model.norm.weight")))
 
@@ -313,8 +313,8 @@ def test_unknown_backend_and_device(checkpoint):
 
 MEASURE = """
 import sys, threading, torch
-from minillm.checkpoint import load_decoder
-from minillm.config import load_config
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import load_config
 
 def anonymous():  # bytes of memory that is not the mapped file
     with open("/proc/self/status") as status:

@@ -118,7 +118,7 @@ def test_inspect_traces_every_operation(run, llm):
 
 
 def test_trace_leaves_the_model_as_it_was(run, llm):
-    from minillm.describe import trace
+    from minillm.measure.describe import trace
 
     before = [block.attention.backend for block in llm.model.blocks]
     trace(llm, "Once")

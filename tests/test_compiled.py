@@ -12,10 +12,10 @@ from families import FAMILIES, prompt_ids, save_checkpoint, seed_of
 from torch._dynamo.utils import counters
 
 from minillm import LLM, StaticCache, compiled, decode_one_token
-from minillm.checkpoint import load_decoder
-from minillm.config import load_config
 from minillm.decode import prefill
 from minillm.errors import BackendError
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import load_config
 from minillm.steps import Steps
 
 SAME = dict(rtol=0.0, atol=2e-5)  # against ourselves, see test_cache.py

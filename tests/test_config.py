@@ -8,8 +8,8 @@ import pytest
 from families import FAMILIES, reference_config
 from published_configs import PUBLISHED
 
-from minillm.config import load_config, parse_config
 from minillm.errors import ConfigError
+from minillm.load.config_json import load_config, parse_config
 
 CONFIGS = PUBLISHED | {f"tiny {name}": family.config for name, family in FAMILIES.items()}
 

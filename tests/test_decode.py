@@ -5,8 +5,9 @@ import torch
 from families import prompt_ids, reference_greedy, reference_logits
 
 from minillm.cache import StaticCache
-from minillm.decode import GenerationConfig, decode_one_token, new_row, prefill, run
+from minillm.decode import decode_one_token, new_row, prefill, run
 from minillm.errors import CacheError, RequestError
+from minillm.options import GenerationConfig
 from minillm.sampling import Sampling, next_token
 from minillm.tokenizer import Tokenizer
 
@@ -247,4 +248,4 @@ def test_bad_options_name_themselves(bad):
 def test_do_sample_defaults_to_what_is_asked_for(options, samples):
     config = GenerationConfig(**options)
     assert config.samples == samples
-    assert (config.sampling([1], "cpu").temperature is not None) == samples
+    assert (Sampling.of(config, [1], "cpu").temperature is not None) == samples

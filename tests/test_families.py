@@ -18,9 +18,9 @@ from families import (
 )
 
 from minillm.cache import StaticCache
-from minillm.checkpoint import load_decoder
-from minillm.config import load_config
 from minillm.errors import BackendError
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import load_config
 
 PROMPT = prompt_ids(40, seed=1)
 FEATURES = [(name, feature) for name, family in FAMILIES.items() for feature in family.features]

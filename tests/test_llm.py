@@ -11,7 +11,7 @@ from families import FAMILIES, prompt_ids, reference_greedy, save_checkpoint
 
 from minillm import LLM, Completion, GenerationConfig, MinillmError, StaticCache
 from minillm.errors import BackendError, CheckpointError, ConfigError, RequestError, TokenizerError
-from minillm.hub import find_checkpoint
+from minillm.load.hub import find_checkpoint
 from minillm.tokenizer import Tokenizer
 
 PROMPTS = [

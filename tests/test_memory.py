@@ -11,11 +11,11 @@ from published_configs import PUBLISHED
 from safetensors.torch import save_file
 
 from minillm import StaticCache
-from minillm.checkpoint import empty_decoder, load_decoder
 from minillm.cli import main
-from minillm.config import load_config, parse_config
 from minillm.errors import RequestError
-from minillm.memory import (
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import load_config, parse_config
+from minillm.measure.memory import (
     activation_bytes,
     cache_bytes,
     estimate,
@@ -26,6 +26,7 @@ from minillm.memory import (
     score_bytes,
     weight_bytes,
 )
+from minillm.model import empty_decoder
 
 LLAMA2_70B = PUBLISHED["Llama-2-7b-hf"] | dict(
     hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
@@ -174,17 +175,18 @@ def large_folder(tmp_path_factory):
 PEAK = """
 import re, sys, torch
 from pathlib import Path
-from minillm.config import load_config
-from minillm.checkpoint import load_decoder
-from minillm.memory import weight_bytes
-from minillm.quantize import make_linear, parse_quantize
+from minillm.load.config_json import load_config
+from minillm.load.checkpoint import load_decoder
+from minillm.measure.memory import weight_bytes
+from minillm.linear import make_linear, parse_quantize
+from minillm.load.quantize import fill_rows
 folder, quantize = sys.argv[1], sys.argv[2] if sys.argv[2] != "none" else None
 torch.set_num_threads(1)
 # Not ru_maxrss: it begins with what the process that started this one held.
 peak = lambda: int(re.search(r"VmHWM:\\s+(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024
 # Code is paged in when it first runs: that is the interpreter's own, not the model's.
 spec = parse_quantize(quantize)
-make_linear(64, 64, False, spec).load_rows(0, torch.randn(64, 64, dtype=torch.bfloat16))
+fill_rows(make_linear(64, 64, False, spec, torch.bfloat16), 0, torch.randn(64, 64, dtype=torch.bfloat16))
 config = load_config(folder)
 before = peak()
 model = load_decoder(folder, config, torch.bfloat16, quantize=quantize)

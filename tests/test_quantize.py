@@ -4,20 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from minillm_kernels import cpu
+from minillm_kernels.int4_linear import dequantize_int4
 
 from minillm.errors import MinillmError
-from minillm.quantize import (
-    Int4Linear,
-    Int8Linear,
-    Linear,
-    QuantizeSpec,
-    dequantize_int4,
-    dequantize_int8,
-    make_linear,
-    parse_quantize,
-    quantize_int4,
-    quantize_int8,
-)
+from minillm.linear import Int4Linear, Int8Linear, Linear, QuantizeSpec, make_linear, parse_quantize
+from minillm.load.quantize import dequantize_int8, fill_rows, quantize_int4, quantize_int8
 
 WORDS = (None, "int8", "int4-g32", "int4-g64", "int4-g128")
 
@@ -119,9 +110,9 @@ def test_layers_filled_by_row_slices_equal_one_filled_at_once(word, bias):
     torch.manual_seed(3)
     weight, values = torch.randn(100, 256).bfloat16(), torch.randn(100)
     layers = [make_linear(256, 100, bias, parse_quantize(word), torch.float32) for _ in range(2)]
-    layers[0].load_rows(0, weight)
+    fill_rows(layers[0], 0, weight)
     for start, stop in ((40, 100), (0, 33), (33, 40)):
-        layers[1].load_rows(start, weight[start:stop])
+        fill_rows(layers[1], start, weight[start:stop])
     if bias:
         for layer in layers:
             layer.bias.data.copy_(values)
@@ -148,7 +139,7 @@ def held_weight(layer):
 def test_gated_is_activation_of_the_first_half_times_the_second(word, bias, activation):
     torch.manual_seed(4)
     layer = make_linear(128, 96, bias, parse_quantize(word), torch.float32)
-    layer.load_rows(0, torch.randn(96, 128) / 8)
+    fill_rows(layer, 0, torch.randn(96, 128) / 8)
     if bias:
         layer.bias.data.normal_()
     x = torch.randn(5, 128)
@@ -162,10 +153,10 @@ def test_gated_is_activation_of_the_first_half_times_the_second(word, bias, acti
 def test_eager_and_compiled_layers_agree_and_compile_to_one_graph(word):
     torch.manual_seed(5)
     layer = make_linear(128, 64, True, parse_quantize(word), torch.bfloat16)
-    layer.load_rows(0, torch.randn(64, 128))
+    fill_rows(layer, 0, torch.randn(64, 128))
     layer.bias.data.normal_()
     plain = make_linear(128, 64, False, parse_quantize(word), torch.bfloat16)
-    plain.load_rows(0, torch.randn(64, 128))
+    fill_rows(plain, 0, torch.randn(64, 128))
     x = torch.randn(3, 128).bfloat16()
 
     def both(x):
@@ -177,7 +168,7 @@ def test_eager_and_compiled_layers_agree_and_compile_to_one_graph(word):
 
 
 def test_dense_layer_gives_gradients():
-    layer = Linear(8, 6, bias=True)
+    layer = Linear(8, 6, True, torch.float32)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter)
     x = torch.randn(3, 8, requires_grad=True)
@@ -193,7 +184,7 @@ def test_layers_are_built_on_meta_and_keep_their_scales_when_cast(word):
     assert all(tensor.is_meta for tensor in layer.state_dict().values())
     layer = layer.to_empty(device="cpu")
     torch.manual_seed(6)
-    layer.load_rows(0, torch.randn(10, 64))
+    fill_rows(layer, 0, torch.randn(10, 64))
     layer.bias.data.zero_()
     before = {name: tensor.clone() for name, tensor in layer.state_dict().items()}
     layer = layer.to(torch.bfloat16)
@@ -236,14 +227,14 @@ def test_weights_that_are_not_finite_are_refused(in_c, monkeypatch):
         with pytest.raises(MinillmError, match="infinite or not a number"):
             quantize_int8(weight)
         with pytest.raises(MinillmError, match="infinite or not a number"):
-            Int4Linear(64, 40, bias=False).load_rows(0, weight)
+            fill_rows(Int4Linear(64, 40, False, torch.float32), 0, weight)
 
 
 def test_errors_name_the_shape_and_the_way_out():
     with pytest.raises(
         MinillmError, match=r'96 inputs and 10 outputs .* groups of 64; use quantize="int4-g32" or "int8"'
     ):
-        make_linear(96, 10, False, QuantizeSpec(4, 64))
+        make_linear(96, 10, False, QuantizeSpec(4, 64), torch.float32)
     with pytest.raises(MinillmError, match=r'50 inputs and 10 outputs .* use quantize="int8"'):
         quantize_int4(torch.ones(10, 50), 64)
     with pytest.raises(MinillmError, match="groups hold 32, 64, 128 inputs, not 48"):

@@ -7,7 +7,7 @@ import torch
 from families import FAMILIES, reference_config
 from published_configs import PUBLISHED
 
-from minillm.config import parse_config
+from minillm.load.config_json import parse_config
 from minillm.rope import attention_scale, cos_sin, inverse_frequencies, rotary_table, rotate
 
 ORIGINAL = 64

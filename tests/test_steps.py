@@ -12,10 +12,11 @@ from minillm_kernels import cpu
 from minillm_kernels.cpu.tape import NotRecordable
 
 from minillm import LLM, StaticCache, decode_one_token
-from minillm.checkpoint import load_decoder
-from minillm.config import load_config
-from minillm.decode import GenerationConfig, new_row, prefill, run
+from minillm.decode import new_row, prefill, run
 from minillm.errors import BackendError
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import load_config
+from minillm.options import GenerationConfig
 from minillm.sampling import Sampling
 from minillm.steps import RecordedStep, Steps
 from minillm.tokenizer import Tokenizer

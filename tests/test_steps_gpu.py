@@ -5,9 +5,10 @@ import torch
 from families import prompt_ids
 
 from minillm.cache import StaticCache
-from minillm.checkpoint import load_decoder
-from minillm.config import load_config
-from minillm.decode import Burst, GenerationConfig, new_row, prefill, run
+from minillm.decode import Burst, new_row, prefill, run
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import load_config
+from minillm.options import GenerationConfig
 from minillm.sampling import Sampling
 from minillm.steps import CapturedStep, Steps
 from minillm.tokenizer import Tokenizer

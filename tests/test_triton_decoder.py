@@ -16,16 +16,16 @@ import torch
 from families import FAMILIES
 
 from minillm.attention import BACKENDS, choose_backend
-from minillm.checkpoint import load_decoder
-from minillm.config import parse_config
 from minillm.errors import BackendError
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import parse_config
 
 STEPS = """
 import json, sys
 import torch
 from minillm.cache import StaticCache
-from minillm.checkpoint import load_decoder
-from minillm.config import load_config
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import load_config
 from minillm.decode import next_logits, prefill
 
 torch.set_num_threads(1)

@@ -215,7 +215,7 @@ def serve(settings: dict) -> None:
 def bandwidth() -> float:
     import torch
 
-    from minillm.bench import memory_bandwidth
+    from minillm.measure.bench import memory_bandwidth
 
     return memory_bandwidth(torch.device("cpu"))
 

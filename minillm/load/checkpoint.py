@@ -8,24 +8,20 @@ finished model plus one tensor. Pickle files (`.bin`, `.pt`) can run code when o
 
 import json
 import re
-import shutil
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from minillm.attention import choose_backend
-from minillm.config import ModelConfig, load_config, read_json
-from minillm.errors import BackendError, CheckpointError, ConfigError
-from minillm.hub import HUB_PATTERNS, first_line
-from minillm.model import Decoder
-from minillm.quantize import Linear, QuantizedLinear, QuantizeSpec, make_linear, parse_quantize
+from minillm.config import ModelConfig
+from minillm.errors import BackendError, CheckpointError, first_line
+from minillm.linear import Linear, QuantizedLinear
+from minillm.load.quantize import fill_rows
+from minillm.model import Decoder, empty_decoder
 
 # Where each tensor of the file goes: name in the file -> (name in Decoder, which part of a fused matrix).
 # {} stands for the layer number and the suffix weight/bias is carried over.
@@ -64,7 +60,6 @@ _NORM_NAMES = {
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-_SHARD_BYTES = 2**30  # of a checkpoint that is written here
 _REOPEN_BYTES = 2**24  # read through one mapping of a file before it is closed and opened again
 
 
@@ -96,53 +91,24 @@ def load_decoder(
     for `empty_decoder`.
     """
     folder = Path(folder)
-    plan, files = _plan(folder, config, empty_decoder(config, dtype, attention, quantize, quantize_head))
+    plan, files = plan_loading(folder, config, empty_decoder(config, dtype, attention, quantize, quantize_head))
     try:
         # Uninitialised memory: a page is only really taken when a tensor is copied into it.
         model = empty_decoder(config, dtype, attention, quantize, quantize_head, device)
     except (RuntimeError, AssertionError) as error:
         raise BackendError(f"device {str(device)!r}: {first_line(error)}") from error
     with torch.no_grad():
-        for name, tensor in _stream(folder, files, f"loading {folder.name}"):
+        for name, tensor in stream_tensors(folder, files, f"loading {folder.name}"):
             _fill(model, plan[name], tensor)
         if config.tie_word_embeddings and not isinstance(model.head, Linear) and config.quantization is None:
-            model.head.load_rows(0, model.embedding.weight)
+            fill_rows(model.head, 0, model.embedding.weight)
     return model.eval().requires_grad_(False)
-
-
-def empty_decoder(
-    config: ModelConfig,
-    dtype: torch.dtype,
-    attention: str = "auto",
-    quantize: str | None = None,
-    quantize_head: bool = False,
-    device: torch.device | str = "meta",
-) -> Decoder:
-    """The decoder with uninitialised weights; on the "meta" device without any memory behind them at all.
-
-    `quantize` ("int8", "int4-g64", ...) is for the linear layers, `quantize_head` takes the output head to
-    int8; embedding and norms stay in `dtype`. A checkpoint that is quantized already says both itself.
-    """
-    if config.quantization is not None:
-        if quantize is not None or quantize_head:
-            raise ConfigError(f"the checkpoint is quantized already ({config.quantization}): load it without quantize")
-        quantize, quantize_head = config.quantization, config.quantized_head
-    spec = parse_quantize(quantize)
-    head_spec = parse_quantize("int8" if quantize_head else None)
-    with torch.device(device):
-        return Decoder(
-            config,
-            choose_backend(attention, config, torch.device(device).type),
-            linear=partial(make_linear, spec=spec, dtype=dtype),
-            head=partial(make_linear, spec=head_spec, dtype=dtype),
-            dtype=dtype,
-        )
 
 
 def _fill(model: Decoder, slot: Slot, tensor: Tensor) -> None:
     module = model.get_submodule(slot.module)
     if slot.tensor == "weight" and slot.dtype is None and isinstance(module, Linear | QuantizedLinear):
-        module.load_rows(slot.start, tensor)
+        fill_rows(module, slot.start, tensor)
     else:
         whole = getattr(module, slot.tensor)
         whole.narrow(slot.dimension, slot.start, slot.shape[slot.dimension]).copy_(tensor)
@@ -213,10 +179,10 @@ def _tensor_files(folder: Path) -> dict[str, str]:
         return dict.fromkeys(handle.keys(), single.name)
 
 
-def _plan(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dict[str, Slot], dict[str, str]]:
+def plan_loading(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dict[str, Slot], dict[str, str]]:
     """The slot and the file of every tensor to read, by its name there, or one error that lists all that is wrong."""
     slots, files = tensor_slots(config, model), _tensor_files(folder)
-    renamed = {_plain_name(name, config): name for name in files}
+    renamed = {plain_name(name, config): name for name in files}
     renamed.pop(None, None)
     if "lm_head.weight" not in slots:
         renamed.pop("lm_head.weight", None)  # tied, but some files repeat the embedding under this name
@@ -244,7 +210,7 @@ def _plan(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dict[str, 
     }
 
 
-def _plain_name(name: str, config: ModelConfig) -> str | None:
+def plain_name(name: str, config: ModelConfig) -> str | None:
     """A tensor's name as in a text-only checkpoint, or None if it is none of the decoder's."""
     if name.endswith("rotary_emb.inv_freq"):
         return None  # a buffer old Llama files carry; it follows from config.json
@@ -257,88 +223,7 @@ def _plain_name(name: str, config: ModelConfig) -> str | None:
     return name
 
 
-def quantize_checkpoint(source: str | Path, out: str | Path, quantize: str, quantize_head: bool = False) -> None:
-    """Write a quantized copy of the checkpoint folder `source` into the new folder `out`.
-
-    The result is an ordinary checkpoint: safetensors shards, the small files of the source, and a
-    `quantization_config` in config.json saying {"quant_method": "minillm", "format": "int8" | "int4-g64"
-    | ..., "head": bool}. A matrix `x.weight` becomes, in int8, `x.weight [N, K]` int8 and `x.scale [N]` float32;
-    in int4 `x.packed`, `x.scale` and `x.zero` as described in `quantize.py`. Loading it gives the very bits
-    that quantizing while loading gives. At no time is more than one shard (1 GiB) in memory.
-
-    Raises `CheckpointError` if `out` exists and is not empty; nothing is left behind if writing fails.
-    """
-    source, out = Path(source), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already: give a new folder, nothing is overwritten")
-    config = load_config(source)
-    # The dtype does not matter here: what is not quantized is written as it was read.
-    model = empty_decoder(config, torch.float32, quantize=quantize, quantize_head=quantize_head)
-    plan, files = _plan(source, config, model)
-    modules = dict(model.named_modules())
-    partial_out = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
-    partial_out.mkdir(parents=True)
-    try:
-        writer = _ShardWriter(partial_out)
-        for name, tensor in _stream(source, files, f"quantizing {source.name}"):
-            module, plain = modules[plan[name].module], _plain_name(name, config)
-            if plan[name].tensor == "weight" and isinstance(module, QuantizedLinear):
-                writer.add_quantized(plain.removesuffix(".weight"), tensor, parse_quantize(quantize), module)
-            else:
-                writer.add(plain, tensor)
-            if config.tie_word_embeddings and quantize_head and plan[name].module == "embedding":
-                writer.add_quantized("lm_head", tensor, parse_quantize("int8"), model.head)
-        writer.finish()
-        for pattern in HUB_PATTERNS:
-            if "safetensors" not in pattern and (source / pattern).exists():
-                shutil.copy(source / pattern, partial_out)
-        raw = read_json(source / "config.json", CheckpointError)
-        raw["quantization_config"] = {"quant_method": "minillm", "format": quantize, "head": quantize_head}
-        (partial_out / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        partial_out.rename(out)
-    finally:
-        shutil.rmtree(partial_out, ignore_errors=True)
-
-
-class _ShardWriter:
-    """Collects tensors and writes a shard whenever enough have come together, the index at the end."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.waiting, self.weight_map, self.size = folder, {}, {}, 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        self.waiting[name] = tensor.clone()  # the original is a window on the source file
-        self.size += tensor.nbytes
-        if self.size >= _SHARD_BYTES:
-            self._write()
-
-    def add_quantized(self, name: str, weight: Tensor, spec: QuantizeSpec, like: QuantizedLinear) -> None:
-        outputs, inputs = weight.shape
-        layer = make_linear(inputs, outputs, False, spec)
-        layer.load_rows(0, weight)
-        for part in like.row_dimension:
-            self.add(f"{name}.{part}", getattr(layer, part))
-
-    def _write(self) -> None:
-        shard = f"model-{len(set(self.weight_map.values())) + 1:05d}.safetensors"
-        save_file(self.waiting, self.folder / shard, metadata={"format": "pt"})
-        self.weight_map |= dict.fromkeys(self.waiting, shard)
-        self.waiting, self.size = {}, 0
-
-    def finish(self) -> None:
-        if self.waiting:
-            self._write()
-        index = {"metadata": {}, "weight_map": self.weight_map}
-        path = self.folder / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n")
-        for shard in set(self.weight_map.values()):
-            shutil.copymode(path, self.folder / shard)  # safetensors writes for the owner alone
-
-
-def _stream(folder: Path, files: dict[str, str], label: str) -> Iterator[tuple[str, Tensor]]:
+def stream_tensors(folder: Path, files: dict[str, str], label: str) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor once, in file order, with a progress bar on stderr if it takes over a second."""
     started, done, progress = time.monotonic(), 0, None
     try:

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from minillm.cache import StaticCache
-from minillm.checkpoint import empty_decoder
 from minillm.config import ModelConfig, RopeSpec
 from minillm.llm import LLM
-from minillm.memory import format_bytes, parameter_count, weight_bytes
-from minillm.model import NoNorm
+from minillm.measure.memory import format_bytes, parameter_count, weight_bytes
+from minillm.model import NoNorm, empty_decoder
 
 
 def facts(

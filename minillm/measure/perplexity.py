@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from minillm.bench import format_name, progress_bar
 from minillm.cache import MAX_STEP, StaticCache
 from minillm.errors import ConfigError, RequestError
+from minillm.linear import parse_quantize
 from minillm.llm import LLM
-from minillm.memory import format_bytes, weight_bytes
-from minillm.quantize import parse_quantize
+from minillm.measure.bench import format_name, progress_bar
+from minillm.measure.memory import format_bytes, weight_bytes
 from minillm.tokenizer import Tokenizer
 
 WINDOW = 1024  # tokens of a scored window, if the model has as many positions; half of it is context

@@ -13,13 +13,11 @@ import torch
 from safetensors import safe_open
 
 from minillm.cache import MAX_STEP, num_slots
-from minillm.checkpoint import empty_decoder
 from minillm.config import ModelConfig
-from minillm.errors import CheckpointError, RequestError
-from minillm.hub import DEMOS, first_line
-from minillm.model import Decoder
-from minillm.plot import picture
-from minillm.quantize import QuantizedLinear
+from minillm.errors import CheckpointError, RequestError, first_line
+from minillm.linear import QuantizedLinear
+from minillm.measure.plot import picture
+from minillm.model import Decoder, empty_decoder
 
 # Sizes of memory people have, GiB: laptops and graphics cards.
 MEMORY_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 141, 192, 256, 384, 512, 768, 1024)
@@ -217,7 +215,7 @@ def report(
     if context > config.max_positions:
         raise RequestError(f"context {context} exceeds the model's {config.max_positions} positions")
     stored = stored_bytes(folder) if any(folder.glob("*.safetensors")) else {}
-    if not stored and not Path(name).exists() and name not in DEMOS and not local_files_only:
+    if not stored and not Path(name).exists() and not local_files_only:
         stored = hub_stored_bytes(name, revision)
     length = batch_size * context
     per_head = kv_values(config.num_layers, 1, config.head_dim, length) * dtype.itemsize

@@ -19,11 +19,11 @@ import torch
 from minillm.cache import StaticCache
 from minillm.config import ModelConfig
 from minillm.errors import RequestError
+from minillm.linear import Int4Linear, QuantizedLinear
 from minillm.llm import LLM
-from minillm.memory import format_bytes, weight_bytes
+from minillm.measure.memory import format_bytes, weight_bytes
+from minillm.measure.plot import picture
 from minillm.model import Decoder
-from minillm.plot import picture
-from minillm.quantize import Int4Linear, QuantizedLinear
 from minillm.tokenizer import Tokenizer
 
 LENGTHS = (64, 256, 1024)  # prompts, and so positions at which decoding is timed

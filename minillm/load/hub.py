@@ -3,9 +3,9 @@
 import re
 from pathlib import Path
 
-from minillm.errors import CheckpointError
+from minillm.errors import CheckpointError, first_line
 
-DEMOS = {"demo": Path(__file__).parent / "demo", "demo-draft": Path(__file__).parent / "demo" / "draft"}
+DEMOS = {"demo": Path(__file__).parent.parent / "demo", "demo-draft": Path(__file__).parent.parent / "demo" / "draft"}
 
 # What is asked of the Hub: weights as safetensors and the small files that describe them. Original-format
 # copies ("consolidated.safetensors") and pickle files stay where they are.
@@ -77,7 +77,3 @@ def find_checkpoint(
         raise CheckpointError(f"the Hub id {name} has no revision {revision!r}") from error
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(f"the Hub id {name} cannot be downloaded: {first_line(error)}") from error
-
-
-def first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,335 @@
+"""`config.json` -> `ModelConfig`.
+
+What a family such as Gemma or Qwen needs comes from its row in `families.py`. The reader below accepts both spellings
+found in the wild (`rope_theta` + `rope_scaling`, or the newer `rope_parameters`; `sliding_window_pattern` or
+`layer_types`; a nested `text_config`), checks every range, and refuses a key it does not understand: a silent default
+is how a model ends up subtly worse than the one its authors trained.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from minillm.config import LayerSpec, ModelConfig, NormSpec, RopeSpec
+from minillm.errors import CheckpointError, ConfigError, RequestError
+from minillm.files import read_json
+from minillm.load.families import FAMILIES, HARMLESS, NEUTRAL, Family
+from minillm.options import DTYPES, GenerationConfig
+
+_ROPE_KINDS = {"default", "linear", "dynamic", "llama3", "yarn", "longrope"}
+_ROPE_KEYS = frozenset(
+    """
+    rope_theta rope_type type factor original_max_position_embeddings partial_rotary_factor low_freq_factor
+    high_freq_factor beta_fast beta_slow truncate mscale mscale_all_dim attention_factor short_factor
+    long_factor
+    """.split()
+)
+
+
+def load_config(folder: str | Path, strict: bool = True) -> ModelConfig:
+    """Read `folder/config.json`. See `parse_config`."""
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise ConfigError(f"{path} does not exist: a checkpoint folder holds a config.json")
+    return parse_config(read_json(path, ConfigError), strict=strict)
+
+
+def parse_config(raw: dict[str, Any], strict: bool = True) -> ModelConfig:
+    """Turn the dictionary of a supported `config.json` into a `ModelConfig`.
+
+    Raises `ConfigError` naming the key for an unsupported family, a value out of range, two spellings
+    that contradict each other, or a key this reader does not understand. `strict=False` lets keys
+    nobody here has heard of pass (the result may then differ from the model's authors' intent).
+    """
+    nested = isinstance(raw.get("text_config"), dict)
+    text = raw
+    if nested:
+        # The outer file describes a vision tower as well; the decoder is entirely in text_config.
+        outer = {key: value for key, value in raw.items() if key in ("dtype", "torch_dtype")}
+        text = outer | {"model_type": f"{raw.get('model_type')}_text"} | raw["text_config"]
+        ids = [*token_ids(text.get("eos_token_id"), "text_config.eos_token_id")]
+        ids += [token for token in token_ids(raw.get("eos_token_id"), "eos_token_id") if token not in ids]
+        text["eos_token_id"] = ids
+        if "quantization_config" in raw:
+            text["quantization_config"] = raw["quantization_config"]
+    model_type = text.get("model_type")
+    family = FAMILIES.get(model_type)
+    if family is None:
+        raise ConfigError(f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    reader = _Reader(text, family.defaults)
+    config = _read(reader, model_type, family, nested)
+    unread = sorted(set(text) - reader.seen - HARMLESS)
+    for key in [key for key in unread if key in NEUTRAL]:
+        if text[key] not in (None, NEUTRAL[key]):
+            raise ConfigError(f"config.json: {key} = {text[key]!r} is not supported for {model_type}")
+        unread.remove(key)
+    if unread and strict:
+        raise ConfigError(
+            f"config.json: not understood: {', '.join(unread)}. A key that changes the computation must not "
+            "be ignored; pass strict=False if you know these do not"
+        )
+    return config
+
+
+def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> ModelConfig:
+    num_layers = reader.integer("num_hidden_layers")
+    hidden_size = reader.integer("hidden_size")
+    num_heads = reader.integer("num_attention_heads")
+    num_kv_heads = reader.integer("num_key_value_heads", optional=True) or num_heads
+    head_dim = reader.integer("head_dim", optional=True)
+    if head_dim is None:
+        if hidden_size % num_heads:
+            raise ConfigError(
+                f"config.json: hidden_size {hidden_size} is not a multiple of num_attention_heads {num_heads} "
+                "and no head_dim is given"
+            )
+        head_dim = hidden_size // num_heads
+    if num_heads % num_kv_heads:
+        raise ConfigError(
+            f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
+        )
+    windows = _windows(reader, family, num_layers)
+    ropes = _ropes(reader, family, head_dim)
+    scalar = reader.number("query_pre_attn_scalar", default=head_dim) if family.softcaps else head_dim
+    softcap = reader.number("attn_logit_softcapping", optional=True) if family.softcaps else None
+    bias = family.bias_keys and reader.flag("attention_bias")
+    return ModelConfig(
+        family=model_type,
+        vocab_size=reader.integer("vocab_size"),
+        hidden_size=hidden_size,
+        intermediate_size=reader.integer("intermediate_size"),
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        max_positions=_max_positions(reader, ropes[0], family),
+        layers=tuple(
+            LayerSpec(
+                window=window,
+                rope=1 if family.local_rope and window is not None else 0,
+                query_scale=scalar**-0.5,
+                softcap=softcap,
+            )
+            for window in windows
+        ),
+        ropes=ropes,
+        norm=NormSpec(reader.number("rms_norm_eps", default=1e-6), family.norm_offset, family.norm_in_fp32),
+        pre_norm=family.pre_norm,
+        post_norm=family.post_norm,
+        qk_norm=family.qk_norm,
+        qkv_bias=family.qkv_bias or bias,
+        output_bias=bias,
+        mlp_bias=family.mlp_bias_key and reader.flag("mlp_bias"),
+        activation=_activation(reader, family),
+        embedding_scale=hidden_size**0.5 if family.scaled_embedding else 1.0,
+        final_softcap=reader.number("final_logit_softcapping", optional=True) if family.softcaps else None,
+        tie_word_embeddings=reader.flag("tie_word_embeddings"),
+        fused_tensors=family.fused,
+        nested=nested,
+        **_quantization(reader),
+        dtype=_dtype(reader),
+        bos_token_id=reader.integer("bos_token_id", optional=True, minimum=0),
+        eos_token_ids=token_ids(reader.get("eos_token_id"), "config.json: eos_token_id"),
+    )
+
+
+def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | None]:
+    """The sliding window of each layer: by name where `layer_types` lists them, else by the family's rule."""
+    window = reader.integer("sliding_window", optional=True)
+    first_window = reader.integer("max_window_layers", default=num_layers, minimum=0)
+    pattern = reader.integer("sliding_window_pattern", "_sliding_window_pattern", default=1)
+    if family.windows == "from_layer" and not reader.flag("use_sliding_window"):
+        window = None
+    names = reader.get("layer_types")
+    if names is None:
+        slides = {
+            "none": lambda layer: False,
+            "all": lambda layer: window is not None,
+            "from_layer": lambda layer: window is not None and layer >= first_window,
+            "pattern": lambda layer: (layer + 1) % pattern != 0,
+        }[family.windows]
+        return [window if slides(layer) else None for layer in range(num_layers)]
+    unknown = set(names) - {"full_attention", "sliding_attention"}
+    if unknown or len(names) != num_layers:
+        raise ConfigError(
+            f"config.json: layer_types must name full_attention or sliding_attention for each of {num_layers} "
+            f"layers; it has {len(names)} entries" + (f", among them {sorted(unknown)}" if unknown else "")
+        )
+    if "sliding_attention" in names and window is None:
+        raise ConfigError("config.json: layer_types has sliding_attention but sliding_window is null")
+    return [window if name == "sliding_attention" else None for name in names]
+
+
+def _ropes(reader: "_Reader", family: Family, head_dim: int) -> tuple[RopeSpec, ...]:
+    """The rotary tables: one, or (global, local) for Gemma 3."""
+    max_positions = reader.integer("max_position_embeddings")
+    original = reader.integer("original_max_position_embeddings", optional=True)
+    theta = reader.number("rope_theta", default=1e4)
+    partial = reader.number("partial_rotary_factor", default=1.0)
+    local_theta = reader.number("rope_local_base_freq", default=1e4)
+    scaling, newer = reader.get("rope_scaling"), reader.get("rope_parameters")
+    for name, value in (("rope_scaling", scaling), ("rope_parameters", newer)):
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"config.json: {name} must be an object, not {value!r}")
+    common = dict(rope_theta=theta, partial_rotary_factor=partial, original_max_position_embeddings=original)
+    if newer is None:
+        tables = [common | (scaling or {})]
+        if family.local_rope:
+            tables.append(common | dict(rope_theta=local_theta))
+    elif family.local_rope and "full_attention" in newer:
+        tables = [common | newer["full_attention"], common | newer.get("sliding_attention", {})]
+    else:
+        if "rope_theta" in reader.raw and newer.get("rope_theta", theta) != theta:
+            raise ConfigError(
+                f"config.json: rope_theta {theta} contradicts rope_parameters.rope_theta {newer['rope_theta']}"
+            )
+        tables = [common | newer]
+        if family.local_rope:
+            tables.append(common | dict(rope_theta=local_theta))
+    return tuple(_rope(table, head_dim, max_positions) for table in tables)
+
+
+def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
+    unknown = sorted(set(table) - _ROPE_KEYS)
+    if unknown:
+        raise ConfigError(f"config.json: RoPE parameters not understood: {', '.join(unknown)}")
+    values = _Reader(table, {}, where="RoPE parameters")
+    kind = values.get("rope_type", "type") or "default"
+    kind = {"su": "longrope"}.get(kind, kind)  # Phi-3's first files called it "su"
+    if kind not in _ROPE_KINDS:
+        raise ConfigError(f"config.json: RoPE type {kind!r} is not supported; supported: {sorted(_ROPE_KINDS)}")
+    dim = int(head_dim * values.number("partial_rotary_factor", default=1.0))
+    if dim % 2 or not 0 < dim <= head_dim:
+        raise ConfigError(f"config.json: {dim} rotary channels of a head of {head_dim}: must be even and fit")
+    original = values.integer("original_max_position_embeddings", optional=True) or max_positions
+    # A file that stretches the context without saying how far means max / original.
+    stretched = max_positions / original if kind in ("yarn", "longrope") else None
+    factor = values.number("factor", default=stretched if kind != "default" else 1.0)
+    lists = {}
+    for name in ("short_factor", "long_factor") if kind == "longrope" else ():
+        entries = values.get(name)
+        if not isinstance(entries, list) or len(entries) != dim // 2 or not all(e > 0 for e in entries):
+            raise ConfigError(f"config.json: longrope {name} must list {dim // 2} positive numbers")
+        lists[name] = tuple(float(entry) for entry in entries)
+    return RopeSpec(
+        theta=values.number("rope_theta"),
+        dim=dim,
+        kind=kind,
+        factor=factor,
+        original_length=original,
+        low_freq_factor=values.number("low_freq_factor", default=None if kind == "llama3" else 1.0),
+        high_freq_factor=values.number("high_freq_factor", default=None if kind == "llama3" else 4.0),
+        beta_fast=values.number("beta_fast", default=32.0),
+        beta_slow=values.number("beta_slow", default=1.0),
+        truncate=values.get("truncate") is not False,
+        mscale=values.number("mscale", optional=True, minimum=0.0),
+        mscale_all_dim=values.number("mscale_all_dim", optional=True, minimum=0.0),
+        attention_factor=values.number("attention_factor", optional=True),
+        **lists,
+    )
+
+
+def _max_positions(reader: "_Reader", rope: RopeSpec, family: Family) -> int:
+    """The longest sequence to allow: linear, dynamic and yarn files may state the unstretched length."""
+    stated = reader.integer("max_position_embeddings")
+    if rope.kind in ("linear", "dynamic", "yarn") and not family.local_rope:  # Gemma 3 states the stretched one
+        return max(stated, int(rope.original_length * rope.factor))
+    return stated
+
+
+def _activation(reader: "_Reader", family: Family) -> str:
+    newer, older = reader.get("hidden_activation"), reader.get("hidden_act")  # Gemma renamed the key
+    name = newer or older or "silu"
+    names = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+    if family.gelu_means_tanh:
+        names["gelu"] = "gelu_tanh"  # Gemma's first files say "gelu"; the model was trained with tanh
+    if name not in names:
+        raise ConfigError(f"config.json: activation {name!r} is not supported; supported: {sorted(names)}")
+    return names[name]
+
+
+def _quantization(reader: "_Reader") -> dict[str, Any]:
+    table = reader.get("quantization_config")
+    if table is None:
+        return dict(quantization=None, quantized_head=False)
+    method = table.get("quant_method") if isinstance(table, dict) else table
+    if method != "minillm":
+        raise ConfigError(
+            f"config.json: quantization_config of {method!r} is not supported: give the unquantized checkpoint "
+            'and quantize it here (quantize="int8", or `minillm quantize`)'
+        )
+    values = _Reader(table, {}, where="quantization_config")
+    return dict(quantization=values.get("format"), quantized_head=values.flag("head"))
+
+
+def _dtype(reader: "_Reader") -> str | None:
+    name = reader.get("dtype", "torch_dtype")
+    if name is None:
+        return None
+    name = str(name).removeprefix("torch.")
+    if name not in DTYPES:
+        raise ConfigError(f"config.json: dtype {name!r} is not one of {', '.join(DTYPES)}")
+    return name
+
+
+def token_ids(value: Any, where: str) -> tuple[int, ...]:
+    """A token id, a list of them, or nothing, as a tuple; `where` names the source in the error."""
+    ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise ConfigError(f"{where} must be a token id or a list of them, not {value!r}")
+    return tuple(ids)
+
+
+def generation_defaults(folder: Path, config: ModelConfig, tokenizer_eos: int | None) -> GenerationConfig:
+    """The checkpoint's own sampling defaults, and the union of every EOS id it names anywhere."""
+    path = folder / "generation_config.json"
+    raw = read_json(path, CheckpointError)
+    eos = [*config.eos_token_ids, *token_ids(raw.get("eos_token_id"), f"{path}: eos_token_id")]
+    if tokenizer_eos is not None:
+        eos.append(tokenizer_eos)
+    names = ("do_sample", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "max_new_tokens")
+    values = {name: raw[name] for name in names if raw.get(name) is not None}
+    try:
+        return GenerationConfig(**values, eos_token_id=list(dict.fromkeys(eos)))
+    except RequestError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+class _Reader:
+    """Reads and range-checks keys, and remembers which were asked for."""
+
+    def __init__(self, raw: dict[str, Any], defaults: dict[str, Any], where: str = "config.json"):
+        self.raw, self.defaults, self.where, self.seen = raw, defaults, where, set()
+
+    def get(self, *names: str) -> Any:
+        """The first of these keys that is in the file (also as null), else the family's default."""
+        self.seen.update(names)
+        for source in (self.raw, self.defaults):
+            for name in names:
+                if name in source:
+                    return source[name]
+        return None
+
+    def integer(self, *names: str, default: int | None = None, optional: bool = False, minimum: int = 1):
+        """A whole number >= minimum. Absent or null: `default`; an error unless that or `optional` is given."""
+        value = self.get(*names)
+        value = default if value is None else value
+        if value is None and optional:
+            return None
+        if type(value) is not int or value < minimum:
+            raise ConfigError(f"{self.where}: {names[0]} must be a whole number >= {minimum}, not {value!r}")
+        return value
+
+    def number(self, *names: str, default: float | None = None, optional: bool = False, minimum: float = 1e-30):
+        """A finite number >= minimum (by default: positive), with the same rule for absence."""
+        value = self.get(*names)
+        value = default if value is None else value
+        if value is None and optional:
+            return None
+        if type(value) not in (int, float) or not minimum <= value < float("inf"):
+            raise ConfigError(f"{self.where}: {names[0]} must be a positive number, not {value!r}")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        value = self.get(name)
+        if value not in (None, True, False):
+            raise ConfigError(f"{self.where}: {name} must be true or false, not {value!r}")
+        return bool(value)
