@@ -21,20 +21,13 @@ _SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # each of them asks for 
 _MOST = 2**31 - 1  # of whole numbers: what a tensor index holds with room to spare
 
 
-def _option(
-    kind: type,
-    help: str,
-    low: float = 0,
-    high: float = _MOST,
-    word: str | None = None,
-    several: bool = False,
-    flag: bool = True,
-):
-    """A field of `GenerationConfig`: a value of type `kind` within [low, high], or `word`; `several`: or a list of them.
-    `flag`: the command line has a flag for it, with this `help`."""
-    return dataclasses.field(
-        default=None, metadata=dict(kind=kind, help=help, low=low, high=high, word=word, several=several, flag=flag)
-    )
+def _option(kind: type, help: str, low: float = 0, high: float = _MOST, word=None, several=False, flag=True):
+    """A field of `GenerationConfig`: a value of type `kind` within [low, high], or `word`.
+
+    `several`: or a list of them. `flag`: the command line has a flag for it, with this `help`.
+    """
+    rule = dict(kind=kind, help=help, low=low, high=high, word=word, several=several, flag=flag)
+    return dataclasses.field(default=None, metadata=rule)
 
 
 @dataclass(frozen=True)
