@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from minillm_kernels import cpu
-from minillm_kernels.decode_attention import decode_attention, decode_attention_cpu
+from minillm_kernels.decode_attention import decode_attention
 from minillm_kernels.flash_attention import flash_attention
 from torch import Tensor
 
@@ -90,7 +90,7 @@ def attend_sdpa(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: La
 def attend_triton(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
     """The same through `minillm::flash_attention` and `minillm::decode_attention`; arguments as for `attend_math`."""
     if not view.from_start:
-        return _attend_over_cache(decode_attention, q, keys, values, view, spec)
+        return _attend_over_cache(q, keys, values, view, spec)
     B, T, H, D = q.shape
     # The rows' first tokens: slots 0 .. T - 1 are the keys, whatever the layer.
     keys, values = keys[:, :, :T], values[:, :, :T]  # [B, KV, T, D]
@@ -102,15 +102,15 @@ def attend_c(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: Layer
     """Short steps through the C kernel, called directly; arguments as for `attend_math`."""
     if q.shape[1] > _SHORT_STEP:
         return (attend_sdpa if spec.softcap is None else attend_math)(q, keys, values, view, spec)
-    op = decode_attention if torch.compiler.is_compiling() else decode_attention_cpu
-    return _attend_over_cache(op, q, keys, values, view, spec)
+    return _attend_over_cache(q, keys, values, view, spec)
 
 
-def _attend_over_cache(op: Callable, q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
+def _attend_over_cache(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
     B, T, H, D = q.shape
     keys, values = keys[:, :, : view.num_slots], values[:, :, : view.num_slots]  # [B, KV, S, D], without the bin
     position = view.cache_position
-    out = op(q.transpose(1, 2), keys, values, position, spec.query_scale, view.window, spec.softcap)  # [B, H, T, D]
+    q = q.transpose(1, 2)
+    out = decode_attention(q, keys, values, position, spec.query_scale, view.window, spec.softcap)  # [B, H, T, D]
     return out.transpose(1, 2).reshape(B, T, H * D)
 
 

@@ -10,16 +10,8 @@ F intermediate_size, V vocab_size, S cache slots.
 from collections.abc import Callable
 
 import torch
-from minillm_kernels.launch import interpreting
-from minillm_kernels.norm_rope import (
-    add_cpu,
-    add_rms_norm,
-    add_rms_norm_cpu,
-    rms_norm,
-    rms_norm_cpu,
-    rope_and_cache_write,
-    rope_and_cache_write_cpu,
-)
+from minillm_kernels.norm import add, add_rms_norm, rms_norm
+from minillm_kernels.rope import rope_and_cache_write
 from torch import Tensor, nn
 
 from minillm.attention import Backend
@@ -32,11 +24,6 @@ from minillm.rope import cos_sin, rotate
 LinearFactory = Callable[[int, int, bool], Linear | QuantizedLinear]
 
 
-def _eager_on_cpu(x: Tensor) -> bool:
-    """Where an op's own CPU function can be called: it skips the dispatcher, at 5 us a call."""
-    return x.is_cpu and not torch.compiler.is_compiling() and not interpreting()
-
-
 class RMSNorm(nn.Module):
     """x / rms(x) * (offset + weight) over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467)."""
 
@@ -47,8 +34,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.fused:
-            norm = rms_norm_cpu if _eager_on_cpu(x) else rms_norm
-            return norm(x, self.weight, self.spec.eps, self.spec.offset, self.spec.multiply_in_fp32)
+            return rms_norm(x, self.weight, self.spec.eps, self.spec.offset, self.spec.multiply_in_fp32)
         wide = x.float()
         wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.spec.eps)
         if self.spec.multiply_in_fp32:
@@ -58,8 +44,8 @@ class RMSNorm(nn.Module):
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Add to the residual stream and norm the sum: (norm(x + residual), x + residual)."""
         if self.fused:
-            norm, spec = add_rms_norm_cpu if _eager_on_cpu(x) else add_rms_norm, self.spec
-            return norm(x, residual, self.weight, spec.eps, spec.offset, spec.multiply_in_fp32)
+            spec = self.spec
+            return add_rms_norm(x, residual, self.weight, spec.eps, spec.offset, spec.multiply_in_fp32)
         total = x + residual
         return self(total), total
 
@@ -75,7 +61,7 @@ class NoNorm(nn.Module):
         return x
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        total = add_cpu(x, residual) if self.fused and _eager_on_cpu(x) else x + residual
+        total = add(x, residual) if self.fused else x + residual
         return total, total
 
 
@@ -121,8 +107,8 @@ class Attention(nn.Module):
         keys, values = cache.keys[self.index], cache.values[self.index]  # [B, KV, S + 1, D]
         if self.backend.fused:
             cos, sin = (part[:, :, 0] for part in rotary)  # [B, T, D / 2]
-            rope = rope_and_cache_write_cpu if _eager_on_cpu(q) else rope_and_cache_write
-            q = rope(q, k, v, cos, sin, keys, values, view.cache_position).transpose(1, 2)  # [B, T, H, D]
+            q = rope_and_cache_write(q, k, v, cos, sin, keys, values, view.cache_position)
+            q = q.transpose(1, 2)  # [B, T, H, D]
         else:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
             cache.write(self.index, k, v, view)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from minillm_kernels import cpu
-from minillm_kernels.gated_mlp import gated_mlp, gated_mlp_cpu
-from minillm_kernels.int4_linear import GROUP_SIZES, dequantize_int4, int4_linear, int4_linear_cpu
-from minillm_kernels.int8_linear import int8_linear, int8_linear_cpu
-from minillm_kernels.linear import linear, linear_cpu
+from minillm_kernels.gated_mlp import gated_mlp
+from minillm_kernels.int4_linear import GROUP_SIZES, dequantize_int4, int4_linear
+from minillm_kernels.int8_linear import int8_linear
+from minillm_kernels.linear import linear
 from torch import Tensor, nn
 
 from minillm.errors import CheckpointError, ConfigError
@@ -200,13 +200,13 @@ class Linear(nn.Module):
         """x [..., K] -> [..., N]."""
         if _library_only(x, self.weight):
             return F.linear(x, self.weight, self.bias)
-        return (linear if torch.compiler.is_compiling() else linear_cpu)(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
         if self.bias is not None or _library_only(x, self.weight):
             return _gate(self(x), activation)
-        return (gated_mlp if torch.compiler.is_compiling() else gated_mlp_cpu)(x, self.weight, activation)
+        return gated_mlp(x, self.weight, activation)
 
 
 class QuantizedLinear(nn.Module):
@@ -229,8 +229,7 @@ class QuantizedLinear(nn.Module):
         """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
         if self.bias is not None:
             return _gate(self(x), activation)
-        on_cpu = x.is_cpu and not torch.compiler.is_compiling()
-        return (gated_mlp_cpu if on_cpu else gated_mlp)(x, *self.gated_weights(activation))
+        return gated_mlp(x, *self.gated_weights(activation))
 
 
 class Int8Linear(QuantizedLinear):
@@ -254,8 +253,7 @@ class Int8Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        on_cpu = x.is_cpu and not torch.compiler.is_compiling()
-        return (int8_linear_cpu if on_cpu else int8_linear)(x, self.weight, self.scale, self.bias)
+        return int8_linear(x, self.weight, self.scale, self.bias)
 
     def gated_weights(self, activation: str) -> tuple:
         return self.weight, activation, self.scale
@@ -286,9 +284,7 @@ class Int4Linear(QuantizedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        on_cpu = x.is_cpu and not torch.compiler.is_compiling()
-        op = int4_linear_cpu if on_cpu else int4_linear
-        return op(x, self.packed, self.scale, self.zero, self.group_size, self.bias)
+        return int4_linear(x, self.packed, self.scale, self.zero, self.group_size, self.bias)
 
     def gated_weights(self, activation: str) -> tuple:
         return self.packed, activation, self.scale, self.zero, self.group_size

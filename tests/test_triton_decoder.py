@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import FAMILIES
+from families import FAMILIES, save_checkpoint
 
 from minillm.attention import BACKENDS, choose_backend
 from minillm.checkpoint import load_decoder
@@ -109,10 +109,9 @@ def test_the_decoder_calls_the_kernels(checkpoint, ours, monkeypatch):
     for module, name in [
         (attention, "flash_attention"),
         (attention, "decode_attention"),
-        # on a CPU, outside a graph, the ops' own functions are called directly
-        (model, "rms_norm_cpu"),
-        (model, "add_rms_norm_cpu"),
-        (model, "rope_and_cache_write_cpu"),
+        (model, "rms_norm"),
+        (model, "add_rms_norm"),
+        (model, "rope_and_cache_write"),
     ]:
         monkeypatch.setattr(module, name, counting(name, getattr(module, name), calls))
     cache = StaticCache(config, 1, 16)
@@ -123,7 +122,75 @@ def test_the_decoder_calls_the_kernels(checkpoint, ours, monkeypatch):
     assert calls == {
         "flash_attention": layers,
         "decode_attention": layers,
-        "rope_and_cache_write_cpu": 2 * layers,
-        "add_rms_norm_cpu": 2 * 2 * layers,  # each sublayer's output is added by the norm that follows
-        "rms_norm_cpu": 2,  # nothing stands before the first
+        "rope_and_cache_write": 2 * layers,
+        "add_rms_norm": 2 * 2 * layers,  # each sublayer's output is added by the norm that follows
+        "rms_norm": 2,  # nothing stands before the first
     }
+
+
+QUANTIZED_STEPS = """
+import json, sys
+import torch
+from minillm_kernels import launch
+from minillm_kernels.gpu import int8_linear
+from minillm.cache import StaticCache
+from minillm.checkpoint import load_decoder
+from minillm.config import load_config
+from minillm.decode import next_logits, prefill
+from minillm.quantize import Int4Linear, Int8Linear, Linear, dequantize_int4, dequantize_int8
+
+torch.set_num_threads(1)
+folder, word = sys.argv[1:]
+config = load_config(folder)
+launched = {}
+
+def counting(kernel, *arguments, **keywords):
+    launched[kernel] = launched.get(kernel, 0) + 1
+    return launch.choose(kernel, *arguments, **keywords)
+
+int8_linear.choose = counting
+
+def dense(layer):
+    weight = (dequantize_int8(layer.weight, layer.scale) if isinstance(layer, Int8Linear)
+              else dequantize_int4(layer.packed, layer.scale, layer.zero, layer.group_size))
+    exact = Linear(*reversed(weight.shape), layer.bias is not None, torch.float32)
+    exact.weight.data, exact.bias = weight, layer.bias
+    return exact
+
+logits = {}
+for attention in ("triton", "math"):
+    model = load_decoder(folder, config, torch.float32, attention=attention, quantize=word, quantize_head=True)
+    if attention == "math":
+        for module in list(model.modules()):
+            for name, child in list(module.named_children()):
+                if isinstance(child, (Int8Linear, Int4Linear)):
+                    setattr(module, name, dense(child))
+    with torch.inference_mode():
+        cache = StaticCache(config, 1, 16, max_step=6)
+        steps = [prefill(model, cache, [[5, 6, 7, 8]], [0])]
+        steps.append(next_logits(model, torch.tensor([[9]]), torch.tensor([[4]]), cache))
+    logits[attention] = torch.stack(steps)
+difference = (logits["math"] - logits["triton"]).abs().max().item()
+print(json.dumps({"difference": difference, "spread": logits["math"].std().item(), "launched": launched}))
+"""
+
+
+@pytest.mark.parametrize(
+    ("word", "kernels"), [("int8", ("gemv", "few_rows")), ("int4-g32", ("int4_gemv", "int4_few_rows"))]
+)
+def test_a_quantized_decoder_reaches_the_kernels(word, kernels, tmp_path):
+    """Against the same weights widened to float32, which the interpreter's kernels multiply exactly: what differs is
+    the order of float32 sums, as in the test of the families."""
+    pytest.importorskip("triton", reason="Triton's interpreter needs Triton: Linux on x86-64")
+    sizes = dict(hidden_size=64, intermediate_size=96, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    save_checkpoint(tmp_path, FAMILIES["llama2"].with_changes(sizes), seed=3)
+    command = [sys.executable, "-c", QUANTIZED_STEPS, str(tmp_path), word]
+    answer = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
+    assert answer.returncode == 0, answer.stderr
+    result = json.loads(answer.stdout)
+    layers = parse_config(FAMILIES["llama2"].config).num_layers
+    # qkv, output, gate and up, down of every layer, once for the prompt's four rows and once for one; the head has one
+    # row in both.
+    assert result["launched"] == {kernels[1]: 4 * layers, kernels[0]: 4 * layers + 2}
+    assert result["spread"] > 0.1
+    assert result["difference"] < 1e-4
