@@ -17,9 +17,16 @@ MAX_HEAD_DIM, MAX_HEAD_DIM_TRITON = 4096, 256  # the C code keeps a few heads pe
 
 
 def check_attention(
-    name: str, q: Tensor, k: Tensor, v: Tensor, window: int | None, softcap: float | None, alibi_slopes: Tensor | None
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    positions: Tensor | None,
 ) -> None:
-    """Raise ValueError unless these arguments fit together: what both attention ops check."""
+    """Raise ValueError unless these fit together: what both attention ops check; `positions` for its device."""
     queries, keys = q.shape, k.shape
     if len(queries) != 4 or len(keys) != 4 or keys != v.shape:
         raise ValueError(
@@ -37,7 +44,7 @@ def check_attention(
             f"{name}: q, k and v must share one floating dtype of float32, bfloat16, float16, got "
             f"{dtype}, {k.dtype}, {v.dtype}"
         )
-    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
+    if q.stride()[3] != 1 or k.stride()[3] != 1 or v.stride()[3] != 1:
         raise ValueError(f"{name}: the last dimension of q, k and v must be contiguous")
     largest = MAX_HEAD_DIM if q.is_cpu and not interpreting() else MAX_HEAD_DIM_TRITON
     if not 1 <= queries[3] <= largest:
@@ -46,9 +53,9 @@ def check_attention(
         raise ValueError(f"{name}: window must be at least 1 or None, got {window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{name}: softcap must be positive or None, got {softcap}")
-    check_devices(name, q, k, v, alibi_slopes)
+    check_devices(name, q, k, v, alibi_slopes, positions)
     if alibi_slopes is not None and (
-        alibi_slopes.shape != queries[1:2] or alibi_slopes.dtype != torch.float32 or not alibi_slopes.is_contiguous()
+        alibi_slopes.shape != (queries[1],) or alibi_slopes.dtype != torch.float32 or not alibi_slopes.is_contiguous()
     ):
         raise ValueError(
             f"{name}: alibi_slopes must be [H] = [{queries[1]}] float32, contiguous, got "
@@ -66,15 +73,14 @@ def check(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
 ) -> None:
-    check_attention("decode_attention", q, k, v, window, softcap, alibi_slopes)
+    check_attention("decode_attention", q, k, v, window, softcap, alibi_slopes, cache_position)
     if k.shape[2] < 1:
         raise ValueError("decode_attention: the cache has no slots")
-    if cache_position.shape != q.shape[0:3:2] or cache_position.dtype != torch.int64:
+    if cache_position.shape != (q.shape[0], q.shape[2]) or cache_position.dtype != torch.int64:
         raise ValueError(
             f"decode_attention: cache_position must be [B, T] = {(q.shape[0], q.shape[2])} int64, "
             f"got {tuple(cache_position.shape)} {cache_position.dtype}"
         )
-    check_devices("decode_attention", q, cache_position)
 
 
 @op(
@@ -106,7 +112,7 @@ def decode_attention(
     """
     if not q.numel():
         return torch.empty(q.shape, dtype=q.dtype)
-    if k.stride() == v.stride() and k.stride(2) == q.shape[3] and cpu.available():
+    if k.stride() == v.stride() and k.stride()[2] == q.shape[3] and cpu.available():
         return cpu.decode_attention(q, k, v, cache_position, scale, window, softcap, alibi_slopes)
     group = q.shape[1] // k.shape[1]
     key_position = slot_positions(cache_position, k.shape[2])[:, None, None, :]  # [B, 1, 1, S]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from minillm_kernels.decode_attention import check_attention
-from minillm_kernels.op import check_devices, op
+from minillm_kernels.op import op
 
 
 def check(
@@ -24,12 +24,11 @@ def check(
     alibi_slopes: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> None:
-    check_attention("flash_attention", q, k, v, window, softcap, alibi_slopes)
+    check_attention("flash_attention", q, k, v, window, softcap, alibi_slopes, cu_seqlens)
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"flash_attention: q and k must have as many tokens, got {q.shape[2]}, {k.shape[2]}")
     if cu_seqlens is None:
         return
-    check_devices("flash_attention", q, cu_seqlens)
     if q.shape[0] != 1 or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"flash_attention: cu_seqlens must be one dimension of int32 or int64, for a batch of 1, got "

@@ -17,7 +17,7 @@ from torch import Tensor
 from minillm_kernels import cpu
 from minillm_kernels.int8_linear import PIECE, in_c
 from minillm_kernels.linear import check_product, library_linear
-from minillm_kernels.op import check_devices, op
+from minillm_kernels.op import op
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -27,12 +27,11 @@ def check_int4(
 ) -> None:
     if group_size not in GROUP_SIZES:
         raise ValueError(f"{name}: group_size must be one of {GROUP_SIZES}, got {group_size}")
-    check_product(name, x, packed, bias, per_element=2)
+    check_product(name, x, packed, bias, scale, zero, per_element=2)
     if packed.dtype != torch.uint8 or zero.dtype != torch.uint8 or scale.dtype != torch.float16:
         raise TypeError(
             f"{name}: packed and zero must be uint8 and scale float16, got {packed.dtype}, {zero.dtype}, {scale.dtype}"
         )
-    check_devices(name, x, scale, zero)
     outputs, inputs, shape = packed.shape[0], x.shape[-1], scale.shape
     if inputs % group_size or shape != (inputs // group_size, outputs) or zero.shape != shape:
         raise ValueError(

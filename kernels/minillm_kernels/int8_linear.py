@@ -14,18 +14,17 @@ from torch import Tensor
 
 from minillm_kernels import cpu
 from minillm_kernels.linear import check_product, library_linear
-from minillm_kernels.op import check_devices, op
+from minillm_kernels.op import op
 
 MANY_ROWS = 256  # above, in bfloat16: widen W piece by piece and let the library use the CPU's matrix units
 PIECE = 1 << 20  # weights widened at a time: they stay in cache until multiplied
 
 
 def check_int8(name: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
-    check_product(name, x, weight, bias)
+    check_product(name, x, weight, bias, scale)
     if weight.dtype != torch.int8:
         raise TypeError(f"{name}: weight must be int8, got {weight.dtype}")
-    check_devices(name, x, scale)
-    if scale.dtype != torch.float32 or scale.shape != weight.shape[:1] or not scale.is_contiguous():
+    if scale.dtype != torch.float32 or scale.shape != (weight.shape[0],) or not scale.is_contiguous():
         raise ValueError(
             f"{name}: scale must be [{weight.shape[0]}] float32, contiguous, one per output, got {tuple(scale.shape)} "
             f"{scale.dtype}"

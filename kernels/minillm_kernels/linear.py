@@ -16,21 +16,24 @@ from minillm_kernels.op import DTYPES, check_devices, op
 FEW_ROWS = 16  # above: the library, which blocks for caches in all three directions (float16: it does not)
 
 
-def check_product(name: str, x: Tensor, weight: Tensor, bias: Tensor | None, per_element: int = 1) -> None:
-    """Raise unless x [..., K], weight [N, K / per_element] and bias [N] fit together."""
-    if weight.dim() != 2 or not x.dim() or x.shape[-1] != weight.shape[1] * per_element:
+def check_product(
+    name: str, x: Tensor, weight: Tensor, bias: Tensor | None, *others: Tensor, per_element: int = 1
+) -> None:
+    """Raise unless x [..., K], weight [N, K / per_element] and bias [N] fit together; `others` for their device."""
+    shape, inputs = weight.shape, x.shape[-1] if x.dim() else 0
+    if len(shape) != 2 or inputs != shape[1] * per_element:
         raise ValueError(
-            f"{name}: x {tuple(x.shape)} and weight {tuple(weight.shape)} do not fit: the last "
+            f"{name}: x {tuple(x.shape)} and weight {tuple(shape)} do not fit: the last "
             f"dimension of x must be the weight's number of inputs"
         )
-    if x.shape[-1] == 0:
-        raise ValueError(f"{name}: the weight has no inputs: {tuple(weight.shape)}")
+    if not inputs:
+        raise ValueError(f"{name}: the weight has no inputs: {tuple(shape)}")
     if x.dtype not in DTYPES:
         raise TypeError(f"{name}: x must be float32, bfloat16 or float16, got {x.dtype}")
-    check_devices(name, x, weight, bias)
-    if bias is not None and (bias.dtype != x.dtype or bias.shape != weight.shape[:1] or not bias.is_contiguous()):
+    check_devices(name, x, weight, bias, *others)
+    if bias is not None and (bias.dtype != x.dtype or bias.shape != (shape[0],) or not bias.is_contiguous()):
         raise ValueError(
-            f"{name}: bias must be [{weight.shape[0]}], contiguous, in x's dtype {x.dtype}, got {tuple(bias.shape)} "
+            f"{name}: bias must be [{shape[0]}], contiguous, in x's dtype {x.dtype}, got {tuple(bias.shape)} "
             f"{bias.dtype}"
         )
 

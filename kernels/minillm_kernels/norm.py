@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from minillm_kernels import cpu
-from minillm_kernels.op import DTYPES, check_devices, on_eager_cpu, op
+from minillm_kernels.op import DTYPES, check_devices, op
 
 
 def check_norm(x: Tensor, weight: Tensor, eps: float, offset: float, multiply_in_fp32: bool) -> None:
-    if not x.dim() or weight.shape != x.shape[-1:] or not weight.shape[0] or not weight.is_contiguous():
+    if not x.dim() or weight.shape != (x.shape[-1],) or not weight.numel() or not weight.is_contiguous():
         raise ValueError(
             f"rms_norm: weight must be [N], contiguous, for x [..., N], N > 0; got {tuple(weight.shape)}, "
             f"{tuple(x.shape)}"
@@ -22,8 +22,7 @@ def check_norm(x: Tensor, weight: Tensor, eps: float, offset: float, multiply_in
         raise ValueError(
             f"rms_norm: x and weight must share one dtype of float32, bfloat16, float16, got {x.dtype}, {weight.dtype}"
         )
-    if x.device != weight.device:
-        check_devices("rms_norm", x, weight)
+    check_devices("rms_norm", x, weight)
     if offset != 0 and not multiply_in_fp32:
         raise ValueError(
             f"rms_norm: offset {offset} needs multiply_in_fp32=True: a norm that rounds before it multiplies "
@@ -98,4 +97,5 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not x.layout == y.layout == torch.strided:
         raise TypeError(f"add: x and y must be dense tensors, got {type(x).__name__} and {type(y).__name__}")
     check_add(x, y)
-    return cpu.add(x, y) if on_eager_cpu(x) and cpu.available() else x + y
+    in_c = not torch.compiler.is_compiling() and type(x) is type(y) is Tensor and x.is_cpu and cpu.available()
+    return cpu.add(x, y) if in_c else x + y

@@ -72,7 +72,8 @@ def op(
             if torch.compiler.is_compiling():
                 return node(*arguments, **keywords)
             try:
-                if on_eager_cpu(arguments[0] if arguments else keywords.get(first)):
+                x = arguments[0] if arguments else keywords.get(first)
+                if type(x) is Tensor and x.is_cpu and not interpreting():  # real: no fake, no parameter
                     check(*arguments, **keywords)
                     return function(*arguments, **keywords)
                 return node(*arguments, **keywords)
@@ -86,11 +87,6 @@ def op(
         return call
 
     return register
-
-
-def on_eager_cpu(x: Tensor) -> bool:
-    """Whether C can be handed this tensor here and now: it is real (no fake, no parameter) and nobody traces."""
-    return type(x) is Tensor and x.is_cpu and not torch.compiler.is_compiling() and not interpreting()
 
 
 def _contiguous(results: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:

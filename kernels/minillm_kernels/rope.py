@@ -23,18 +23,18 @@ def check(
     v_cache: Tensor,
     cache_position: Tensor,
 ) -> None:
-    shape = k.shape
-    if q.dim() != 4 or len(shape) != 4 or shape != v.shape or q.shape[:2] != shape[:2]:
+    queries, shape = q.shape, k.shape
+    if len(queries) != 4 or len(shape) != 4 or shape != v.shape or queries[0] != shape[0] or queries[1] != shape[1]:
         raise ValueError(
             f"rope_and_cache_write wants q [B, T, H, D] and k, v [B, T, KV, D], "
-            f"got {tuple(q.shape)}, {tuple(shape)}, {tuple(v.shape)}"
+            f"got {tuple(queries)}, {tuple(shape)}, {tuple(v.shape)}"
         )
     batch, tokens, kv_heads, head_dim = shape
     angles = cos.shape
-    if q.shape[3] != head_dim or len(angles) != 3 or angles[:2] != shape[:2] or angles != sin.shape:
+    if queries[3] != head_dim or len(angles) != 3 or angles != (batch, tokens, angles[2]) or angles != sin.shape:
         raise ValueError(
             f"rope_and_cache_write: q must have k's head size {head_dim} and cos, sin must be [B, T, R / 2] = "
-            f"[{batch}, {tokens}, ...], got {q.shape[3]}, {tuple(angles)}, {tuple(sin.shape)}"
+            f"[{batch}, {tokens}, ...], got {queries[3]}, {tuple(angles)}, {tuple(sin.shape)}"
         )
     if not 1 <= angles[2] <= head_dim // 2 or cos.dtype != torch.float32 or sin.dtype != torch.float32:
         raise ValueError(
@@ -44,14 +44,14 @@ def check(
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"rope_and_cache_write: head size {head_dim} is over the largest supported, {MAX_HEAD_DIM}")
     cache = k_cache.shape
-    if cache != v_cache.shape or len(cache) != 4 or cache[:2] != (batch, kv_heads) or cache[3] != head_dim:
+    if cache != v_cache.shape or len(cache) != 4 or cache != (batch, kv_heads, cache[2], head_dim):
         raise ValueError(
             f"rope_and_cache_write: caches must be [B, KV, S + 1, D] = [{batch}, {kv_heads}, ..., {head_dim}], "
             f"got {tuple(cache)}, {tuple(v_cache.shape)}"
         )
     if tokens > cache[2] - 1 or cache[2] < 2:
         raise ValueError(f"rope_and_cache_write: {tokens} tokens in one step do not fit {cache[2] - 1} slots")
-    if cache_position.shape != shape[:2] or cache_position.dtype != torch.int64:
+    if cache_position.shape != (batch, tokens) or cache_position.dtype != torch.int64:
         raise ValueError(
             f"rope_and_cache_write: cache_position must be [B, T] = {(batch, tokens)} int64, "
             f"got {tuple(cache_position.shape)} {cache_position.dtype}"
@@ -63,7 +63,7 @@ def check(
         )
     if not k_cache.is_contiguous() or not v_cache.is_contiguous():
         raise ValueError("rope_and_cache_write: the caches must be contiguous")
-    if any(x.stride(3) != 1 for x in (q, k, v)):
+    if q.stride()[3] != 1 or k.stride()[3] != 1 or v.stride()[3] != 1:
         raise ValueError("rope_and_cache_write: the last dimension of q, k and v must be contiguous")
     check_devices("rope_and_cache_write", q, k, v, cos, sin, k_cache, v_cache, cache_position)
 

@@ -25,7 +25,8 @@ def activated(gate: Tensor, activation: str) -> Tensor:
 def gated_bounds(expected, x, weight, activation, scale=None, zero=None, group_size=0) -> Results:
     """An error d of the gate moves the activation by at most 1.13 d (its steepest slope), one of `up` counts in
     proportion to the activation. With more than 16 rows, and dense on a GPU, both are rounded to x's dtype on the
-    way: they come from the library. The activation itself, through exp2: a relative (8 + |gate|) * 2^-24. One rounding at the end."""
+    way: they come from the library. The activation itself, through exp2: a relative (8 + |gate|) * 2^-24. One
+    rounding at the end."""
     exact = exact_weight(weight, scale, zero, group_size)
     products = x.double() @ exact.t()
     error = product_bound(x, weight, exact)
