@@ -70,9 +70,8 @@ class CompiledWalk:
         blocks = -(-(bound or cache.max_cache_len) // _KEYS_ROUNDED_TO)
         bound = min(blocks * _KEYS_ROUNDED_TO, cache.max_cache_len)
         # Copies made here are inference tensors, whatever the caller's are: the compiler tells those apart too.
-        return self._run(
-            x.clone(), [(c.clone(), s.clone()) for c, s in rotary], cache_position.clone(), cache, bound, from_start
-        )
+        x, position = x.clone(), cache_position.clone()
+        return self._run(x, [(cos.clone(), sin.clone()) for cos, sin in rotary], position, cache, bound, from_start)
 
     @property
     def _asks_for_start(self) -> bool:
@@ -95,7 +94,7 @@ class CompiledWalk:
             torch._dynamo.mark_static(tensor, 3)
         input_ids = torch.zeros(rows, tokens, dtype=torch.int64, device=weight.device)
         position = torch.arange(tokens, device=weight.device).repeat(rows, 1)  # [B, T]
-        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(cpu.cache_root() / "compiled")
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(cpu.cache_folder().parent / "compiled")
         started = time.perf_counter()
         print(f"minillm: compiling the decoder for {label} ...", end="", file=sys.stderr, flush=True)
         try:

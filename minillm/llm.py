@@ -14,7 +14,7 @@ from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import generation_defaults, load_config
 from minillm.load.hub import find_checkpoint
 from minillm.model import Decoder
-from minillm.options import GenerationConfig
+from minillm.options import DTYPES, GenerationConfig, merge_options
 from minillm.request import Completion, Prompt, Request
 from minillm.steps import Steps, check_compile
 from minillm.tokenizer import Tokenizer

@@ -83,10 +83,9 @@ class Request:
         prompts, self.single = _prompts(prompt)
         ids = [_ids(llm, one, number) for number, one in enumerate(prompts)]
         asked = options.get("max_new_tokens") or (generation_config and generation_config.max_new_tokens)
-        room = (
-            llm.config.max_positions if cache is None else min(_checked(cache, llm, len(ids)), llm.config.max_positions)
-        )
-        limit = "the model's positions" if room == llm.config.max_positions else "the cache"
+        room, limit = llm.config.max_positions, "the model's positions"
+        if cache is not None and _checked(cache, llm, len(ids)) < room:
+            room, limit = cache.max_cache_len, "the cache"
         budgets = [_budget(len(row), number, room, limit, asked, config) for number, row in enumerate(ids)]
         lengths = [len(row) + budget for row, budget in zip(ids, budgets, strict=True)]
         if cache is None:
