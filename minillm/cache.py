@@ -24,7 +24,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -46,43 +45,39 @@ def num_slots(window: int | None, max_cache_len: int, max_step: int) -> int:
 class KeyView:
     """What one step may see of the cache; every layer with the same window shares one.
 
-    What only some backends ask for is made when first asked for: a kernel that reads positions needs none of it.
+    `slots` and `mask` are made when first asked for: a kernel that reads positions needs neither.
     """
 
     cache_position: Tensor  # [B, T], -1 for padding
     window: int | None
     num_slots: int  # slots of the layer, without the bin
-    bound: int | None = None  # no position of the step reaches this; None: find out
-    from_start: bool = False  # column t of every row is position t (or padding after the row's end)
+    key_length: int  # how many of them to read: the rest holds nothing yet
+    from_start: bool  # column t of every row is position t (or padding after the row's end)
+    _slots: Tensor | None = None
+    _mask: Tensor | None = None
 
-    @cached_property
-    def key_length(self) -> int:
-        """How many slots to read: the others hold nothing yet. What a step costs follows from the text's length."""
-        bound, position = self.bound, self.cache_position
-        if bound is None:
-            on_host = position.is_cpu and not torch.compiler.is_compiling()
-            bound = int(position.max()) + 1 if on_host else self.num_slots
-        # Not min and max: of those a compiler takes one branch, and compiles again when it is the other.
-        return torch.sym_max(1, torch.sym_min(bound, self.num_slots))
-
-    @cached_property
+    @property
     def slots(self) -> Tensor:
         """[B, T]: where this step's keys and values are written."""
-        position = self.cache_position
-        return torch.where(position < 0, self.num_slots, position % self.num_slots)
+        if self._slots is None:
+            position = self.cache_position
+            self._slots = torch.where(position < 0, self.num_slots, position % self.num_slots)
+        return self._slots
 
-    @cached_property
+    @property
     def mask(self) -> Tensor:
         """[B, T, key_length] bool, True where the query sees the slot."""
-        last = self.cache_position.amax(dim=1, keepdim=True)  # [B, 1]
-        slot = torch.arange(self.key_length, device=last.device)  # [key_length]
-        key_position = (last - (last - slot) % self.num_slots)[:, None, :]  # [B, 1, key_length]
-        query = self.cache_position[:, :, None]  # [B, T, 1]
-        seen = (key_position >= 0) & (key_position <= query)
-        if self.window is not None:
-            seen &= key_position > query - self.window
-        # A padding query sees everything: its result is never used, and no softmax row is left empty.
-        return seen | (query < 0)
+        if self._mask is None:
+            last = self.cache_position.amax(dim=1, keepdim=True)  # [B, 1]
+            slot = torch.arange(self.key_length, device=last.device)  # [key_length]
+            key_position = (last - (last - slot) % self.num_slots)[:, None, :]  # [B, 1, key_length]
+            query = self.cache_position[:, :, None]  # [B, T, 1]
+            seen = (key_position >= 0) & (key_position <= query)
+            if self.window is not None:
+                seen &= key_position > query - self.window
+            # A padding query sees everything: its result is never used, and no softmax row is left empty.
+            self._mask = seen | (query < 0)
+        return self._mask
 
 
 _NEVER, _LOST = -2, -1  # in the place of an id: nothing was ever written there; what was no longer counts
@@ -361,12 +356,19 @@ class StaticCache:
             if not (min(tokens) >= 0 and max(tokens) < self.config.vocab_size):
                 raise CacheError(f"input_ids must be from 0 to {self.config.vocab_size - 1}, the model's vocabulary")
 
-    def view(self, cache_position: Tensor, window: int | None, bound: int | None = None, from_start: bool = False):
-        """What a step at `cache_position [B, T]` writes and sees in layers with this window, a `KeyView`.
+    def view(
+        self, cache_position: Tensor, window: int | None, bound: int | None = None, from_start: bool = False
+    ) -> KeyView:
+        """Which slots a step at `cache_position [B, T]` writes and sees, for layers with this window.
 
-        `bound` and `from_start` are what the host knows about the positions without asking the device: none reaches
-        `bound`; the step is the beginning of every row (which lets a kernel skip the cache).
+        `bound` is what the host knows of the positions: none reaches it. Reading no further is what makes a step cost
+        what the text is long and not what was allocated. By default it is read off the positions on the CPU, and is
+        everything elsewhere and inside a compiled graph. `from_start` is a promise that the step is the beginning of
+        every row, which lets a kernel skip the cache.
         """
         layer = next(i for i, layer in enumerate(self.config.layers) if layer.window == window)
         slots = self.keys[layer].shape[2] - 1  # as num_slots says, but read off the tensor: a compiler knows its sizes
-        return KeyView(cache_position, window, slots, bound, from_start)
+        if bound is None:
+            bound = int(cache_position.max()) + 1 if self._on_host else slots
+        # Not min and max: of those a compiler takes one branch, and compiles again when it is the other.
+        return KeyView(cache_position, window, slots, torch.sym_max(1, torch.sym_min(bound, slots)), from_start)
