@@ -286,52 +286,44 @@ class StaticCache:
         if torch.compiler.is_compiling():  # a graph can keep the books, but asks nobody who may
             self._forget(cache_position)
             yield
-            self._count(input_ids, cache_position)
+            self._ids[self._rows, cache_position] = input_ids
             return
         self._check_turn()
+        on_host = self.device.type == "cpu"
+        ids, new, places = (self._ids.numpy(), input_ids.tolist(), cache_position.tolist()) if on_host else [()] * 3
+        self._check_values(new, places)
         try:
             self._free.pop()  # atomic: of two threads one gets it
         except IndexError:
             raise CacheError(f"the cache is in use by another forward pass: {_WAY_OUT}") from None
         try:
             self._model = self._model or weakref.ref(model.embedding)
-            self._forget(cache_position)
+            if not on_host:
+                self._forget(cache_position)
+            for held, at in zip(ids, places, strict=True):
+                for place in at:
+                    if held[place] >= 0:  # written anew without `truncate`: what follows was computed from the old
+                        held[place:].clip(max=_LOST, out=held[place:])
+                    held[place] = _LOST
             yield
-            self._count(input_ids, cache_position)
+            if not on_host:
+                self._ids[self._rows, cache_position] = input_ids
+            for held, tokens, at in zip(ids, new, places, strict=True):
+                for token, place in zip(tokens, at, strict=True):
+                    if place == 0 or (place > 0 and held[place - 1] >= 0):  # what follows a gap never counts
+                        held[place] = token
         finally:
             self._free.append(True)
 
-    @property
-    def _on_host(self) -> bool:
-        """Whether looking at a value costs nothing."""
-        return self.device.type == "cpu" and not torch.compiler.is_compiling()
-
     def _forget(self, cache_position: Tensor) -> None:
-        """Before a pass: what stands at these positions, and what follows them, no longer counts."""
-        if self._on_host:
-            for ids, places in zip(self._ids.numpy(), cache_position.tolist(), strict=True):
-                first = min((place for place in places if place >= 0), default=-1)
-                if ids[first] >= 0:  # written anew without `truncate`: what follows was computed from the old
-                    ids[first:].clip(max=_LOST, out=ids[first:])
-                ids[places] = _LOST
-            return
+        """Before a pass, where the host does not look: what stands at these positions and after them stops to count."""
         last = cache_position.amax(dim=1, keepdim=True)  # [B, 1]
         follower = torch.where(last < 0, last, last + 1)  # [B, 1]: where the row ends now
         self._ids[self._rows, follower] = self._ids[self._rows, follower].clamp(max=_LOST)
         self._ids[self._rows, cache_position] = _LOST
 
-    def _count(self, input_ids: Tensor, cache_position: Tensor) -> None:
-        """After a pass: these ids are held now, in places without a gap before them."""
-        if self._on_host:
-            for ids, new, places in zip(self._ids.numpy(), input_ids.tolist(), cache_position.tolist(), strict=True):
-                for token, place in zip(new, places, strict=True):
-                    if place == 0 or (place > 0 and ids[place - 1] >= 0):
-                        ids[place] = token
-            return
-        self._ids[self._rows, cache_position] = input_ids
-
     def _check_step(self, model, input_ids: Tensor, cache_position: Tensor) -> None:
-        """Raise `CacheError` for a step that does not fit."""
+        """Raise `CacheError` unless the step's tensors fit this cache and this model."""
         if input_ids.dim() != 2 or cache_position.shape != input_ids.shape:
             raise CacheError(
                 f"input_ids {list(input_ids.shape)} and cache_position {list(cache_position.shape)} must both be "
@@ -344,15 +336,16 @@ class StaticCache:
             raise CacheError(f"input_ids and cache_position must be on {self.device}, where the cache is")
         if not 1 <= input_ids.shape[1] <= self.max_step:
             raise CacheError(f"a step of {input_ids.shape[1]} tokens exceeds the cache's max_step {self.max_step}")
-        if not self._on_host:
-            return
-        for tokens, places in zip(input_ids.tolist(), cache_position.tolist(), strict=True):
-            if max(places) >= self.max_cache_len:
-                raise CacheError(f"position {max(places)} is beyond the cache: max_cache_len is {self.max_cache_len}")
-            if min(places) < -1:
-                raise CacheError(f"position {min(places)}: positions are 0 or more, and -1 for padding")
-            if len(places) > 1 and any(b <= a for a, b in pairwise(place for place in places if place >= 0)):
-                raise CacheError("the positions of a row must ascend")
+
+    def _check_values(self, ids: list[list[int]], places: list[list[int]]) -> None:
+        """Raise `CacheError` for ids that the model does not have, and positions that the cache does not have."""
+        for tokens, at in zip(ids, places, strict=True):
+            if max(at) >= self.max_cache_len:
+                raise CacheError(f"position {max(at)} is beyond the cache: max_cache_len is {self.max_cache_len}")
+            if min(at) < -1:
+                raise CacheError(f"position {min(at)}: positions are 0 or more, and -1 for padding")
+            if len(at) > 1 and any(b <= a for a, b in pairwise(place for place in at if place >= 0)):
+                raise CacheError(f"the positions of a row must ascend, not {at}")
             if not (min(tokens) >= 0 and max(tokens) < self.config.vocab_size):
                 raise CacheError(f"input_ids must be from 0 to {self.config.vocab_size - 1}, the model's vocabulary")
 
@@ -369,6 +362,7 @@ class StaticCache:
         layer = next(i for i, layer in enumerate(self.config.layers) if layer.window == window)
         slots = self.keys[layer].shape[2] - 1  # as num_slots says, but read off the tensor: a compiler knows its sizes
         if bound is None:
-            bound = int(cache_position.max()) + 1 if self._on_host else slots
+            on_host = self.device.type == "cpu" and not torch.compiler.is_compiling()
+            bound = int(cache_position.max()) + 1 if on_host else slots
         # Not min and max: of those a compiler takes one branch, and compiles again when it is the other.
         return KeyView(cache_position, window, slots, torch.sym_max(1, torch.sym_min(bound, slots)), from_start)
