@@ -139,7 +139,7 @@ class StaticCache:
         self._free = [True]  # what a forward pass takes, so that a second one finds none; see `writing`
         self._holder: str | None = None  # the request that has it, and the thread in which that is at work
         self._thread: int | None = None
-        self.plan(max_cache_len if planned_length is None else planned_length)
+        self._choose_rotary(max_cache_len if planned_length is None else planned_length)
 
     def num_slots(self, window: int | None) -> int:
         """Slots of a layer with this window, the bin not counted."""
@@ -148,14 +148,17 @@ class StaticCache:
     @torch.inference_mode(False)
     def plan(self, planned_length: int | Sequence[int]) -> None:
         """Choose the rotary tables for rows that will reach this length. Only an empty cache can be re-planned."""
+        if any(self.lengths):
+            raise CacheError("StaticCache: plan() on a cache that holds tokens; call reset() first")
+        self._choose_rotary(planned_length)
+
+    def _choose_rotary(self, planned_length: int | Sequence[int]) -> None:
         lengths = [planned_length] * self.batch_size if isinstance(planned_length, int) else list(planned_length)
         if len(lengths) != self.batch_size or not all(0 < length <= self.max_cache_len for length in lengths):
             raise CacheError(
                 f"StaticCache: planned_length {planned_length} must be one length, or one for each of "
                 f"{self.batch_size} rows, from 1 to max_cache_len {self.max_cache_len}"
             )
-        if any(self.lengths):
-            raise CacheError("StaticCache: plan() on a cache that holds tokens; call reset() first")
         self.rotary = tuple(rotary_table(spec, lengths, self.device) for spec in self.config.ropes)
 
     # ---- what it holds ----
