@@ -69,7 +69,6 @@ def test_every_generation_option_reaches_the_library(run, llm):
         (["generate", "x", "--dtype", "float8"], "float8"),
         (["generate", "x", "--attention", "flesh"], "flesh"),
         (["generate", "x", "--model", "./nowhere"], "nowhere"),
-        (["chat", "--max-cache-len", "-3"], "max_cache_len"),
         (["inspect", "--model", "./nowhere"], "nowhere"),
     ],
 )
