@@ -1,13 +1,17 @@
-"""attend(): queries against the cache, with several implementations behind one signature.
+"""What an attention backend is: four functions, with several implementations behind the same signatures.
 
-* `math` spells attention out in float32: the oracle, and the one to read.
-* `sdpa` hands the same inputs to PyTorch's fused scaled-dot-product attention.
-* `triton` and `c` are this project's own kernels (`kernels/`), on a GPU and on a CPU: each row reads only what
-  its position makes visible, and norms, and rotation with the cache write, are one call each. On a CPU both
-  names run the same C (or, without a compiler, PyTorch) code; `c` hands long steps to the others.
+    norm              x                      -> x, normed
+    add_norm          x, residual            -> the sum, normed, and the sum
+    rotate_and_write  q, k, v                -> q, rotated; k, rotated, and v lie in the cache
+    attend            q, keys, values        -> softmax(q k^T) v
 
-A backend declares what it can do; `choose_backend` picks once, at load. A backend that cannot serve
-a model is refused by name, never silently replaced.
+* `math` spells everything out in PyTorch, attention in float32: the oracle, and the one to read.
+* `sdpa` hands attention to PyTorch's fused scaled-dot-product attention.
+* `kernels` are this project's own (`kernels/`): Triton on a GPU, C on a CPU. Each function is one call, and a row
+  reads only the keys that its position makes visible.
+
+A backend declares what it can do; `choose_backend` picks once, at load. A backend that cannot serve a model is
+refused by name, never silently replaced.
 """
 
 from collections.abc import Callable
@@ -16,27 +20,72 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from minillm_kernels import cpu
-from minillm_kernels.decode_attention import decode_attention, decode_attention_cpu
+from minillm_kernels.decode_attention import decode_attention
 from minillm_kernels.flash_attention import flash_attention
+from minillm_kernels.launch import interpreting
+from minillm_kernels.linear import FEW_ROWS
+from minillm_kernels.norm import add, add_rms_norm, rms_norm
+from minillm_kernels.rope import rope_and_cache_write
 from torch import Tensor
 
 from minillm.cache import KeyView
-from minillm.config import LayerSpec, ModelConfig
+from minillm.config import LayerSpec, ModelConfig, NormSpec
 from minillm.errors import BackendError
+from minillm.options import ATTENTION
+from minillm.rope import rotate
 
-_SHORT_STEP = 16  # tokens; longer steps are bound by arithmetic and go to the library
+Rotary = tuple[Tensor, Tensor]  # cos and sin of every position's angles, each [B, T, dim / 2] float32
 
 
 @dataclass(frozen=True)
 class Backend:
-    """An implementation of attention and what it can serve (all of them take windows, rings, GQA and MQA)."""
+    """An implementation and what it can serve (all of them take windows, rings, GQA and MQA)."""
 
     name: str
+    norm: Callable[[Tensor, Tensor, NormSpec], Tensor]
+    add_norm: Callable[[Tensor, Tensor, Tensor | None, NormSpec], tuple[Tensor, Tensor]]
+    rotate_and_write: Callable[[Tensor, Tensor, Tensor, Rotary, Tensor, Tensor, KeyView], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor, KeyView, LayerSpec], Tensor]
-    softcap: bool
-    max_head_dim: int | None  # None: any
-    fused: bool = False  # norms, and rotation with the cache write, are one kernel each
-    devices: tuple[str, ...] = ()  # device types it is limited to; (): none
+    softcap: bool = True
+    max_head_dim: int | None = None  # None: any
+
+
+# ---- in PyTorch ----
+
+
+def norm(x: Tensor, weight: Tensor, spec: NormSpec) -> Tensor:
+    """x / rms(x) * (offset + weight) over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    wide = x.float()
+    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + spec.eps)
+    if spec.multiply_in_fp32:
+        return (wide * (spec.offset + weight.float())).to(x.dtype)
+    return wide.to(x.dtype) * weight
+
+
+def add_norm(x: Tensor, residual: Tensor, weight: Tensor | None, spec: NormSpec) -> tuple[Tensor, Tensor]:
+    """(norm(x + residual), x + residual), all `[B, T, d]`; without a weight the sum twice."""
+    total = x + residual
+    return (total if weight is None else norm(total, weight, spec)), total
+
+
+def rotate_and_write(
+    q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, view: KeyView
+) -> Tensor:
+    """Rotate queries and keys; put keys and values into their slots of the cache.
+
+    Args:
+        q, k, v: `[B, T, H, D]`, `[B, T, KV, D]` twice.
+        rotary: cos and sin of this step's positions.
+        keys, values: the layer's part of the cache, `[B, KV, S + 1, D]`; written to.
+        view: where each token goes.
+
+    Returns the rotated queries, `[B, T, H, D]`.
+    """
+    cos, sin = (part[:, :, None].to(q.dtype) for part in rotary)  # [B, T, 1, dim / 2], one for all heads
+    row = torch.arange(q.shape[0], device=q.device)[:, None]  # [B, 1]
+    keys[row, :, view.slots] = rotate(k, cos, sin)
+    values[row, :, view.slots] = v
+    return rotate(q, cos, sin)
 
 
 def attend_math(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
@@ -44,7 +93,7 @@ def attend_math(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: La
 
     Args:
         q: `[B, T, H, D]` rotated queries, any float dtype.
-        keys, values: `[B, KV, S, D]`; H is a multiple of KV (Ainslie et al. 2023, GQA, arXiv:2305.13245).
+        keys, values: `[B, KV, S + 1, D]`; H is a multiple of KV (Ainslie et al. 2023, GQA, arXiv:2305.13245).
         view: which slots each query sees.
         spec: query scale and softcap of the layer.
 
@@ -52,10 +101,8 @@ def attend_math(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: La
     """
     B, T, H, D = q.shape
     KV = keys.shape[1]
-    keys, values = (
-        keys[:, :, : view.key_length].float(),
-        values[:, :, : view.key_length].float(),
-    )  # [B, KV, S, D]
+    keys = keys[:, :, : view.key_length].float()  # [B, KV, S, D], and so the values
+    values = values[:, :, : view.key_length].float()
     grouped = q.float().view(B, T, KV, H // KV, D)  # query heads that share a key head side by side
     scores = torch.einsum("btkgd,bksd->bkgts", grouped, keys) * spec.query_scale  # [B, KV, G, T, S]
     if spec.softcap is not None:
@@ -75,50 +122,61 @@ def attend_sdpa(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: La
     B, T, H, D = q.shape
     KV = keys.shape[1]
     G = H // KV
-    q = q.view(B, T, KV, G, D).permute(0, 2, 3, 1, 4).reshape(B, KV, G * T, D)
+    q = q.reshape(B, T, KV, G, D).permute(0, 2, 3, 1, 4).reshape(B, KV, G * T, D)
     mask = view.mask[:, None].repeat(1, 1, G, 1)  # [B, 1, G * T, S]
-    out = F.scaled_dot_product_attention(
-        q,
-        keys[:, :, : view.key_length],
-        values[:, :, : view.key_length],
-        attn_mask=mask,
-        scale=spec.query_scale,
-    )  # [B, KV, G * T, D]
+    keys, values = keys[:, :, : view.key_length], values[:, :, : view.key_length]  # [B, KV, S, D]
+    out = F.scaled_dot_product_attention(q, keys, values, mask, scale=spec.query_scale)  # [B, KV, G * T, D]
     return out.view(B, KV, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
 
 
-def attend_triton(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
-    """The same through `minillm::flash_attention` and `minillm::decode_attention`; arguments as for `attend_math`."""
-    if not view.from_start:
-        return _attend_over_cache(decode_attention, q, keys, values, view, spec)
+# ---- in kernels ----
+
+
+def norm_kernel(x: Tensor, weight: Tensor, spec: NormSpec) -> Tensor:
+    """`norm` in one call."""
+    return rms_norm(x, weight, spec.eps, spec.offset, spec.multiply_in_fp32)
+
+
+def add_norm_kernel(x: Tensor, residual: Tensor, weight: Tensor | None, spec: NormSpec) -> tuple[Tensor, Tensor]:
+    """`add_norm` in one call."""
+    if weight is None:
+        total = add(x, residual)
+        return total, total
+    return add_rms_norm(x, residual, weight, spec.eps, spec.offset, spec.multiply_in_fp32)
+
+
+def rotate_and_write_kernel(
+    q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, view: KeyView
+) -> Tensor:
+    """`rotate_and_write` in one call, which rounds once, at its end."""
+    return rope_and_cache_write(q, k, v, *rotary, keys, values, view.cache_position).transpose(1, 2)  # [B, T, H, D]
+
+
+def attend_kernel(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
+    """Attention through the kernel that suits the step; arguments as for `attend_math`."""
     B, T, H, D = q.shape
-    # The rows' first tokens: slots 0 .. T - 1 are the keys, whatever the layer.
-    keys, values = keys[:, :, :T], values[:, :, :T]  # [B, KV, T, D]
-    out = flash_attention(q.transpose(1, 2), keys, values, spec.query_scale, view.window, spec.softcap)
-    return out.transpose(1, 2).reshape(B, T, H * D)
-
-
-def attend_c(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
-    """Short steps through the C kernel, called directly; arguments as for `attend_math`."""
-    if q.shape[1] > _SHORT_STEP:
+    in_c = q.is_cpu and not interpreting()
+    if in_c and T > FEW_ROWS:  # bound by arithmetic: the library's matrix products are the best there are
         return (attend_sdpa if spec.softcap is None else attend_math)(q, keys, values, view, spec)
-    op = decode_attention if torch.compiler.is_compiling() else decode_attention_cpu
-    return _attend_over_cache(op, q, keys, values, view, spec)
-
-
-def _attend_over_cache(op: Callable, q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
-    B, T, H, D = q.shape
-    keys, values = keys[:, :, : view.num_slots], values[:, :, : view.num_slots]  # [B, KV, S, D], without the bin
-    position = view.cache_position
-    out = op(q.transpose(1, 2), keys, values, position, spec.query_scale, view.window, spec.softcap)  # [B, H, T, D]
+    q = q.transpose(1, 2)  # [B, H, T, D]
+    if view.from_start and not in_c:
+        # The rows' first tokens: slots 0 .. T - 1 are the keys, whatever the layer.
+        keys, values = keys[:, :, :T], values[:, :, :T]  # [B, KV, T, D]
+        out = flash_attention(q, keys, values, spec.query_scale, view.window, spec.softcap)  # [B, H, T, D]
+    else:
+        keys, values = keys[:, :, : view.num_slots], values[:, :, : view.num_slots]  # [B, KV, S, D], without the bin
+        position = view.cache_position
+        out = decode_attention(q, keys, values, position, spec.query_scale, view.window, spec.softcap)
     return out.transpose(1, 2).reshape(B, T, H * D)
 
 
 BACKENDS = {
-    "math": Backend("math", attend_math, softcap=True, max_head_dim=None),
-    "sdpa": Backend("sdpa", attend_sdpa, softcap=False, max_head_dim=None),
-    "triton": Backend("triton", attend_triton, softcap=True, max_head_dim=256, fused=True),
-    "c": Backend("c", attend_c, softcap=True, max_head_dim=None, fused=True, devices=("cpu", "meta")),
+    backend.name: backend
+    for backend in (
+        Backend("math", norm, add_norm, rotate_and_write, attend_math),
+        Backend("sdpa", norm, add_norm, rotate_and_write, attend_sdpa, softcap=False),
+        Backend("kernels", norm_kernel, add_norm_kernel, rotate_and_write_kernel, attend_kernel, max_head_dim=256),
+    )
 }
 
 
@@ -127,20 +185,20 @@ def choose_backend(name: str, config: ModelConfig, device: str = "meta") -> Back
 
     Raises `BackendError` for an unknown name, or saying what the named backend lacks.
     """
+    if name not in ATTENTION:
+        raise BackendError(f"attention={name!r} is not one of {', '.join(ATTENTION)}")
     needs_softcap = any(layer.softcap is not None for layer in config.layers)
-    if name == "auto" and device == "cpu" and cpu.available():
-        return BACKENDS["c"]
+    widest = BACKENDS["kernels"].max_head_dim
     if name == "auto":
+        # Without a compiler the ops run PyTorch code, which is no faster than the library's.
+        if config.head_dim <= widest and (device == "cuda" or (device == "cpu" and cpu.available())):
+            return BACKENDS["kernels"]
         return BACKENDS["math" if needs_softcap else "sdpa"]
-    if name not in BACKENDS:
-        raise BackendError(f"attention={name!r} is not one of auto, {', '.join(BACKENDS)}")
     backend = BACKENDS[name]
     if needs_softcap and not backend.softcap:
         raise BackendError(
             f"attention={name!r} has no score softcap, which {config.family} needs; use attention='auto' or 'math'"
         )
-    if backend.devices and device not in backend.devices:
-        raise BackendError(f"attention={name!r} runs on {backend.devices[0]} only, not on {device}; use 'triton' there")
     if backend.max_head_dim is not None and config.head_dim > backend.max_head_dim:
         raise BackendError(
             f"attention={name!r} serves heads of up to {backend.max_head_dim} channels, {config.family} has "

@@ -19,8 +19,13 @@ slot s holds `last - (last - s) mod S`, negative if it was never written. That o
 layers, rings and rows that were rolled back.
 """
 
-from collections.abc import Sequence
+import threading
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,39 +46,48 @@ def num_slots(window: int | None, max_cache_len: int, max_step: int) -> int:
 class KeyView:
     """What one step may see of the cache; every layer with the same window shares one.
 
-    `slots` and `mask` are made when first asked for: a kernel that reads positions needs neither.
+    What only some backends ask for is made when first asked for: a kernel that reads positions needs none of it.
     """
 
     cache_position: Tensor  # [B, T], -1 for padding
     window: int | None
     num_slots: int  # slots of the layer, without the bin
-    key_length: int  # how many of them to read: the rest holds nothing yet
-    from_start: bool  # column t of every row is position t (or padding after the row's end)
-    _slots: Tensor | None = None
-    _mask: Tensor | None = None
+    bound: int | None = None  # no position of the step reaches this; None: find out
+    from_start: bool = False  # column t of every row is position t (or padding after the row's end)
 
-    @property
+    @cached_property
+    def key_length(self) -> int:
+        """How many slots to read: the others hold nothing yet. What a step costs follows from the text's length."""
+        bound, position = self.bound, self.cache_position
+        if bound is None:
+            on_host = position.is_cpu and not torch.compiler.is_compiling()
+            bound = int(position.max()) + 1 if on_host else self.num_slots
+        # Not min and max: of those a compiler takes one branch, and compiles again when it is the other.
+        return torch.sym_max(1, torch.sym_min(bound, self.num_slots))
+
+    @cached_property
     def slots(self) -> Tensor:
         """[B, T]: where this step's keys and values are written."""
-        if self._slots is None:
-            position = self.cache_position
-            self._slots = torch.where(position < 0, self.num_slots, position % self.num_slots)
-        return self._slots
+        position = self.cache_position
+        return torch.where(position < 0, self.num_slots, position % self.num_slots)
 
-    @property
+    @cached_property
     def mask(self) -> Tensor:
         """[B, T, key_length] bool, True where the query sees the slot."""
-        if self._mask is None:
-            last = self.cache_position.amax(dim=1, keepdim=True)  # [B, 1]
-            slot = torch.arange(self.key_length, device=last.device)  # [key_length]
-            key_position = (last - (last - slot) % self.num_slots)[:, None, :]  # [B, 1, key_length]
-            query = self.cache_position[:, :, None]  # [B, T, 1]
-            seen = (key_position >= 0) & (key_position <= query)
-            if self.window is not None:
-                seen &= key_position > query - self.window
-            # A padding query sees everything: its result is never used, and no softmax row is left empty.
-            self._mask = seen | (query < 0)
-        return self._mask
+        last = self.cache_position.amax(dim=1, keepdim=True)  # [B, 1]
+        slot = torch.arange(self.key_length, device=last.device)  # [key_length]
+        key_position = (last - (last - slot) % self.num_slots)[:, None, :]  # [B, 1, key_length]
+        query = self.cache_position[:, :, None]  # [B, T, 1]
+        seen = (key_position >= 0) & (key_position <= query)
+        if self.window is not None:
+            seen &= key_position > query - self.window
+        # A padding query sees everything: its result is never used, and no softmax row is left empty.
+        return seen | (query < 0)
+
+
+_NEVER, _LOST = -2, -1  # in the place of an id: nothing was ever written there; what was no longer counts
+_MOST = torch.iinfo(torch.int64).max
+_WAY_OUT = "let it end or close() it, or give each its own StaticCache"
 
 
 class StaticCache:
@@ -81,13 +95,14 @@ class StaticCache:
 
     The cache is yours: pass it to `LLM.generate` to continue where the last call stopped (it knows the
     token ids it holds, so only what differs from them is computed), or to the decoder in a loop of
-    your own.
+    your own. An id counts from the moment its keys are complete: whatever interrupts a forward pass, the
+    cache holds what it held before, and says so. It belongs to the model that fills it, until `reset`.
 
     Args:
         config: the model's `ModelConfig`.
         batch_size: rows.
         max_cache_len: tokens per row, prompt and answer together.
-        device, dtype: where and how keys and values are kept; normally `llm.device`, `llm.dtype`.
+        device, dtype: where and how keys and values are kept: `llm.device`, `llm.dtype`.
         max_step: the most tokens a single forward pass may add to a row (prefill chunks have this size).
         planned_length: the length (one for all rows, or one per row) for which `dynamic` and `longrope`
             rotary tables are chosen; by default max_cache_len. Other models do not depend on it.
@@ -106,18 +121,13 @@ class StaticCache:
         max_step: int = MAX_STEP,
         planned_length: int | Sequence[int] | None = None,
     ):
-        for name, value in (
-            ("batch_size", batch_size),
-            ("max_cache_len", max_cache_len),
-            ("max_step", max_step),
-        ):
+        for name, value in (("batch_size", batch_size), ("max_cache_len", max_cache_len), ("max_step", max_step)):
             if type(value) is not int or value < 1:
                 raise CacheError(f"StaticCache: {name} must be a whole number >= 1, not {value!r}")
         self.config = config
         self.batch_size = batch_size
         self.max_cache_len = max_cache_len
         self.max_step = min(max_step, max_cache_len)
-        self.device = torch.device(device)
         self.dtype = dtype
         self.keys: list[Tensor] = []  # per layer [B, KV, S + 1, D]
         self.values: list[Tensor] = []
@@ -126,11 +136,14 @@ class StaticCache:
             # Zeros, not empty: a masked slot is multiplied by weight 0, and 0 * NaN would be NaN.
             self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
             self.values.append(torch.zeros(shape, dtype=dtype, device=device))
-        # The ids the cache holds, -1 where it holds none; column max_cache_len is the bin.
-        self._ids = torch.full((batch_size, max_cache_len + 1), -1, dtype=torch.int64, device=device)
-        # One past the highest position ever written since the reset: what a ring has overwritten.
-        self._written = torch.zeros(batch_size, dtype=torch.int64, device=device)
+        self.device = self.keys[0].device
+        # The id at every position, or _NEVER or _LOST; the last column is the bin, where position -1 leads.
+        self._ids = torch.full((batch_size, max_cache_len + 1), _NEVER, dtype=torch.int64, device=device)
         self._rows = torch.arange(batch_size, device=device)[:, None]  # [B, 1]
+        self._model = None  # a weak reference to the embedding of the decoder that fills it
+        self._free = [True]  # what a forward pass takes, so that a second one finds none; see `writing`
+        self._holder: str | None = None  # the request that has it, and the thread in which that is at work
+        self._thread: int | None = None
         self.plan(max_cache_len if planned_length is None else planned_length)
 
     def num_slots(self, window: int | None) -> int:
@@ -150,10 +163,12 @@ class StaticCache:
             raise CacheError("StaticCache: plan() on a cache that holds tokens; call reset() first")
         self.rotary = tuple(rotary_table(spec, lengths, self.device) for spec in self.config.ropes)
 
+    # ---- what it holds ----
+
     @property
     def lengths(self) -> list[int]:
         """How many tokens each row holds."""
-        return (self._ids >= 0).cumprod(dim=1).sum(dim=1).tolist()
+        return (self._ids[:, :-1] >= 0).cumprod(dim=1).sum(dim=1).tolist()
 
     @property
     def token_ids(self) -> list[list[int]]:
@@ -166,9 +181,12 @@ class StaticCache:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def reset(self) -> None:
-        """Forget everything; the memory stays. What is left in the slots can no longer be seen."""
-        self._ids.fill_(-1)
-        self._written.zero_()
+        """Forget everything, the model too; the memory stays."""
+        self._check_turn()
+        self._ids.fill_(_NEVER)
+        self._model, self._free = None, [True]
+        for tensor in (*self.keys, *self.values):  # a NaN that a pass left behind would spoil what masks it
+            tensor.zero_()
 
     def truncate(self, length: int | Sequence[int]) -> None:
         """Keep only the first `length` tokens (one number for all rows, or one per row): exact, or an error.
@@ -176,81 +194,179 @@ class StaticCache:
         Raises `CacheError` if a row is shorter than that, or if a sliding-window ring has already
         overwritten keys that the shortened row would need; then nothing is changed.
         """
+        self._check_turn()
         lengths = [length] * self.batch_size if isinstance(length, int) else list(length)
         if len(lengths) != self.batch_size:
             raise CacheError(f"truncate: {len(lengths)} lengths for {self.batch_size} rows")
-        for row, (new, old, written) in enumerate(zip(lengths, self.lengths, self._written.tolist(), strict=True)):
-            if not 0 <= new <= old:
-                raise CacheError(f"truncate: row {row} holds {old} tokens, it cannot be cut to {new}")
-            for window in self.config.windows:
-                if not self._ring_still_holds(window, new, written):
-                    raise CacheError(
-                        f"truncate: row {row} cannot go back to {new}: positions up to {written - 1} were written "
-                        f"and its ring of {self.num_slots(window)} slots (window {window}) has overwritten keys "
-                        f"that {new} tokens need; the shortest exact cut is {written - self.max_step}, or reset()"
-                    )
+        for row, (new, old, written) in enumerate(zip(lengths, self.lengths, self._written(), strict=True)):
+            if type(new) is not int or not 0 <= new <= old:
+                raise CacheError(f"truncate: row {row} holds {old} tokens, it cannot be cut to {new!r}")
+            if not self._rings_hold(new, written):
+                raise CacheError(
+                    f"truncate: row {row} cannot go back to {new}: positions up to {written - 1} were written and "
+                    f"the rings of its sliding windows {[w for w in self.config.windows if w]} have overwritten keys "
+                    f"that {new} tokens need; the shortest exact cut is {written - self.max_step}, or reset()"
+                )
         keep = torch.tensor(lengths, device=self.device)[:, None]  # [B, 1]
         column = torch.arange(self.max_cache_len + 1, device=self.device)  # [max_cache_len + 1]
-        self._ids.masked_fill_(column >= keep, -1)  # [B, max_cache_len + 1]
+        self._ids.clamp_(max=torch.where(column < keep, _MOST, _LOST))  # [B, max_cache_len + 1]
         # A row cut to nothing starts afresh: no query will ever look back past position 0.
-        self._written.masked_fill_(keep[:, 0] == 0, 0)
+        self._ids.masked_fill_(keep == 0, _NEVER)
 
     def can_truncate(self, row: int, length: int) -> bool:
         """Whether `truncate` to `length` would be exact for this row."""
-        written = int(self._written[row])
-        return all(self._ring_still_holds(window, length, written) for window in self.config.windows)
+        return self._rings_hold(length, self._written()[row])
 
-    def _ring_still_holds(self, window: int | None, length: int, written: int) -> bool:
+    def _written(self) -> list[int]:
+        """One past the highest position written to each row since it was empty: what a ring has overwritten."""
+        if not any(self.config.windows):
+            return [0] * self.batch_size  # nothing is ever overwritten
+        place = torch.arange(1, self.max_cache_len + 1, device=self.device)  # [max_cache_len]
+        return torch.where(self._ids[:, :-1] > _NEVER, place, 0).amax(dim=1).tolist()
+
+    def _rings_hold(self, length: int, written: int) -> bool:
         """Whether the window - 1 positions before `length` are still there after `written` ones went in."""
-        slots = self.num_slots(window)
-        return window is None or length == 0 or written <= slots or length >= written - slots + window - 1
+        return length == 0 or all(
+            window is None
+            or written <= self.num_slots(window)
+            or length >= written - self.num_slots(window) + window - 1
+            for window in self.config.windows
+        )
 
-    def record(self, input_ids: Tensor, cache_position: Tensor) -> None:
-        """Note which ids a forward pass is about to write; `input_ids` and `cache_position` are `[B, T]`.
+    # ---- who may write ----
 
-        Raises `CacheError` for a step that does not fit. Positions are only looked at where that is free
+    @contextmanager
+    def held_by(self, holder: str) -> Iterator[None]:
+        """Keep the cache for one request as long as it lives: others may not write, unless in a `turn` of it.
+
+        Raises `CacheError` while another request holds it.
+        """
+        if self._holder is not None:
+            raise CacheError(f"the cache is in use by {self._holder}: {_WAY_OUT}")
+        self._holder = holder
+        try:
+            yield
+        finally:
+            self._holder = None
+
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """While this lasts the holder itself is at work, in this thread. Between turns its caller is."""
+        self._thread = threading.get_ident()
+        try:
+            yield
+        finally:
+            self._thread = None
+
+    def _check_turn(self) -> None:
+        """Raise `CacheError` where a request holds the cache and this is not its turn."""
+        if self._holder is not None and self._thread != threading.get_ident():
+            raise CacheError(f"the cache is in use by {self._holder}: {_WAY_OUT}")
+
+    def check_model(self, model, rows: int) -> None:
+        """Raise `CacheError` unless the cache was made for such a model and so many rows, and holds no other's keys."""
+        weight = model.embedding.weight
+        if self.config is not model.config and self.config != model.config:
+            raise CacheError("the cache was made for another model: build it with StaticCache(llm.config, ...)")
+        if self.device != weight.device or self.dtype != weight.dtype:
+            raise CacheError(
+                f"the cache is {self.dtype} on {self.device}, the model {weight.dtype} on {weight.device}: "
+                "build it with device=llm.device, dtype=llm.dtype"
+            )
+        if self.batch_size != rows:
+            raise CacheError(f"the cache has {self.batch_size} rows, the input {rows}")
+        if self._model is not None and self._model() is not model.embedding:
+            raise CacheError("the cache holds keys of another model: reset() it, or give each model its own")
+
+    @contextmanager
+    def writing(self, model, input_ids: Tensor, cache_position: Tensor) -> Iterator[None]:
+        """Around all that a forward pass of `model` does: checks it, and notes which ids the cache holds after it.
+
+        `input_ids` and `cache_position` are `[B, T]` int64. What stood at the positions, and all that followed it in
+        the row, stops to count before the pass; the new ids count only after it. Raises `CacheError` for a step that
+        does not fit or comes from somebody who may not write. Ids and positions are only looked at where that is free
         (on the CPU, outside a compiled graph): on a GPU reading them back would stall the queue.
         """
-        rows, step = input_ids.shape
-        if rows != self.batch_size or cache_position.shape != input_ids.shape:
+        self._check_step(model, input_ids, cache_position)
+        if torch.compiler.is_compiling():  # a graph can keep the books, but asks nobody who may
+            self._forget(cache_position)
+            yield
+            self._count(input_ids, cache_position)
+            return
+        self._check_turn()
+        try:
+            self._free.pop()  # atomic: of two threads one gets it
+        except IndexError:
+            raise CacheError(f"the cache is in use by another forward pass: {_WAY_OUT}") from None
+        try:
+            self._model = self._model or weakref.ref(model.embedding)
+            self._forget(cache_position)
+            yield
+            self._count(input_ids, cache_position)
+        finally:
+            self._free.append(True)
+
+    @property
+    def _on_host(self) -> bool:
+        """Whether looking at a value costs nothing."""
+        return self.device.type == "cpu" and not torch.compiler.is_compiling()
+
+    def _forget(self, cache_position: Tensor) -> None:
+        """Before a pass: what stands at these positions, and what follows them, no longer counts."""
+        if self._on_host:
+            for ids, places in zip(self._ids.numpy(), cache_position.tolist(), strict=True):
+                first = min((place for place in places if place >= 0), default=-1)
+                if ids[first] >= 0:  # written anew without `truncate`: what follows was computed from the old
+                    ids[first:].clip(max=_LOST, out=ids[first:])
+                ids[places] = _LOST
+            return
+        last = cache_position.amax(dim=1, keepdim=True)  # [B, 1]
+        follower = torch.where(last < 0, last, last + 1)  # [B, 1]: where the row ends now
+        self._ids[self._rows, follower] = self._ids[self._rows, follower].clamp(max=_LOST)
+        self._ids[self._rows, cache_position] = _LOST
+
+    def _count(self, input_ids: Tensor, cache_position: Tensor) -> None:
+        """After a pass: these ids are held now, in places without a gap before them."""
+        if self._on_host:
+            for ids, new, places in zip(self._ids.numpy(), input_ids.tolist(), cache_position.tolist(), strict=True):
+                for token, place in zip(new, places, strict=True):
+                    if place == 0 or (place > 0 and ids[place - 1] >= 0):
+                        ids[place] = token
+            return
+        self._ids[self._rows, cache_position] = input_ids
+
+    def _check_step(self, model, input_ids: Tensor, cache_position: Tensor) -> None:
+        """Raise `CacheError` for a step that does not fit."""
+        if input_ids.dim() != 2 or cache_position.shape != input_ids.shape:
             raise CacheError(
                 f"input_ids {list(input_ids.shape)} and cache_position {list(cache_position.shape)} must both be "
                 f"[{self.batch_size}, T] for this cache"
             )
-        if step > self.max_step:
-            raise CacheError(f"a step of {step} tokens exceeds the cache's max_step {self.max_step}")
-        if self.device.type == "cpu" and not torch.compiler.is_compiling():
-            top = int(cache_position.max())
-            if top >= self.max_cache_len:
-                raise CacheError(f"position {top} is beyond the cache: max_cache_len is {self.max_cache_len}")
-        column = torch.where(cache_position < 0, self.max_cache_len, cache_position)  # [B, T]
-        self._ids[self._rows, column] = input_ids
-        self._written.copy_(torch.maximum(self._written, cache_position.amax(dim=1) + 1))
+        self.check_model(model, input_ids.shape[0])
+        if input_ids.dtype != torch.int64 or cache_position.dtype != torch.int64:
+            raise CacheError(f"input_ids {input_ids.dtype} and cache_position {cache_position.dtype} must be int64")
+        if input_ids.device != self.device or cache_position.device != self.device:
+            raise CacheError(f"input_ids and cache_position must be on {self.device}, where the cache is")
+        if not 1 <= input_ids.shape[1] <= self.max_step:
+            raise CacheError(f"a step of {input_ids.shape[1]} tokens exceeds the cache's max_step {self.max_step}")
+        if not self._on_host:
+            return
+        for tokens, places in zip(input_ids.tolist(), cache_position.tolist(), strict=True):
+            if max(places) >= self.max_cache_len:
+                raise CacheError(f"position {max(places)} is beyond the cache: max_cache_len is {self.max_cache_len}")
+            if min(places) < -1:
+                raise CacheError(f"position {min(places)}: positions are 0 or more, and -1 for padding")
+            if len(places) > 1 and any(b <= a for a, b in pairwise(place for place in places if place >= 0)):
+                raise CacheError("the positions of a row must ascend")
+            if not (min(tokens) >= 0 and max(tokens) < self.config.vocab_size):
+                raise CacheError(f"input_ids must be from 0 to {self.config.vocab_size - 1}, the model's vocabulary")
 
-    def view(
-        self,
-        cache_position: Tensor,
-        window: int | None,
-        key_length: int | None = None,
-        from_start: bool = False,
-    ) -> KeyView:
-        """Which slots a step at `cache_position [B, T]` writes and sees, for layers with this window.
+    def view(self, cache_position: Tensor, window: int | None, bound: int | None = None, from_start: bool = False):
+        """What a step at `cache_position [B, T]` writes and sees in layers with this window, a `KeyView`.
 
-        `key_length` is a bound, known to the host, on the positions in use (newest + 1): reading no
-        further is what makes a step cost what the text is long and not what was allocated. By default
-        it is read off the positions on the CPU, and is everything elsewhere and inside a compiled graph.
-        `from_start` is a promise that the step is the beginning of every row, which lets a kernel skip the cache.
+        `bound` and `from_start` are what the host knows about the positions without asking the device: none reaches
+        `bound`; the step is the beginning of every row (which lets a kernel skip the cache).
         """
         layer = next(i for i, layer in enumerate(self.config.layers) if layer.window == window)
         slots = self.keys[layer].shape[2] - 1  # as num_slots says, but read off the tensor: a compiler knows its sizes
-        if key_length is None:
-            on_host = self.device.type == "cpu" and not torch.compiler.is_compiling()
-            key_length = int(cache_position.max()) + 1 if on_host else slots
-        # Not min and max: of those a compiler takes one branch, and compiles again when it is the other.
-        key_length = torch.sym_max(1, torch.sym_min(key_length, slots))
-        return KeyView(cache_position, window, slots, key_length, from_start)
-
-    def write(self, layer: int, keys: Tensor, values: Tensor, view: KeyView) -> None:
-        """Put this step's `keys` and `values`, both `[B, T, KV, D]`, into their slots."""
-        self.keys[layer][self._rows, :, view.slots] = keys
-        self.values[layer][self._rows, :, view.slots] = values
+        return KeyView(cache_position, window, slots, bound, from_start)

@@ -6,20 +6,24 @@ step, and each step reads every weight of the model for one column of output: it
 bandwidth. This room holds both, and `Row.commit`, which alone decides when a row is finished.
 """
 
+import math
+import threading
+import time
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from minillm.cache import StaticCache
+from minillm.errors import NumericalError
 from minillm.model import Decoder
 from minillm.options import GenerationConfig
 from minillm.sampling import Sampling, next_token
 from minillm.steps import Steps
 from minillm.tokenizer import TextStream, Tokenizer
 
-_CATCH_UP = 2  # tokens, at most, that a draft model lacks between two steps: fed as a step and not as a prompt
 _LOOK_EVERY = 8  # decode steps between two looks at an accelerator's tokens
 
 
@@ -38,6 +42,10 @@ class Row:
     target_steps: int = 0  # forward passes of the model that gave this row tokens, prefill's included
     drafted: int = 0  # tokens that were proposed to this row
     from_draft: list[bool] = field(default_factory=list)  # for each of token_ids, whether it was one of them
+    reused: int = 0  # tokens of the prompt that the cache held already
+    started: float = 0.0  # seconds of `time.perf_counter`: when its prompt was begun,
+    first_at: float = 0.0  # when its first new token was there,
+    last_at: float = 0.0  # and the newest
 
     def commit(self, tokens: Sequence[int], logprobs: Sequence[float] = (), drafts: int = 0) -> int:
         """Accept what one forward pass gave, token by token, until the row is finished; returns how many.
@@ -47,6 +55,8 @@ class Row:
         tokens were proposed by a draft.
         """
         self.target_steps += 1
+        self.last_at = time.perf_counter()
+        self.first_at = self.first_at or self.last_at
         for count, token in enumerate(tokens):
             if self.finish_reason is not None:
                 return count
@@ -68,49 +78,39 @@ class Row:
         return len(tokens)
 
 
-def new_row(prompt: list[int], config: GenerationConfig, budget: int, eos: frozenset[int], tokenizer: Tokenizer) -> Row:
-    return Row(prompt, budget, eos, TextStream(tokenizer, prompt, config.stops))
-
-
 def prefill(model: Decoder | Steps, cache: StaticCache, ids: Sequence[Sequence[int]], start: Sequence[int]) -> Tensor:
     """Feed row b the tokens `ids[b]` at positions `start[b]`, `start[b] + 1`, ... in chunks of `cache.max_step`.
 
     Rows may differ in length; of a row without tokens the result means nothing. Returns the logits after each
     row's last token, `[B, V]` float32. Only that one column goes through the head: with a vocabulary of 128,000
-    the logits of a whole prompt would be the largest tensor of all. One or two tokens are fed as a decode step
-    is, which may be recorded.
+    the logits of a whole prompt would be the largest tensor of all.
     """
     device, step = cache.device, cache.max_step
-    longest = max(len(row) for row in ids)
     last = torch.zeros(len(ids), model.config.hidden_size, device=device, dtype=cache.dtype)  # [B, d]
-    for begin in range(0, longest, step):
-        chunk = [list(row[begin : begin + step]) for row in ids]
-        width = max(len(row) for row in chunk)
-        input_ids = torch.tensor([row + [0] * (width - len(row)) for row in chunk], device=device)  # [B, T]
-        positions = torch.tensor(
-            [
-                [*range(first + begin, first + begin + len(row)), *[-1] * (width - len(row))]
-                for row, first in zip(chunk, start, strict=True)
-            ],
-            device=device,
-        )  # [B, T]
-        used = max(first + begin + len(row) for row, first in zip(chunk, start, strict=True))
-        if longest <= _CATCH_UP:
-            logits = model(input_ids, positions, cache, used)  # [B, T, V]
-            return torch.stack([logits[b, len(row) - 1] for b, row in enumerate(ids)])  # [B, V]
-        fresh = begin == 0 and not any(start)
-        hidden = model.hidden_states(input_ids, positions, cache, key_length=used, from_start=fresh)  # [B, T, d]
-        for b, row in enumerate(chunk):
-            if row and begin + len(row) == len(ids[b]):
-                last[b] = hidden[b, len(row) - 1]
-    return model.logits(last)
+    with model.own_dtypes():
+        for begin in range(0, max(len(row) for row in ids), step):
+            input_ids, positions, bound = chunk_of(ids, start, begin, step, device)  # [B, T] twice
+            fresh = begin == 0 and not any(start)
+            with cache.writing(model, input_ids, positions):
+                x, rotary = model.embed(input_ids, positions, cache)
+                hidden = model.walk(x, rotary, positions, cache, bound, from_start=fresh)  # [B, T, d]
+            for b, row in enumerate(ids):
+                if begin < len(row) <= begin + step:
+                    last[b] = hidden[b, len(row) - begin - 1]
+        return model.logits(last)
 
 
-def next_logits(
-    model: Decoder | Steps, token: Tensor, cache_position: Tensor, cache: StaticCache, key_length: int | None = None
-) -> Tensor:
-    """One decode step: `token [B, 1]` at `cache_position [B, 1]` -> logits of the next token, `[B, V]`."""
-    return model(token, cache_position, cache, key_length)[:, -1]
+def chunk_of(
+    ids: Sequence[Sequence[int]], start: Sequence[int], begin: int, size: int, device: torch.device
+) -> tuple[Tensor, Tensor, int]:
+    """Up to `size` tokens of every row from its `begin`-th on, with their positions, `[B, T]` int64 each, padded on
+    the right; and one more than the highest position."""
+    chunk = [list(row[begin : begin + size]) for row in ids]
+    width = max(map(len, chunk))
+    places = [list(range(s + begin, s + begin + len(row))) for row, s in zip(chunk, start, strict=True)]
+    bound = max(place[-1] for place in places if place) + 1
+    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in chunk], device=device)
+    return input_ids, torch.tensor([place + [-1] * (width - len(place)) for place in places], device=device), bound
 
 
 @torch.no_grad()  # and not inference mode: this function may be compiled, with tensors from outside
@@ -120,7 +120,6 @@ def decode_one_token(
     cache_position: Tensor,
     cache: StaticCache,
     sampling: Sampling | None = None,
-    key_length: int | None = None,
 ) -> Tensor:
     """Feed one token per row and choose the next one.
 
@@ -130,12 +129,11 @@ def decode_one_token(
         cache_position: `[B, 1]` int64, where it stands; -1 for a row that is finished.
         cache: holds everything before; gains this token.
         sampling: how to choose; greedy by default.
-        key_length: see `StaticCache.view`.
 
     Returns `[B, 1]` int64. The loop around it is the "advanced usage: compile decode_one_token yourself"
     of the guide "LLM inference optimization".
     """
-    logits = next_logits(model, token, cache_position, cache, key_length)  # [B, V]
+    logits = model(token, cache_position, cache)[:, -1]  # [B, V]
     if sampling is None:
         return logits.argmax(dim=-1, keepdim=True)
     return next_token(logits, sampling, cache_position[:, 0] + 1)[:, None]
@@ -154,64 +152,29 @@ def reuse_prefix(cache: StaticCache, prompts: Sequence[Sequence[int]]) -> list[i
     return kept
 
 
-def begin(
-    model: Decoder | Steps, cache: StaticCache, rows: list[Row], sampling: Sampling
-) -> tuple[Tensor, Tensor | None]:
-    """Feed what the cache does not hold yet of each prompt.
-
-    Returns the logits of the first new token, `[B, V]`, and, where a repetition penalty is set, which
-    tokens each row has seen, `[B, V]` bool.
-    """
-    held = cache.lengths
-    logits = prefill(model, cache, [row.prompt[n:] for row, n in zip(rows, held, strict=True)], held)  # [B, V]
+def seen_tokens(rows: list[Row], logits: Tensor, sampling: Sampling) -> Tensor | None:
+    """Where a repetition penalty is set, which tokens each row's prompt holds: bool like `logits [B, V]`."""
     if sampling.repetition_penalty is None:
-        return logits, None
+        return None
     seen = torch.zeros_like(logits, dtype=torch.bool)  # [B, V]
     for b, row in enumerate(rows):
-        seen[b, torch.tensor(row.prompt, device=cache.device)] = True
-    return logits, seen
+        seen[b, torch.tensor(row.prompt, device=logits.device)] = True
+    return seen
 
 
-class Burst:
-    """Several decode steps in a row without a look at what they gave: everything a step needs is a tensor.
+@contextmanager
+def working(model: Decoder | Steps, cache: StaticCache) -> Iterator[None]:
+    """Around our own work between two yields: across one, a mode would leak into the caller's code."""
+    with torch.inference_mode(), model.own_dtypes(), cache.turn():
+        yield
 
-    Looking at a token is free on a CPU, so there a burst is one step. An accelerator works through a queue, and
-    each look waits until the queue is empty: there it is worth running a few steps past a row's end.
-    """
 
-    def __init__(self, model: Decoder | Steps, cache: StaticCache, rows: list[Row], sampling: Sampling):
-        self.model, self.cache, self.sampling = model, cache, sampling
-        device = cache.device
-        self.logits, self.seen = begin(model, cache, rows, sampling)  # [B, V], [B, V] or None
-        self.position = torch.tensor([len(row.prompt) for row in rows], device=device)  # [B], of the next token
-        self.last = torch.tensor([len(row.prompt) + row.max_new_tokens - 1 for row in rows], device=device)  # [B]
-        # One request, one set of EOS ids for all its rows.
-        self.eos = torch.tensor(sorted(rows[0].eos_token_ids), dtype=torch.int64, device=device)  # [E]
-        self.done = torch.zeros(len(rows), dtype=torch.bool, device=device)  # [B]
-        self.token: Tensor | None = None  # [B], the newest ones, not fed yet
-
-    def run(self, steps: int, longest: int, logprobs: bool) -> tuple[Tensor, Tensor | None]:
-        """The next tokens of every row, `[B, steps]`, and with `logprobs` theirs, float32.
-
-        `longest` is how many tokens the longest row that still runs has. What follows the end of a row is
-        meaningless; it is not stored.
-        """
-        tokens, chosen = [], []
-        for step in range(steps):
-            if self.token is not None:
-                # A finished row stays in the batch as padding; it writes nothing and nobody reads its logits.
-                fed = torch.where(self.done, -1, self.position - 1)[:, None]  # [B, 1]
-                self.logits = next_logits(self.model, self.token[:, None], fed, self.cache, longest + step)  # [B, V]
-            self.token = next_token(self.logits, self.sampling, self.position, self.seen)  # [B]
-            if self.seen is not None:
-                self.seen.scatter_(1, self.token[:, None], True)
-            if logprobs:
-                chosen.append(self.logits.log_softmax(dim=-1).gather(1, self.token[:, None])[:, 0])  # [B]
-            tokens.append(self.token)
-            ended = (self.token[:, None] == self.eos).any(dim=1)  # [B]
-            self.done = self.done | ended | (self.position >= self.last)
-            self.position = self.position + 1
-        return torch.stack(tokens, dim=1), torch.stack(chosen, dim=1) if logprobs else None
+def start(model: Decoder | Steps, cache: StaticCache, rows: list[Row]) -> Tensor:
+    """Feed what the cache does not hold yet of each prompt; the logits of the first new token, `[B, V]`."""
+    started, held = time.perf_counter(), reuse_prefix(cache, [row.prompt for row in rows])
+    for row, count in zip(rows, held, strict=True):
+        row.started, row.reused = started, count
+    return prefill(model, cache, [row.prompt[n:] for row, n in zip(rows, held, strict=True)], held)
 
 
 def run(
@@ -225,26 +188,101 @@ def run(
     """Generate until every row is finished; yields after each look at the new tokens, for whoever streams.
 
     The cache may already hold the beginning of each prompt: only what follows is computed. On return
-    it holds every token but each row's last, whose keys nobody has needed yet. `look_every` is the number of
-    steps between two looks: by default 1 on a CPU, 8 elsewhere.
+    it holds every token but each row's last, whose keys nobody has needed yet.
+
+    `look_every` is the number of steps between two looks. Looking at a token is free on a CPU: there it is 1. An
+    accelerator works through a queue, and each look waits until that is empty: there it is 8, and it is worth running
+    a few steps past a row's end. Everything that a step needs is a tensor, so nothing looks in between. Raises
+    `NumericalError` where logits are infinite or not a number.
     """
-    if look_every is None:
-        look_every = 1 if cache.device.type == "cpu" else _LOOK_EVERY
-    burst = Burst(model, cache, rows, sampling)
-    running = rows
-    while running:
-        left = max(row.max_new_tokens - len(row.token_ids) for row in running)
-        longest = max(len(row.prompt) + len(row.token_ids) for row in running)
-        # A stop string is only seen here, after the row has gone on: the cache must be able to forget that.
-        steps = min(look_every, left, cache.max_step)
-        tokens, chosen = burst.run(steps, longest, logprobs)  # [B, steps]
-        chosen = chosen.tolist() if logprobs else [()] * len(rows)
-        for row, new, logprob in zip(rows, tokens.tolist(), chosen, strict=True):
-            for step in range(steps):
-                if row.finish_reason is None:
-                    row.commit(new[step : step + 1], logprob[step : step + 1])
-        yield
-        running = [row for row in rows if row.finish_reason is None]
-        burst.done |= torch.tensor([row.finish_reason is not None for row in rows], device=cache.device)
-    if look_every > 1:
-        cache.truncate([len(row.prompt) + len(row.token_ids) - 1 for row in rows])
+    device = cache.device
+    look_every = look_every or (1 if device.type == "cpu" else _LOOK_EVERY)
+    with cache.held_by(holder(rows)):
+        with working(model, cache):
+            logits = start(model, cache, rows)  # [B, V]
+            seen = seen_tokens(rows, logits, sampling)  # [B, V] or None
+            position = torch.tensor([len(row.prompt) for row in rows], device=device)  # [B], of the next token
+            last = torch.tensor([len(row.prompt) + row.max_new_tokens - 1 for row in rows], device=device)  # [B]
+            # One request, one set of EOS ids for all its rows.
+            eos = torch.tensor(sorted(rows[0].eos_token_ids), dtype=torch.int64, device=device)  # [E]
+            done = torch.zeros(len(rows), dtype=torch.bool, device=device)  # [B]
+        token = None  # [B], the newest ones, not fed yet
+        running = rows
+        while running:
+            left = max(row.max_new_tokens - len(row.token_ids) for row in running)
+            # A stop string is only seen at the look, after the row has gone on: the cache must be able to forget that.
+            steps = min(look_every, left, cache.max_step)
+            tokens, chosen, largest = [], [], []
+            with working(model, cache):
+                for _ in range(steps):
+                    if token is not None:
+                        # A finished row stays as padding; it writes nothing and nobody reads its logits.
+                        fed = torch.where(done, -1, position - 1)  # [B]
+                        logits = model(token[:, None], fed[:, None], cache)[:, -1]  # [B, V]
+                    token = next_token(logits, sampling, position, seen)  # [B]
+                    if seen is not None:
+                        seen.scatter_(1, token[:, None], True)
+                    if logprobs:
+                        chosen.append(logits.log_softmax(dim=-1).gather(1, token[:, None])[:, 0])  # [B]
+                    tokens.append(token)
+                    largest.append(logits.amax(dim=-1))  # [B]: NaN if any logit is
+                    done = done | (token[:, None] == eos).any(dim=1) | (position >= last)  # [B]
+                    position = position + 1
+                _look(cache, rows, tokens, chosen, largest)
+                running = [row for row in rows if row.finish_reason is None]
+                done |= torch.tensor([row.finish_reason is not None for row in rows], device=device)
+                if look_every > 1 and not running:
+                    cache.truncate([len(row.prompt) + len(row.token_ids) - 1 for row in rows])
+            yield
+
+
+def _look(cache: StaticCache, rows: list[Row], tokens: list, chosen: list, largest: list) -> None:
+    """Commit what some steps gave; of each step and row the token, perhaps its log-probability, the largest logit."""
+    columns = (torch.stack(parts, dim=1).tolist() if parts else [()] * len(rows) for parts in (tokens, chosen, largest))
+    for b, (row, new, logprobs, tops) in enumerate(zip(rows, *columns, strict=True)):
+        for step, token in enumerate(new):
+            if row.finish_reason is None:
+                check_finite(cache, b, row, tops[step])
+                row.commit([token], logprobs[step : step + 1])
+
+
+def check_finite(cache: StaticCache, number: int, row: Row, largest: float) -> None:
+    """Raise `NumericalError`, and empty the cache, unless the largest logit of a step is a number."""
+    if not math.isfinite(largest):
+        cache.reset()  # its keys may be no numbers either
+        raise NumericalError(
+            f"row {number}, new token {len(row.token_ids) + 1}: the model's logits are infinite or not a number: "
+            "activations exceed their dtype, or weights are damaged; try dtype='float32' or 'bfloat16'"
+        )
+
+
+def holder(rows: list[Row]) -> str:
+    """Who a request is, for somebody who wants its cache."""
+    return f"a request of {len(rows)} rows, running in thread {threading.current_thread().name!r}"
+
+
+def generate_plain(model: Decoder, tokenizer: Tokenizer, prompt: str, config: GenerationConfig) -> str:
+    """All of it, for one prompt: what `LLM.generate` does, without batches, reuse, drafts, streams or statistics.
+
+    `config` sets `max_new_tokens` and, to sample, `seed`; `eos_token_id` as a list.
+    """
+    ids = tokenizer.encode(prompt)
+    device = model.embedding.weight.device
+    cache = StaticCache(model.config, 1, len(ids) + config.max_new_tokens, device, model.embedding.weight.dtype)
+    sampling = Sampling.of(config, [config.seed or 0], device)
+    stream, text = TextStream(tokenizer, ids, config.stops), ""
+    logits = prefill(model, cache, [ids], [0])  # [1, V]: 1. the prompt, many tokens at a time
+    seen = torch.zeros_like(logits, dtype=torch.bool)  # [1, V], for the repetition penalty
+    seen[0, ids] = True
+    for position in range(len(ids), len(ids) + config.max_new_tokens):
+        place = torch.tensor([position], device=device)  # [1]
+        token = next_token(logits, sampling, place, seen)  # [1]: 2. logits become a token
+        if token.item() in (config.eos_token_id or ()):  # 3. is this the end?
+            break
+        text += stream.push(token.item())  # 4. a token becomes text, perhaps a word later
+        if stream.stopped:
+            break
+        seen[0, token] = True
+        if position + 1 < cache.max_cache_len:
+            logits = model(token[:, None], place[:, None], cache)[:, -1]  # 5. one step: one token in, logits out
+    return text + stream.finish()

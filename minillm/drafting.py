@@ -1,7 +1,7 @@
 """Who guesses ahead for speculative decoding: a smaller model, or a look at the text so far.
 
 A proposer may be as wrong as it likes: `speculative.verify` makes sure that no guess changes the law of the text.
-It has to be cheap, and right often enough. How many tokens it proposes per step is `DraftLength`'s choice.
+It has to be cheap, and right often enough. How many tokens it proposes per step is the loop's choice.
 """
 
 from collections.abc import Sequence
@@ -13,18 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.cache import StaticCache
-from minillm.decode import Row, next_logits, prefill, reuse_prefix
-from minillm.errors import RequestError
+from minillm.decode import chunk_of, prefill, reuse_prefix
 from minillm.model import Decoder
-from minillm.options import GenerationConfig
-from minillm.sampling import Sampling, penalize, probabilities, sample, uniform
+from minillm.sampling import Sampling, distribution, penalized, sample, uniform
 from minillm.steps import Steps
-from minillm.tokenizer import Tokenizer
 
 DRAFT_STREAM = 1  # random numbers beside plain decoding's stream 0, see `sampling.uniform`
 _MAX_NGRAM = 3  # the longest n-gram prompt lookup tries to match
-_AUTO_LENGTHS = (1, 2, 4, 8)  # what "auto" chooses from: few, so that there are few shapes of verify steps
-_AUTO_DECAY = 0.9  # how fast "auto" forgets: about the last ten steps count
 
 
 @dataclass(frozen=True)
@@ -39,8 +34,11 @@ class Draft:
 class Proposer(Protocol):
     """Somebody cheap who guesses what comes next, made for the rows of one request."""
 
-    num_tokens: int | str  # drafts per step, or "auto" (see `DraftLength`)
+    num_tokens: int | str  # drafts per step, or "auto" (see `speculative.DraftLength`)
     cost: float  # of one drafted token, in forward passes of the target
+
+    def start(self, prompts: list[list[int]]) -> None:
+        """A request begins whose rows have these ids."""
 
     def propose(self, texts: list[list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
         """Up to `counts[b]` tokens to follow `texts[b]`, all ids of that row so far.
@@ -53,52 +51,6 @@ def no_draft(rows: int, device: torch.device) -> Draft:
     return Draft(torch.zeros(rows, 0, dtype=torch.int64, device=device), None, [0] * rows)
 
 
-def penalized(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
-    """`sampling.penalize` at T places per row: logits and `seen` `[B, T, V]` -> `[B, T, V]`."""
-    if sampling.repetition_penalty is None:
-        return logits
-    penalty = sampling.repetition_penalty.repeat_interleave(logits.shape[1])  # [B * T]
-    return penalize(logits.flatten(0, 1), seen.flatten(0, 1), penalty).view_as(logits)
-
-
-def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
-    """`sampling.probabilities` at T places per row: logits and `seen` `[B, T, V]` -> `[B, T, V]`."""
-
-    def per_place(parameter: Tensor | None) -> Tensor | None:
-        return None if parameter is None else parameter.repeat_interleave(logits.shape[1])  # [B * T]
-
-    filters = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-    flat = penalized(logits, sampling, seen).flatten(0, 1)  # [B * T, V]
-    return probabilities(flat, *map(per_place, filters)).view_as(logits)
-
-
-class DraftLength:
-    """How many tokens to draft for one row: a fixed number, or as many as its luck so far suggests.
-
-    With a chance `a` that a drafted token is accepted, k drafts yield 1 + a + ... + a^k tokens per step on
-    average, for the time of one pass of the target and k of the draft (Leviathan et al. 2022, section 3.4).
-    "auto" estimates `a` from the row's own recent steps, so that no neighbour changes a row's text, and
-    takes the k with the most tokens per time.
-    """
-
-    def __init__(self, asked: int | str, cost: float, longest: int):
-        self.asked, self.cost, self.longest = asked, cost, longest
-        self.accepted, self.rejected = 3.0, 1.0  # before anything is known: three in four
-
-    def choose(self) -> int:
-        if self.asked != "auto":
-            return self.asked
-        rate = self.accepted / (self.accepted + self.rejected)
-        lengths = [k for k in _AUTO_LENGTHS if k <= self.longest]
-        return max(lengths, key=lambda k: sum(rate**i for i in range(k + 1)) / (1 + k * self.cost), default=0)
-
-    def learn(self, drafted: int, accepted: int) -> None:
-        """Count a step. Drafts after the first rejected one tell nothing: they continue a wrong text."""
-        if drafted:
-            self.accepted = _AUTO_DECAY * self.accepted + accepted
-            self.rejected = _AUTO_DECAY * self.rejected + (accepted < drafted)
-
-
 class PromptLookup:
     """Propose what followed the last words the last time they were said (Saxena 2023, prompt lookup decoding).
 
@@ -108,11 +60,13 @@ class PromptLookup:
 
     cost = 0.0
 
-    def __init__(self, rows: int, num_tokens: int, device: torch.device):
+    def __init__(self, num_tokens: int, device: torch.device):
         self.num_tokens, self.device = num_tokens, device
+
+    def start(self, prompts: list[list[int]]) -> None:
         # Per row: n-gram -> the place right after its latest occurrence.
-        self._after: list[dict[tuple[int, ...], int]] = [{} for _ in range(rows)]
-        self._indexed = [0] * rows  # places entered so far
+        self._after: list[dict[tuple[int, ...], int]] = [{} for _ in prompts]
+        self._indexed = [0] * len(prompts)  # places entered so far
 
     def propose(self, texts: list[list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
         found = [self._continue(b, text, count) for b, (text, count) in enumerate(zip(texts, counts, strict=True))]
@@ -146,21 +100,15 @@ class DraftModel:
             one is what can be proposed; the sizes of their weights give `cost`.
         num_tokens: drafts per step, or "auto".
         cache: the draft's own `StaticCache`. What it holds of the prompts already is not computed again.
-        prompts: the ids of the rows' prompts.
     """
 
-    def __init__(
-        self,
-        steps: Steps,
-        target: Decoder,
-        num_tokens: int | str,
-        cache: StaticCache,
-        prompts: Sequence[Sequence[int]],
-    ):
+    def __init__(self, steps: Steps, target: Decoder, num_tokens: int | str, cache: StaticCache):
         self.steps, self.num_tokens, self.cache = steps, num_tokens, cache
         self.vocab_size = target.config.vocab_size
         self.cost = _weight_bytes(steps.model) / _weight_bytes(target)  # a decode step's time is reading its weights
-        reuse_prefix(cache, [self._known(prompt) for prompt in prompts])
+
+    def start(self, prompts: list[list[int]]) -> None:
+        reuse_prefix(self.cache, [self._known(prompt) for prompt in prompts])
 
     def propose(self, texts: list[list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
         # What the cache holds of the text is right up to where the last drafts were rejected; if all were
@@ -174,7 +122,7 @@ class DraftModel:
         if k == 0:
             return no_draft(len(texts), self.cache.device)
         missing = [self._known(text[n:]) if c else [] for text, n, c in zip(texts, held, counts, strict=True)]
-        logits = prefill(self.steps, self.cache, missing, held)  # [B, V of the draft]
+        logits = self._feed(missing, held)  # [B, V of the draft]
         wanted = torch.tensor(counts, device=self.cache.device)  # [B]
         place = torch.tensor([[*range(len(text), len(text) + k)] for text in texts], device=self.cache.device)  # [B, k]
         greedy = sampling.temperature is None
@@ -184,8 +132,7 @@ class DraftModel:
         for i in range(k):
             if i > 0:
                 feed = torch.where(i < wanted, place[:, i - 1], -1)  # [B]
-                used = max(len(text) + i for text, count in zip(texts, counts, strict=True) if count > i)
-                logits = next_logits(self.steps, tokens[-1][:, None], feed[:, None], self.cache, key_length=used)
+                logits = self.steps(tokens[-1][:, None], feed[:, None], self.cache)[:, -1]  # [B, V of the draft]
                 if seen is not None:
                     seen = seen.scatter(1, tokens[-1][:, None], True)
             shared = None if seen is None else seen[:, None, :common]  # [B, 1, common]
@@ -200,6 +147,15 @@ class DraftModel:
         padded = F.pad(torch.stack(probs, dim=1), (0, self.vocab_size - common))  # [B, k, V]
         return Draft(torch.stack(tokens, dim=1), padded, counts)  # tokens [B, k]
 
+    def _feed(self, missing: list[list[int]], held: list[int]) -> Tensor:
+        """Logits after the tokens that the cache lacks of each row, `[B, V]`. One or two are fed as a step, which is
+        recorded, and not as a prompt."""
+        if max(map(len, missing)) > 2:
+            return prefill(self.steps, self.cache, missing, held)
+        input_ids, position, _ = chunk_of(missing, held, 0, 2, self.cache.device)  # [B, T] each
+        logits = self.steps(input_ids, position, self.cache)  # [B, T, V]
+        return torch.stack([logits[b, len(row) - 1] for b, row in enumerate(missing)])
+
     def _known(self, ids: Sequence[int]) -> list[int]:
         """The ids as the draft can read them: one beyond its embedding becomes 0, which costs acceptance only."""
         return [token if token < self.steps.config.vocab_size else 0 for token in ids]
@@ -207,69 +163,3 @@ class DraftModel:
 
 def _weight_bytes(model: Decoder) -> int:
     return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-
-
-def make_proposer(
-    target,
-    assistant,
-    config: GenerationConfig,
-    rows: list[Row],
-    cache: StaticCache,
-    planned_length: int | Sequence[int],
-    previous: Proposer | None = None,
-) -> Proposer | None:
-    """The proposer a request asks for, or None for plain decoding.
-
-    Args:
-        target, assistant: the `LLM` that generates and the one that drafts for it (or None).
-        config, rows, cache: the request; `planned_length` is what its cache was planned for.
-        previous: the proposer of the conversation's last turn: its draft model's cache is used again.
-
-    Raises `RequestError` where the options contradict each other or the assistant does not fit.
-    """
-    asked, lookup = config.num_assistant_tokens, config.prompt_lookup_num_tokens
-    if assistant is not None and lookup is not None:
-        raise RequestError("assistant_model and prompt_lookup_num_tokens exclude each other: choose who drafts")
-    if assistant is None and asked is not None:
-        raise RequestError("num_assistant_tokens needs an assistant_model (prompt_lookup_num_tokens does not)")
-    if assistant is None and lookup is None:
-        return None
-    longest = min(lookup or (1 if asked in (None, "auto") else asked), max(row.max_new_tokens for row in rows) - 1)
-    if longest >= cache.max_step:
-        raise RequestError(
-            f"{longest} drafted tokens make a step of {longest + 1}, but the cache takes {cache.max_step} per step: "
-            f"draft fewer, or pass a StaticCache with max_step={longest + 1}"
-        )
-    if assistant is None:
-        return PromptLookup(len(rows), lookup, cache.device)
-    _check_same_tokenizer(target.tokenizer, assistant.tokenizer)
-    if assistant.device != target.device:
-        raise RequestError(f"assistant_model is on {assistant.device}, the model on {target.device}: load both on one")
-    if isinstance(previous, DraftModel) and previous.steps is assistant.steps:
-        draft_cache = previous.cache
-    else:
-        size = min(cache.max_cache_len, assistant.config.max_positions)
-        planned = [planned_length] * len(rows) if isinstance(planned_length, int) else planned_length
-        draft_cache = StaticCache(
-            assistant.config,
-            len(rows),
-            size,
-            assistant.device,
-            assistant.dtype,
-            max_step=cache.max_step,
-            planned_length=[min(length, size) for length in planned],
-        )
-    prompts = [row.prompt for row in rows]
-    return DraftModel(assistant.steps, target.model, "auto" if asked is None else asked, draft_cache, prompts)
-
-
-def _check_same_tokenizer(target: Tokenizer, draft: Tokenizer) -> None:
-    """Raise `RequestError` unless every id means the same token to both."""
-    if target is draft or target.vocabulary == draft.vocabulary:
-        return
-    ours, theirs = ({token_id: token for token, token_id in t.vocabulary.items()} for t in (target, draft))
-    first = min(token_id for token_id in {*ours, *theirs} if ours.get(token_id) != theirs.get(token_id))
-    raise RequestError(
-        f"assistant_model has another tokenizer: id {first} is {ours.get(first)!r} for the model ({len(ours)} tokens) "
-        f"and {theirs.get(first)!r} for the assistant ({len(theirs)}); a draft needs the same vocabulary"
-    )

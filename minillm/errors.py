@@ -33,6 +33,10 @@ class BackendError(MinillmError):
     """The chosen attention backend, dtype or device cannot run this model."""
 
 
+class NumericalError(MinillmError):
+    """Weights or logits are infinite or not a number."""
+
+
 def first_line(error: Exception) -> str:
     """What a library's error says first: enough for one line of ours."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,8 +1,5 @@
 """LLM: a checkpoint ready to use. from_pretrained, generate, stream, conversation."""
 
-import ctypes
-import os
-import platform
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -17,7 +14,7 @@ from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import generation_defaults, load_config
 from minillm.load.hub import find_checkpoint
 from minillm.model import Decoder
-from minillm.options import GenerationConfig
+from minillm.options import DTYPES, GenerationConfig, merge_options
 from minillm.request import Completion, Prompt, Request
 from minillm.steps import Steps, check_compile
 from minillm.tokenizer import Tokenizer
@@ -64,7 +61,7 @@ class LLM:
         Args:
             dtype: "float32", "bfloat16", "float16", or "auto" for what the checkpoint's config.json says.
             device: "cpu", "cuda", ..., or "auto": a CUDA device if there is one.
-            attention: "math", "sdpa", "c" (CPU), "triton", or "auto": the fastest backend that can serve the model.
+            attention: "math", "sdpa", "kernels", or "auto": the fastest backend that can serve the model.
             quantize: "int8", "int4" or "int4-g32", "int4-g64", "int4-g128": store the linear layers' weights in
                 this format, quantizing while they stream in. quantize_head: the output head too, in int8.
             compile: "auto": steps are recorded and replayed, with nothing to wait for; True: `torch.compile`, which
@@ -85,8 +82,6 @@ class LLM:
         model = load_decoder(
             folder, config, choose_dtype(dtype, config), choose_device(device), attention, quantize, quantize_head
         )
-        if model.embedding.weight.is_cpu:
-            _keep_freed_memory()
         llm = cls(model, tokenizer, config, defaults, str(name), compile)
         if llm.steps.compiled is not None:
             llm.steps.compiled.warm_up()
@@ -130,7 +125,7 @@ class LLM:
         prompt that together with `max_new_tokens` exceeds the cache or the model's positions.
         """
         request = Request(self, prompt, generation_config, cache, assistant_model, options)
-        for _ in request.steps():
+        for _ in request.loop():
             pass
         completions = request.completions()
         return completions[0] if request.single else completions
@@ -170,7 +165,9 @@ class Conversation:
 
     def __init__(self, llm: LLM, system: str | None, max_cache_len: int | None, options: dict):
         self.llm, self.options = llm, options
-        length = max_cache_len or min(_DEFAULT_CONVERSATION, llm.config.max_positions)
+        asked = {name: value for name, value in options.items() if name != "assistant_model"}
+        merge_options(llm.defaults, None, asked)  # fail now, not at the first turn
+        length = min(_DEFAULT_CONVERSATION, llm.config.max_positions) if max_cache_len is None else max_cache_len
         self.cache = StaticCache(llm.config, 1, length, device=llm.device, dtype=llm.dtype)
         self.proposer: Proposer | None = None  # the last turn's: a draft model keeps its cache as well
         self.messages: list[dict[str, str]] = []
@@ -181,9 +178,9 @@ class Conversation:
     def say(self, text: str, **options) -> Completion:
         """Add a user message and return the answer. `stats.reused_tokens` tells what the cache saved."""
         request = self._request(text, options)
-        for _ in request.steps():
+        for _ in request.loop():
             pass
-        return self._remember(text, request)
+        return self._keep(text, request)
 
     def stream(self, text: str, **options) -> Iterator[str]:
         """`say` as pieces of text. A stream that is abandoned keeps what it has said so far in the history."""
@@ -195,20 +192,20 @@ class Conversation:
         except Exception:
             raise  # the history stays as it was
         except BaseException:  # the caller has heard enough, or pressed Ctrl-C
-            self._remember(text, request)
+            self._keep(text, request)
             raise
-        self._remember(text, request)
+        self._keep(text, request)
 
     def _request(self, text: str, options: dict) -> Request:
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self.llm.tokenizer.encode_chat(messages)
-        options = self.options | options
+        options = self.options | {name: value for name, value in options.items() if value is not None}
         assistant = options.pop("assistant_model", None)
         request = Request(self.llm, ids, None, self.cache, assistant, options, self.proposer)
         self.proposer = request.proposer
         return request
 
-    def _remember(self, text: str, request: Request) -> Completion | None:
+    def _keep(self, text: str, request: Request) -> Completion | None:
         row = request.rows[0]
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": row.text}]
         return request.completions()[0] if row.finish_reason else None
@@ -216,13 +213,10 @@ class Conversation:
 
 def choose_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
     """The torch dtype a user names; "auto" is what the checkpoint says, float32 if it says nothing."""
-    names = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if dtype == "auto":
-        return names[config.dtype or "float32"]
-    found = names.get(str(dtype).removeprefix("torch."))
-    if found is None:
-        raise BackendError(f"dtype {dtype!r} is not one of auto, {', '.join(names)}")
-    return found
+    name = (config.dtype or "float32") if dtype == "auto" else str(dtype).removeprefix("torch.")
+    if name not in DTYPES:
+        raise BackendError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
+    return getattr(torch, name)
 
 
 def choose_device(device: str | torch.device) -> torch.device:
@@ -236,18 +230,3 @@ def choose_device(device: str | torch.device) -> torch.device:
         reason = first_line(error).partition(". ")[0]
         raise BackendError(f"device {str(device)!r} cannot be used: {reason}") from None
     return chosen
-
-
-def _keep_freed_memory() -> None:
-    """Ask glibc's malloc to keep what a prompt's activations leave, up to 128 MiB, for the next layer and prompt.
-
-    By default it hands megabytes back to the system when they are freed and gets them again page by page: a
-    quarter of the time to the first token of a 512-token prompt (110M, bf16: 280 ms instead of 205). The setting
-    holds for the process; a user's own (MALLOC_TRIM_THRESHOLD_) is left alone, other C libraries do without.
-    """
-    if "MALLOC_TRIM_THRESHOLD_" in os.environ or platform.libc_ver()[0] != "glibc":
-        return
-    trim_threshold, mmap_threshold = -1, -3  # from malloc.h
-    libc = ctypes.CDLL(None)
-    libc.mallopt(trim_threshold, 128 << 20)
-    libc.mallopt(mmap_threshold, 32 << 20)

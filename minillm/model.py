@@ -8,77 +8,51 @@ F intermediate_size, V vocab_size, S cache slots.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
-from minillm_kernels.launch import interpreting
-from minillm_kernels.norm_rope import (
-    add_cpu,
-    add_rms_norm,
-    add_rms_norm_cpu,
-    rms_norm,
-    rms_norm_cpu,
-    rope_and_cache_write,
-    rope_and_cache_write_cpu,
-)
 from torch import Tensor, nn
 
-from minillm.attention import Backend, choose_backend
+from minillm.attention import Backend, Rotary, choose_backend
 from minillm.cache import KeyView, StaticCache
 from minillm.config import LayerSpec, ModelConfig, NormSpec
 from minillm.errors import ConfigError
 from minillm.linear import Linear, QuantizedLinear, make_linear, parse_quantize
-from minillm.rope import cos_sin, rotate
+from minillm.rope import cos_sin
 
 # Builds an empty projection: (in_features, out_features, bias) -> layer.
 LinearFactory = Callable[[int, int, bool], Linear | QuantizedLinear]
 
 
-def _eager_on_cpu(x: Tensor) -> bool:
-    """Where an op's own CPU function can be called: it skips the dispatcher, at 5 us a call."""
-    return x.is_cpu and not torch.compiler.is_compiling() and not interpreting()
-
-
 class RMSNorm(nn.Module):
-    """x / rms(x) * (offset + weight) over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+    """A norm over the last dimension, as the backend computes it."""
 
-    def __init__(self, size: int, spec: NormSpec, fused: bool, dtype: torch.dtype):
+    def __init__(self, size: int, spec: NormSpec, backend: Backend, dtype: torch.dtype):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
-        self.spec, self.fused = spec, fused
+        self.spec, self.backend = spec, backend
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.fused:
-            norm = rms_norm_cpu if _eager_on_cpu(x) else rms_norm
-            return norm(x, self.weight, self.spec.eps, self.spec.offset, self.spec.multiply_in_fp32)
-        wide = x.float()
-        wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.spec.eps)
-        if self.spec.multiply_in_fp32:
-            return (wide * (self.spec.offset + self.weight.float())).to(x.dtype)
-        return wide.to(x.dtype) * self.weight
+        return self.backend.norm(x, self.weight, self.spec)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Add to the residual stream and norm the sum: (norm(x + residual), x + residual)."""
-        if self.fused:
-            norm, spec = add_rms_norm_cpu if _eager_on_cpu(x) else add_rms_norm, self.spec
-            return norm(x, residual, self.weight, spec.eps, spec.offset, spec.multiply_in_fp32)
-        total = x + residual
-        return self(total), total
+        return self.backend.add_norm(x, residual, self.weight, self.spec)
 
 
 class NoNorm(nn.Module):
     """Stands where a family has no norm."""
 
-    def __init__(self, fused: bool):
+    def __init__(self, spec: NormSpec, backend: Backend):
         super().__init__()
-        self.fused = fused
+        self.spec, self.backend = spec, backend
 
     def forward(self, x: Tensor) -> Tensor:
         return x
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        total = add_cpu(x, residual) if self.fused and _eager_on_cpu(x) else x + residual
-        return total, total
+        return self.backend.add_norm(x, residual, None, self.spec)
 
 
 class Attention(nn.Module):
@@ -107,10 +81,10 @@ class Attention(nn.Module):
         self.output = linear(q_size, config.hidden_size, config.output_bias)
         if self.qk_norm is not None:
             whole = self.qk_norm == "full"
-            self.q_norm = RMSNorm(q_size if whole else config.head_dim, config.norm, backend.fused, dtype)
-            self.k_norm = RMSNorm(kv_size if whole else config.head_dim, config.norm, backend.fused, dtype)
+            self.q_norm = RMSNorm(q_size if whole else config.head_dim, config.norm, backend, dtype)
+            self.k_norm = RMSNorm(kv_size if whole else config.head_dim, config.norm, backend, dtype)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], view: KeyView, cache: StaticCache) -> Tensor:
+    def forward(self, x: Tensor, rotary: Rotary, view: KeyView, cache: StaticCache) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self.qkv(x).split(self.split, dim=-1)  # [B, T, H * D], [B, T, KV * D] twice
         if self.qk_norm == "full":
@@ -121,15 +95,9 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         keys, values = cache.keys[self.index], cache.values[self.index]  # [B, KV, S + 1, D]
-        if self.backend.fused:
-            cos, sin = (part[:, :, 0] for part in rotary)  # [B, T, D / 2]
-            rope = rope_and_cache_write_cpu if _eager_on_cpu(q) else rope_and_cache_write
-            q = rope(q, k, v, cos, sin, keys, values, view.cache_position).transpose(1, 2)  # [B, T, H, D]
-        else:
-            q, k = rotate(q, *rotary), rotate(k, *rotary)
-            cache.write(self.index, k, v, view)
-        out = self.backend.attend(q, keys, values, view, self.spec)  # [B, T, H * D]
-        return self.output(out)  # [B, T, d]
+        q = self.backend.rotate_and_write(q, k, v, rotary, keys, values, view)  # [B, T, H, D]
+        attended = self.backend.attend(q, keys, values, view, self.spec)  # [B, T, H * D]
+        return self.output(attended)  # [B, T, d]
 
 
 class MLP(nn.Module):
@@ -153,7 +121,7 @@ class Block(nn.Module):
         super().__init__()
 
         def norm(present: bool) -> nn.Module:
-            return RMSNorm(config.hidden_size, config.norm, backend.fused, dtype) if present else NoNorm(backend.fused)
+            return RMSNorm(config.hidden_size, config.norm, backend, dtype) if present else NoNorm(config.norm, backend)
 
         self.attention_norm = norm(config.pre_norm)
         self.attention = Attention(config, config.layers[index], index, backend, linear, dtype)
@@ -163,7 +131,7 @@ class Block(nn.Module):
         self.mlp_post_norm = norm(config.post_norm)
 
     def forward(
-        self, x: Tensor, update: Tensor | None, rotary: tuple[Tensor, Tensor], view: KeyView, cache: StaticCache
+        self, x: Tensor, update: Tensor | None, rotary: Rotary, view: KeyView, cache: StaticCache
     ) -> tuple[Tensor, Tensor]:
         """x is the residual stream, update what the sublayer before adds to it: both `[B, T, d]`, in and out.
 
@@ -190,21 +158,20 @@ class Decoder(nn.Module):
         dtype: torch.dtype,
     ):
         super().__init__()
-        self.config, self.fused = config, backend.fused
+        self.config, self.backend = config, backend
+        self.moves = 0  # how often the weights were moved or cast: who remembers addresses has to look again
         # Gemma multiplies by sqrt(d) rounded to the model's dtype, and was trained with that rounding.
         self.embedding_scale = torch.tensor(config.embedding_scale, dtype=dtype, device="cpu").item()
         # from_pretrained: the plain constructor draws random weights, which on a meta device imports half of torch.
         embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
         self.embedding = nn.Embedding.from_pretrained(embedding, freeze=False)
         self.blocks = nn.ModuleList(Block(config, i, backend, linear, dtype) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm, backend.fused, dtype)
+        self.norm = RMSNorm(config.hidden_size, config.norm, backend, dtype)
         self.head = head(config.hidden_size, config.vocab_size, False)
         if config.tie_word_embeddings and isinstance(self.head, Linear):  # a quantized head has its own copy
             self.head.weight = self.embedding.weight
 
-    def forward(
-        self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache, key_length: int | None = None
-    ) -> Tensor:
+    def forward(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
         """Logits of the next token after every input token.
 
         Args:
@@ -212,44 +179,33 @@ class Decoder(nn.Module):
             cache_position: `[B, T]` int64, the position of each token in its row, ascending; -1 marks
                 padding, which may stand anywhere and is neither stored nor seen.
             cache: holds the tokens before these; gains these. T <= cache.max_step.
-            key_length: see `StaticCache.view`.
 
-        Returns `[B, T, V]` float32 (padding positions hold finite nonsense).
+        Returns `[B, T, V]` float32 (padding positions hold finite nonsense). Raises `CacheError` for a step that
+        the cache cannot take.
         """
-        return self.logits(self.hidden_states(input_ids, cache_position, cache, key_length))
+        with self.own_dtypes(), cache.writing(self, input_ids, cache_position):
+            x, rotary = self.embed(input_ids, cache_position, cache)
+            return self.logits(self.walk(x, rotary, cache_position, cache))
 
-    def hidden_states(
-        self,
-        input_ids: Tensor,
-        cache_position: Tensor,
-        cache: StaticCache,
-        key_length: int | None = None,
-        from_start: bool = False,
-    ) -> Tensor:
-        """The last hidden state of every input token, `[B, T, d]`; arguments as for `forward` and `cache.view`."""
-        cache.record(input_ids, cache_position)
-        x, rotary = self.embed(input_ids, cache_position, cache)
-        return self.walk(x, rotary, cache_position, cache, key_length, from_start)
-
-    def embed(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> tuple[Tensor, list]:
-        """What the blocks work on: embeddings `[B, T, d]`; of each rotary table cos and sin, `[B, T, 1, dim / 2]`."""
+    def embed(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> tuple[Tensor, list[Rotary]]:
+        """What the blocks work on: embeddings `[B, T, d]`, and the angles of each rotary table."""
         x = self.embedding(input_ids)  # [B, T, d]
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
-        angles = torch.float32 if self.fused else x.dtype  # a kernel that rotates rounds once, at its end
-        return x, [cos_sin(table, cache_position, angles) for table in cache.rotary]
+        return x, [cos_sin(table, cache_position) for table in cache.rotary]
 
     def walk(
         self,
         x: Tensor,
-        rotary: list[tuple[Tensor, Tensor]],
+        rotary: list[Rotary],
         cache_position: Tensor,
         cache: StaticCache,
-        key_length: int | None = None,
+        bound: int | None = None,
         from_start: bool = False,
     ) -> Tensor:
-        """Through all blocks and the last norm, `[B, T, d]` to `[B, T, d]`: where all the time goes."""
-        views = {w: cache.view(cache_position, w, key_length, from_start) for w in self.config.windows}
+        """Through all blocks and the last norm, `[B, T, d]` to `[B, T, d]`, within `cache.writing`: where all the time
+        goes. `bound` and `from_start` as for `cache.view`."""
+        views = {w: cache.view(cache_position, w, bound, from_start) for w in self.config.windows}
         update = None  # nothing stands before the first block
         for block, spec in zip(self.blocks, self.config.layers, strict=True):
             x, update = block(x, update, rotary[spec.rope], views[spec.window], cache)
@@ -263,6 +219,15 @@ class Decoder(nn.Module):
         """What a family does to its logits `[..., V]` float32 at the very end."""
         cap = self.config.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
+
+    def own_dtypes(self) -> AbstractContextManager:
+        """Around arithmetic: a caller's `torch.autocast` must not choose the dtypes of a decoder that has its own."""
+        device = self.embedding.weight.device.type
+        return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+
+    def _apply(self, fn, recurse=True):
+        self.moves += 1
+        return super()._apply(fn, recurse)
 
 
 def empty_decoder(

@@ -1,19 +1,17 @@
-"""One call of generate: checked before anything is computed, run step by step, told as a `Completion`."""
+"""One call of generate: checked before anything is computed, told as `Completion`s."""
 
 import secrets
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from minillm.cache import StaticCache
-from minillm.decode import new_row, reuse_prefix, run
-from minillm.drafting import Proposer, make_proposer
+from minillm.decode import Row, run
+from minillm.drafting import DraftModel, PromptLookup, Proposer
 from minillm.errors import RequestError
 from minillm.options import GenerationConfig, as_list, merge_options
 from minillm.sampling import Sampling
 from minillm.speculative import run_speculative
+from minillm.tokenizer import TextStream, Tokenizer
 
 Prompt = str | Sequence[int]
 
@@ -61,14 +59,14 @@ class Completion:
 
 
 class Request:
-    """One checked call of generate: the rows, their cache, and the loop over them.
+    """One checked call of generate: the rows and their cache, and who drafts for them.
 
     Args:
         llm, assistant: the `LLM` that is asked, and the one that drafts for it (or None).
         prompt, generation_config, cache, options: as for `LLM.generate`.
-        previous: the proposer of the conversation's last turn, see `make_proposer`.
+        previous: the proposer of the conversation's last turn, see `choose_proposer`.
 
-    Raises `RequestError`.
+    Raises `RequestError`, and `CacheError` for a cache that does not fit.
     """
 
     def __init__(
@@ -81,81 +79,37 @@ class Request:
         options: dict,
         previous: Proposer | None = None,
     ):
-        self.llm = llm
         config = merge_options(llm.defaults, generation_config, options)
         prompts, self.single = _prompts(prompt)
-        ids = [self._ids(one, number) for number, one in enumerate(prompts)]
-        explicit = options.get("max_new_tokens") or (generation_config and generation_config.max_new_tokens)
-        room = llm.config.max_positions if cache is None else min(cache.max_cache_len, llm.config.max_positions)
-        budgets = [self._budget(len(row), number, room, explicit, config, cache) for number, row in enumerate(ids)]
+        ids = [_ids(llm, one, number) for number, one in enumerate(prompts)]
+        asked = options.get("max_new_tokens") or (generation_config and generation_config.max_new_tokens)
+        room, limit = llm.config.max_positions, "the model's positions"
+        if cache is not None and _checked(cache, llm, len(ids)) < room:
+            room, limit = cache.max_cache_len, "the cache"
+        budgets = [_budget(len(row), number, room, limit, asked, config) for number, row in enumerate(ids)]
         lengths = [len(row) + budget for row, budget in zip(ids, budgets, strict=True)]
-        planned = lengths if cache is None else cache.max_cache_len
         if cache is None:
-            cache = StaticCache(
-                llm.config, len(ids), max(lengths), device=llm.device, dtype=llm.dtype, planned_length=planned
-            )
+            cache = StaticCache(llm.config, len(ids), max(lengths), llm.device, llm.dtype, planned_length=lengths)
         else:
-            _check_cache(cache, llm, len(ids))
-        if assistant is not None and not hasattr(assistant, "steps"):
-            raise RequestError(f"assistant_model must be an LLM (LLM.from_pretrained(...)), not {assistant!r}")
-        self.cache = cache
+            lengths = [cache.max_cache_len] * len(ids)
         eos = frozenset(as_list(config.eos_token_id))
-        self.rows = [new_row(row, config, budget, eos, llm.tokenizer) for row, budget in zip(ids, budgets, strict=True)]
+        self.cache, self.logprobs = cache, bool(config.logprobs)
+        self.rows = [
+            Row(row, budget, eos, TextStream(llm.tokenizer, row, config.stops))
+            for row, budget in zip(ids, budgets, strict=True)
+        ]
         self.sampling = Sampling.of(config, _seeds(config, len(ids)), llm.device)
-        self.logprobs = bool(config.logprobs)
-        self.proposer = make_proposer(llm, assistant, config, self.rows, cache, planned, previous)
+        self.proposer = choose_proposer(llm, assistant, config, self.rows, cache, lengths, previous)
+        self.steps = llm.steps
 
-    def _ids(self, prompt: Prompt, number: int) -> list[int]:
-        vocabulary = self.llm.config.vocab_size
-        if isinstance(prompt, str):
-            ids = self.llm.tokenizer.encode(prompt)
-        else:
-            ids = list(prompt)
-            for token in ids:
-                if type(token) is not int or not 0 <= token < vocabulary:
-                    raise RequestError(f"prompt {number}: {token!r} is not a token id from 0 to {vocabulary - 1}")
-        if not ids:
-            raise RequestError(f"prompt {number} is empty: it needs at least one token")
-        if max(ids) >= vocabulary:
-            raise RequestError(
-                f"prompt {number}: the tokenizer gives id {max(ids)} but the model has {vocabulary} embeddings: "
-                "tokenizer.json and the weights do not belong together"
-            )
-        return ids
-
-    def _budget(self, length: int, number: int, room: int, explicit: int | None, config, cache) -> int:
-        """How many new tokens the row may have; an error if what was asked for does not fit."""
-        limit = "the model's positions" if room == self.llm.config.max_positions else "the cache"
-        wanted = explicit or min(config.max_new_tokens or _DEFAULT_NEW_TOKENS, max(room - length, 1))
-        if length + wanted > room:
-            raise RequestError(
-                f"prompt {number} has {length} tokens and {wanted} new ones were asked for, but {limit} hold "
-                f"{room}: shorten the prompt, lower max_new_tokens" + (", or use a larger StaticCache" if cache else "")
-            )
-        return wanted
-
-    def steps(self) -> Iterator[None]:
-        """Run the request; yields whenever rows have grown."""
-        self.started = time.perf_counter()
-        with torch.inference_mode():
-            self.reused = reuse_prefix(self.cache, [row.prompt for row in self.rows])
-        self.first = None
-        arguments = (self.llm.steps, self.cache, self.rows, self.sampling, self.logprobs)
-        steps = run_speculative(*arguments, self.proposer) if self.proposer else run(*arguments)
-        while True:
-            # Only around our own work: across a yield the mode would leak into the caller's code.
-            with torch.inference_mode():
-                try:
-                    next(steps)
-                except StopIteration:
-                    return
-            self.last = time.perf_counter()
-            self.first = self.first or self.last
-            yield
+    def loop(self) -> Iterator[None]:
+        """The loop over the rows, not begun yet; it yields whenever they have grown."""
+        arguments = (self.steps, self.cache, self.rows, self.sampling, self.logprobs)
+        return run_speculative(*arguments, self.proposer) if self.proposer else run(*arguments)
 
     def pieces(self) -> Iterator[str]:
         sent = 0
-        for _ in self.steps():
+        for _ in self.loop():
             text = self.rows[0].text
             if len(text) > sent:
                 yield text[sent:]
@@ -171,16 +125,16 @@ class Request:
                 from_draft=row.from_draft,
                 stats=Stats(
                     prompt_tokens=len(row.prompt),
-                    reused_tokens=reused,
+                    reused_tokens=row.reused,
                     new_tokens=len(row.token_ids),
-                    prefill_seconds=self.first - self.started,
-                    decode_seconds=self.last - self.first,
+                    prefill_seconds=row.first_at - row.started,
+                    decode_seconds=row.last_at - row.first_at,
                     target_steps=row.target_steps,
                     drafted=row.drafted,
                     accepted=sum(row.from_draft),
                 ),
             )
-            for row, reused in zip(self.rows, self.reused, strict=True)
+            for row in self.rows
         ]
 
 
@@ -198,6 +152,34 @@ def _prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     return list(prompt), False
 
 
+def _ids(llm, prompt: Prompt, number: int) -> list[int]:
+    """The token ids of one prompt, all of them within the model's vocabulary."""
+    size = llm.config.vocab_size
+    ids = llm.tokenizer.encode(prompt) if isinstance(prompt, str) else list(prompt)
+    if not ids:
+        raise RequestError(f"prompt {number} is empty: it needs at least one token")
+    for token in ids:
+        if type(token) is not int or not 0 <= token < size:
+            if isinstance(prompt, str):
+                raise RequestError(
+                    f"prompt {number}: the tokenizer gives id {token} but the model has {size} embeddings: "
+                    "tokenizer.json and the weights do not belong together"
+                )
+            raise RequestError(f"prompt {number}: {token!r} is not a token id from 0 to {size - 1}")
+    return ids
+
+
+def _budget(length: int, number: int, room: int, limit: str, asked: int | None, config: GenerationConfig) -> int:
+    """How many new tokens a row may have; an error if what was `asked` for does not fit."""
+    wanted = asked or min(config.max_new_tokens or _DEFAULT_NEW_TOKENS, max(room - length, 1))
+    if length + wanted > room:
+        raise RequestError(
+            f"prompt {number} has {length} tokens and {wanted} new ones were asked for, but {limit} hold "
+            f"{room}: shorten the prompt, lower max_new_tokens" + (", or use a larger StaticCache" * ("cache" in limit))
+        )
+    return wanted
+
+
 def _seeds(config: GenerationConfig, rows: int) -> list[int]:
     if config.seed is None:
         return [secrets.randbits(63) for _ in range(rows)]
@@ -208,13 +190,75 @@ def _seeds(config: GenerationConfig, rows: int) -> list[int]:
     return list(config.seed)
 
 
-def _check_cache(cache: StaticCache, llm, rows: int) -> None:
-    if cache.config != llm.config:
-        raise RequestError("the cache was made for another model: build it with StaticCache(llm.config, ...)")
-    if cache.batch_size != rows:
-        raise RequestError(f"the cache has {cache.batch_size} rows for {rows} prompts")
-    if cache.device != llm.device or cache.dtype != llm.dtype:
+def _checked(cache: StaticCache, llm, rows: int) -> int:
+    """How many tokens a row of the caller's cache takes, if it fits the model."""
+    if not isinstance(cache, StaticCache):
+        raise RequestError(f"cache must be a StaticCache, not {cache!r}")
+    cache.check_model(llm.model, rows)
+    return cache.max_cache_len
+
+
+def choose_proposer(
+    target,
+    assistant,
+    config: GenerationConfig,
+    rows: list[Row],
+    cache: StaticCache,
+    planned: Sequence[int],
+    previous: Proposer | None,
+) -> Proposer | None:
+    """The proposer a request asks for, or None for plain decoding.
+
+    Args:
+        target, assistant: the `LLM` that generates and the one that drafts for it (or None).
+        config, rows, cache: the request; `planned` is how long each row may get.
+        previous: the proposer of the conversation's last turn: its draft model's cache is used again.
+
+    Raises `RequestError` where the options contradict each other or the assistant does not fit.
+    """
+    asked, lookup = config.num_assistant_tokens, config.prompt_lookup_num_tokens
+    if assistant is not None and lookup is not None:
+        raise RequestError("assistant_model and prompt_lookup_num_tokens exclude each other: choose who drafts")
+    if assistant is None and asked is not None:
+        raise RequestError("num_assistant_tokens needs an assistant_model (prompt_lookup_num_tokens does not)")
+    if assistant is None and lookup is None:
+        return None
+    if assistant is not None and not hasattr(assistant, "steps"):
+        raise RequestError(f"assistant_model must be an LLM (LLM.from_pretrained(...)), not {assistant!r}")
+    longest = min(lookup or (1 if asked in (None, "auto") else asked), max(row.max_new_tokens for row in rows) - 1)
+    if longest >= cache.max_step:
         raise RequestError(
-            f"the cache is {cache.dtype} on {cache.device}, the model {llm.dtype} on {llm.device}: "
-            "build it with device=llm.device, dtype=llm.dtype"
+            f"{longest} drafted tokens make a step of {longest + 1}, but the cache takes {cache.max_step} per step: "
+            f"draft fewer, or pass a StaticCache with max_step={longest + 1}"
         )
+    if assistant is None:
+        return PromptLookup(lookup, cache.device)
+    _check_same_tokenizer(target.tokenizer, assistant.tokenizer)
+    if assistant.device != target.device:
+        raise RequestError(f"assistant_model is on {assistant.device}, the model on {target.device}: load both on one")
+    if isinstance(previous, DraftModel) and previous.steps is assistant.steps:
+        draft_cache = previous.cache
+    else:
+        size = min(cache.max_cache_len, assistant.config.max_positions)
+        draft_cache = StaticCache(
+            assistant.config,
+            len(rows),
+            size,
+            assistant.device,
+            assistant.dtype,
+            max_step=cache.max_step,
+            planned_length=[min(length, size) for length in planned],
+        )
+    return DraftModel(assistant.steps, target.model, "auto" if asked is None else asked, draft_cache)
+
+
+def _check_same_tokenizer(target: Tokenizer, draft: Tokenizer) -> None:
+    """Raise `RequestError` unless every id means the same token to both."""
+    if target is draft or target.vocabulary == draft.vocabulary:
+        return
+    ours, theirs = ({token_id: token for token, token_id in t.vocabulary.items()} for t in (target, draft))
+    first = min(token_id for token_id in {*ours, *theirs} if ours.get(token_id) != theirs.get(token_id))
+    raise RequestError(
+        f"assistant_model has another tokenizer: id {first} is {ours.get(first)!r} for the model ({len(ours)} tokens) "
+        f"and {theirs.get(first)!r} for the assistant ({len(theirs)}); a draft needs the same vocabulary"
+    )

@@ -96,15 +96,17 @@ def attention_scale(spec: RopeSpec) -> float:
     return 1.0
 
 
-def cos_sin(table: RotaryTable, cache_position: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of every angle, computed in float32 and rounded once: two `[B, T, 1, dim / 2]`."""
+def cos_sin(table: RotaryTable, cache_position: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of every angle at `cache_position [B, T]`: two `[B, T, dim / 2]` float32."""
     angle = cache_position[:, :, None].float() * table.inverse_frequency[:, None, :]  # [B, T, dim / 2]
-    angle = angle[:, :, None, :]  # [B, T, 1, dim / 2], one for all heads
-    return (angle.cos() * table.scale).to(dtype), (angle.sin() * table.scale).to(dtype)
+    return angle.cos() * table.scale, angle.sin() * table.scale
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first `dim` channels of `x [B, T, H, D]`; channel j is paired with j + dim / 2."""
+    """Rotate the first `dim` channels of `x [B, T, H, D]`; channel j is paired with j + dim / 2.
+
+    cos, sin `[B, T, 1, dim / 2]` in x's dtype.
+    """
     half = cos.shape[-1]
     first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
     return torch.cat((first * cos - second * sin, second * cos + first * sin, rest), dim=-1)  # [B, T, H, D]

@@ -124,6 +124,25 @@ def probabilities(
     return torch.where(greedy[:, None], _one_hot(logits), probs)
 
 
+def penalized(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
+    """`penalize` at T places per row: logits and `seen` `[B, T, V]` -> `[B, T, V]`."""
+    if sampling.repetition_penalty is None:
+        return logits
+    penalty = sampling.repetition_penalty.repeat_interleave(logits.shape[1])  # [B * T]
+    return penalize(logits.flatten(0, 1), seen.flatten(0, 1), penalty).view_as(logits)
+
+
+def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
+    """`probabilities` at T places per row: logits and `seen` `[B, T, V]` -> `[B, T, V]`."""
+
+    def per_place(parameter: Tensor | None) -> Tensor | None:
+        return None if parameter is None else parameter.repeat_interleave(logits.shape[1])  # [B * T]
+
+    filters = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    flat = penalized(logits, sampling, seen).flatten(0, 1)  # [B * T, V]
+    return probabilities(flat, *map(per_place, filters)).view_as(logits)
+
+
 def _one_hot(logits: Tensor) -> Tensor:
     return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)  # [B, V]
 

@@ -27,13 +27,42 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.cache import StaticCache
-from minillm.decode import Row, begin
-from minillm.drafting import Draft, DraftLength, Proposer, distribution, no_draft, penalized
+from minillm.decode import Row, check_finite, holder, seen_tokens, start, working
+from minillm.drafting import Draft, Proposer, no_draft
 from minillm.model import Decoder
-from minillm.sampling import Sampling, sample, uniform
+from minillm.sampling import Sampling, distribution, penalized, sample, uniform
 from minillm.steps import Steps
 
+_AUTO_LENGTHS = (1, 2, 4, 8)  # what "auto" chooses from: few, so that there are few shapes of verify steps
+_AUTO_DECAY = 0.9  # how fast "auto" forgets: about the last ten steps count
 _ACCEPT_STREAM = 2  # random numbers beside plain decoding's stream 0 and the draft's 1, see `sampling.uniform`
+
+
+class DraftLength:
+    """How many tokens to draft for one row: a fixed number, or as many as its luck so far suggests.
+
+    With a chance `a` that a drafted token is accepted, k drafts yield 1 + a + ... + a^k tokens per step on
+    average, for the time of one pass of the target and k of the draft (Leviathan et al. 2022, section 3.4).
+    "auto" estimates `a` from the row's own recent steps, so that no neighbour changes a row's text, and
+    takes the k with the most tokens per time.
+    """
+
+    def __init__(self, asked: int | str, cost: float, longest: int):
+        self.asked, self.cost, self.longest = asked, cost, longest
+        self.accepted, self.rejected = 3.0, 1.0  # before anything is known: three in four
+
+    def choose(self) -> int:
+        if self.asked != "auto":
+            return self.asked
+        rate = self.accepted / (self.accepted + self.rejected)
+        lengths = [k for k in _AUTO_LENGTHS if k <= self.longest]
+        return max(lengths, key=lambda k: sum(rate**i for i in range(k + 1)) / (1 + k * self.cost), default=0)
+
+    def learn(self, drafted: int, accepted: int) -> None:
+        """Count a step. Drafts after the first rejected one tell nothing: they continue a wrong text."""
+        if drafted:
+            self.accepted = _AUTO_DECAY * self.accepted + accepted
+            self.rejected = _AUTO_DECAY * self.rejected + (accepted < drafted)
 
 
 def verify(
@@ -98,39 +127,46 @@ def run_speculative(
 ) -> Iterator[None]:
     """`decode.run` with drafts: the same contract, the same `Row.commit`, fewer passes of the target."""
     device = cache.device
-    plans = [DraftLength(proposer.num_tokens, proposer.cost, cache.max_step - 1) for _ in rows]
+    lengths = [DraftLength(proposer.num_tokens, proposer.cost, cache.max_step - 1) for _ in rows]
     texts = [list(row.prompt) for row in rows]
-    logits, seen = begin(model, cache, rows, sampling)  # [B, V]
-    logits = logits[:, None]  # [B, 1, V]
     draft = no_draft(len(rows), device)
-    while True:
-        start = torch.tensor([len(text) for text in texts], device=device)  # [B], where new tokens will stand
-        accepted, token = _judge(logits, draft, start, sampling, seen)  # [B] each
-        new = F.pad(draft.tokens, (0, 1)).scatter(1, accepted[:, None], token[:, None])  # [B, k + 1]
-        chosen = [[]] * len(rows)
-        if logprobs:
-            chosen = logits.log_softmax(dim=-1).gather(2, new[:, :, None])[:, :, 0].tolist()  # [B][k + 1]
-        for b, (kept, ids) in enumerate(zip(accepted.tolist(), new.tolist(), strict=True)):
-            row = rows[b]
-            if row.finish_reason is None:
-                count = row.commit(ids[: kept + 1], chosen[b], drafts=kept)
-                texts[b] += ids[:count]
-                row.drafted += draft.lengths[b]
-                plans[b].learn(draft.lengths[b], kept)
-                if seen is not None:
-                    seen[b, new[b, :count]] = True
-        # Forget rejected drafts. The newest token is not in the cache yet: it is fed with the next drafts.
-        cache.truncate([len(text) - 1 for text in texts])
-        yield
-        running = [row.finish_reason is None for row in rows]
-        if not any(running):
-            return
-        lengths = [plan.choose() if busy else 0 for plan, busy in zip(plans, running, strict=True)]
-        # The last token of a row's budget needs no draft: every step yields one token of its own.
-        left = [row.max_new_tokens - len(row.token_ids) for row in rows]
-        counts = [max(0, min(length, room - 1)) for length, room in zip(lengths, left, strict=True)]
-        draft = proposer.propose(texts, counts, sampling, seen)
-        logits = _verify_step(model, cache, texts, running, draft, 1 + max(lengths))  # [B, k + 1, V]
+    with cache.held_by(holder(rows)):
+        with working(model, cache):
+            proposer.start(texts)
+            logits = start(model, cache, rows)[:, None]  # [B, 1, V]
+            seen = seen_tokens(rows, logits[:, 0], sampling)  # [B, V] or None
+        running = [True] * len(rows)
+        while any(running):
+            with working(model, cache):
+                if draft is None:
+                    wanted = [length.choose() if busy else 0 for length, busy in zip(lengths, running, strict=True)]
+                    # The last token of a row's budget needs no draft: every step yields one token of its own.
+                    left = [row.max_new_tokens - len(row.token_ids) for row in rows]
+                    counts = [max(0, min(want, room - 1)) for want, room in zip(wanted, left, strict=True)]
+                    draft = proposer.propose(texts, counts, sampling, seen)
+                    logits = _verify_step(model, cache, texts, running, draft, 1 + max(wanted))  # [B, k + 1, V]
+                place = torch.tensor([len(text) for text in texts], device=device)  # [B], where new tokens will stand
+                accepted, token = _judge(logits, draft, place, sampling, seen)  # [B] each
+                new = F.pad(draft.tokens, (0, 1)).scatter(1, accepted[:, None], token[:, None])  # [B, k + 1]
+                chosen = [[]] * len(rows)
+                if logprobs:
+                    chosen = logits.log_softmax(dim=-1).gather(2, new[:, :, None])[:, :, 0].tolist()  # [B][k + 1]
+                largest = logits.amax(dim=(1, 2)).tolist()  # [B]: NaN if any logit is
+                for b, (kept, ids) in enumerate(zip(accepted.tolist(), new.tolist(), strict=True)):
+                    row = rows[b]
+                    if row.finish_reason is None:
+                        check_finite(cache, b, row, largest[b])
+                        count = row.commit(ids[: kept + 1], chosen[b], drafts=kept)
+                        texts[b] += ids[:count]
+                        row.drafted += draft.lengths[b]
+                        lengths[b].learn(draft.lengths[b], kept)
+                        if seen is not None:
+                            seen[b, new[b, :count]] = True
+                # Forget rejected drafts. The newest token is not in the cache yet: it is fed with the next drafts.
+                cache.truncate([len(text) - 1 for text in texts])
+                running = [row.finish_reason is None for row in rows]
+                draft = None
+            yield
 
 
 def _verify_step(
@@ -149,8 +185,7 @@ def _verify_step(
     first = torch.tensor([[len(text) - 1] for text in texts], device=device)  # [B, 1]
     place = torch.arange(width, device=device)  # [width]
     position = torch.where(place < torch.tensor(fed, device=device)[:, None], first + place, -1)  # [B, width]
-    used = max(len(text) - 1 + count for text, count in zip(texts, fed, strict=True) if count)
-    return model(tokens, position, cache, key_length=used)[:, : k + 1]
+    return model(tokens, position, cache)[:, : k + 1]
 
 
 def _judge(logits: Tensor, draft: Draft, start: Tensor, sampling: Sampling, seen: Tensor | None):

@@ -21,21 +21,20 @@ from weakref import WeakKeyDictionary
 import torch
 from minillm_kernels import cpu
 from minillm_kernels.cpu.tape import NotRecordable, Tape
+from minillm_kernels.linear import FEW_ROWS
 from torch import Tensor
 
 from minillm.cache import StaticCache
-from minillm.compiled import CompiledStates
+from minillm.compiled import CompiledWalk
 from minillm.errors import BackendError
 from minillm.model import Decoder
-
-MAX_RECORDED = 16  # tokens per row: longer steps are bound by arithmetic, and their activations are not small
 
 
 class Steps:
     """A decoder that is called like `Decoder`, and runs its short steps the fast way.
 
     Args:
-        model: the decoder. Its weights must stay where they are: a recorded step reads them there.
+        model: the decoder. Where its weights move, steps are recorded anew.
         compile: "auto", True or False, see above.
 
     Raises `BackendError` for another value of `compile`.
@@ -43,17 +42,21 @@ class Steps:
 
     def __init__(self, model: Decoder, compile: bool | str = "auto"):
         check_compile(compile)
-        self.model, self.config = model, model.config
-        self.compiled = CompiledStates(model) if compile is True else None
+        self.model, self.config, self.embedding = model, model.config, model.embedding
+        self.compiled = CompiledWalk(model) if compile is True else None
+        self.embed, self.logits, self.own_dtypes = model.embed, model.logits, model.own_dtypes
+        self.walk: Callable[..., Tensor] = self.compiled or model.walk
         device = model.embedding.weight.device.type
         self._make: Callable | None = None  # records a step, where steps can be recorded
         if device == "cuda" and compile is not False:
             self._make = CapturedStep
-        elif device == "cpu" and compile == "auto" and model.fused and cpu.available():
+        elif device == "cpu" and compile == "auto" and model.backend.name == "kernels" and cpu.available():
             self._make = RecordedStep
         # Per cache and (rows, tokens): the recorded step, or None where it cannot be recorded. A cache that is
         # dropped takes its steps along.
         self._recorded: WeakKeyDictionary[StaticCache, dict] = WeakKeyDictionary()
+        self._moves = model.moves  # of the weights, when the steps were recorded
+        self._addresses: tuple[int, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -61,29 +64,29 @@ class Steps:
         return "compiled" if self.compiled is not None else "eager" if self._make is None else "recorded"
 
     @torch.inference_mode()
-    def __call__(
-        self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache, key_length: int | None = None
-    ) -> Tensor:
+    def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
         """Logits `[B, T, V]` float32; arguments as for `Decoder.forward`."""
-        if self._make is not None and input_ids.shape[1] <= MAX_RECORDED:
-            steps, shape = self._recorded.setdefault(cache, {}), tuple(input_ids.shape)
-            if shape not in steps:
-                steps[shape] = self._make(self)
-            if steps[shape] is not None:
-                try:
-                    return steps[shape](input_ids, cache_position, cache)
-                except NotRecordable:  # many rows go to a library, for instance
-                    steps[shape] = None
-        return self.logits(self.hidden_states(input_ids, cache_position, cache, key_length))
+        with self.own_dtypes(), cache.writing(self, input_ids, cache_position):
+            if self._make is not None and input_ids.shape[1] <= FEW_ROWS:
+                if self._moves != self.model.moves:
+                    self.forget_moved()
+                steps, shape = self._recorded.setdefault(cache, {}), tuple(input_ids.shape)
+                if shape not in steps:
+                    steps[shape] = self._make(self)
+                if steps[shape] is not None:
+                    try:
+                        return steps[shape](input_ids, cache_position, cache)
+                    except NotRecordable:  # many rows go to a library, for instance
+                        steps[shape] = None
+            x, rotary = self.embed(input_ids, cache_position, cache)
+            return self.logits(self.walk(x, rotary, cache_position, cache))
 
-    @property
-    def hidden_states(self) -> Callable[..., Tensor]:
-        """`Decoder.hidden_states` or its compiled twin: prefill's part, which is not recorded."""
-        return self.compiled or self.model.hidden_states
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """As `Decoder.logits`."""
-        return self.model.logits(hidden)
+    def forget_moved(self) -> None:
+        """Drop what was recorded where weights have moved since: a replay reads addresses. Once per request."""
+        addresses = tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
+        if addresses != self._addresses or self._moves != self.model.moves:
+            self._recorded.clear()
+            self._addresses, self._moves = addresses, self.model.moves
 
 
 def check_compile(compile: bool | str) -> None:
@@ -100,15 +103,14 @@ class RecordedStep:
         self.tape: Tape | None = None
 
     def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
-        cache.record(input_ids, cache_position)
         x, rotary = self.model.embed(input_ids, cache_position, cache)
         if self.tape is None:
             # Where the calls read from now on.
             self.x, self.rotary, self.position = x, rotary, cache_position.clone()
             tape = cpu.blank_tape()
             with tape.recording():
-                # No kernel asks for the key length: each reads the positions.
-                self.out = self.model.head(self.model.walk(x, rotary, self.position, cache, key_length=1))
+                # No kernel asks how far to read: each looks at the positions.
+                self.out = self.model.head(self.model.walk(x, rotary, self.position, cache, bound=1))
             self.tape = tape
         else:
             self.x.copy_(x)
@@ -125,7 +127,9 @@ class CapturedStep:
     """A step on a GPU as a CUDA graph: one launch for all kernels, which read token and position where they lie."""
 
     def __init__(self, steps: Steps):
-        self.states, self.logits = steps.hidden_states, steps.model.logits
+        self.steps = steps
+        # What the graph reads stays where it is, whoever gives a parameter new memory.
+        self.weights = [tensor.detach() for tensor in (*steps.model.parameters(), *steps.model.buffers())]
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
@@ -138,9 +142,11 @@ class CapturedStep:
 
     def _capture(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> None:
         self.input_ids, self.position = input_ids.clone(), cache_position.clone()  # [B, T] each
+        self.rotary = cache.rotary  # the graph reads these tables; `plan` makes others
 
         def step() -> Tensor:
-            return self.logits(self.states(self.input_ids, self.position, cache))  # [B, T, V]
+            x, rotary = self.steps.embed(self.input_ids, self.position, cache)
+            return self.steps.logits(self.steps.walk(x, rotary, self.position, cache))  # [B, T, V]
 
         # Once before capturing, on a stream of its own: kernels are compiled and libraries wake up. A step may
         # run twice: it writes the same keys to the same slots.

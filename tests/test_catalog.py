@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from catalog import CATALOG
 from catalog_parity import check
 from minillm_kernels import cpu
-from minillm_kernels.catalog import CATALOG
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Without C these multiply in the activations' dtype, which in 16 bits is coarser than the catalog's bound for a

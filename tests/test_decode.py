@@ -3,9 +3,10 @@
 import pytest
 import torch
 from families import prompt_ids, reference_greedy, reference_logits
+from rows import new_row
 
 from minillm.cache import StaticCache
-from minillm.decode import decode_one_token, new_row, prefill, run
+from minillm.decode import decode_one_token, prefill, run
 from minillm.errors import CacheError, RequestError
 from minillm.options import GenerationConfig
 from minillm.sampling import Sampling, next_token

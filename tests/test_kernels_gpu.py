@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from minillm_kernels.catalog import CATALOG
+from catalog import CATALOG
+from catalog_parity import check
 from minillm_kernels.decode_attention import decode_attention
 
 pytestmark = pytest.mark.gpu
@@ -12,17 +13,6 @@ if not torch.cuda.is_available():
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SMALL = [(name, case) for name, entry in CATALOG.items() for case in entry.small_cases]
 MODEL = [(name, case) for name, entry in CATALOG.items() for case in entry.model_cases]
-
-
-def check(name: str, case: dict, dtype: torch.dtype) -> None:
-    entry, device = CATALOG[name], torch.device("cuda")
-    inputs = entry.make_inputs(case, dtype, device, torch.Generator(device).manual_seed(0))
-    expected = entry.reference(**inputs)
-    bounds = entry.bounds(expected, **inputs)
-    for result, exact, bound in zip(entry.run(**inputs), expected, bounds, strict=True):
-        assert result.dtype == dtype
-        assert result.isfinite().all()
-        assert ((result.double() - exact).abs() <= bound)[~exact.isnan()].all()
 
 
 @pytest.fixture(autouse=True)
@@ -36,12 +26,12 @@ def poisoned_outputs():
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("name", "case"), SMALL)
 def test_parity(name, case, dtype):
-    check(name, CATALOG[name].small_cases[case], DTYPES[dtype])
+    check(name, CATALOG[name].small_cases[case], DTYPES[dtype], "cuda")
 
 
 @pytest.mark.parametrize(("name", "case"), MODEL)
 def test_parity_at_model_sizes(name, case):
-    check(name, CATALOG[name].model_cases[case], torch.bfloat16)
+    check(name, CATALOG[name].model_cases[case], torch.bfloat16, "cuda")
 
 
 def model_inputs(case: str) -> dict:

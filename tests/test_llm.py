@@ -418,7 +418,8 @@ def no_compute(llm, monkeypatch):
         raise AssertionError("something was computed")
 
     monkeypatch.setattr(type(llm.model), "forward", never)
-    monkeypatch.setattr(type(llm.model), "hidden_states", never)
+    monkeypatch.setattr(type(llm.model), "embed", never)
+    monkeypatch.setattr(llm.steps, "embed", never)
 
 
 def test_over_capacity(llm, no_compute):
@@ -643,7 +644,7 @@ def test_an_abandoned_answer_stays_in_the_history_and_a_failed_one_does_not(llm,
     def broken(*arguments, **keywords):
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(llm.model, "hidden_states", broken)
+    monkeypatch.setattr(llm.steps, "embed", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         list(chat.stream("And then?"))
     assert chat.messages == kept

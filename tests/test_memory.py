@@ -101,9 +101,9 @@ def test_the_activation_estimate_brackets_the_measured_peak(name):
     cache = StaticCache(config, 1, 256)
     ids, position = torch.zeros(1, 256, dtype=torch.int64), torch.arange(256)[None]
     with torch.inference_mode():
-        model.hidden_states(ids, position, cache)
+        model(ids, position, cache)
         with torch.profiler.profile(profile_memory=True) as profile:
-            model.hidden_states(ids, position, cache)
+            model(ids, position, cache)
     held = peak = 0
     for event in profile.profiler.kineto_results.events():
         if event.name() == "[memory]":

@@ -150,6 +150,11 @@ def test_published_models(name, length):
         assert attention_scale(spec) == pytest.approx(scale, rel=1e-12)
 
 
+def turned(x, table, position):
+    """x [B, T, H, D] rotated by the angles at position [B, T]."""
+    return rotate(x, *(part[:, :, None] for part in cos_sin(table, position)))
+
+
 @pytest.mark.parametrize("variant", ["default", "yarn", "longrope"])
 def test_rotation_agrees_with_transformers(variant):
     """cos, sin and the rotation of q, far beyond the original context."""
@@ -161,7 +166,7 @@ def test_rotation_agrees_with_transformers(variant):
     q = torch.randn(1, length, 3, config.head_dim, generator=torch.Generator().manual_seed(0))  # [B, T, H, D]
     position = torch.arange(length)[None]  # [1, T]
     table = rotary_table(config.ropes[0], [length], "cpu")
-    ours = rotate(q, *cos_sin(table, position, torch.float32))
+    ours = turned(q, table, position)
 
     embedding = LlamaRotaryEmbedding(reference_config(raw))
     cos, sin = embedding(q, position)
@@ -176,7 +181,7 @@ def test_partial_rotation_leaves_the_rest_alone():
     assert (spec.dim, config.head_dim) == (12, 16)
     q = torch.randn(1, 5, 2, 16)
     table = rotary_table(spec, [5], "cpu")
-    rotated = rotate(q, *cos_sin(table, torch.arange(5)[None], torch.float32))
+    rotated = turned(q, table, torch.arange(5)[None])
     assert torch.equal(rotated[..., 12:], q[..., 12:])
     assert not torch.allclose(rotated[:, 1:, :, :12], q[:, 1:, :, :12])
     # A rotation keeps lengths, up to longrope's factor on cos and sin.
@@ -189,10 +194,10 @@ def test_rows_have_their_own_clock():
     (spec,) = parse_config(llama_with(VARIANTS["dynamic"])).ropes
     table = rotary_table(spec, [50, 400], "cpu")
     position = torch.tensor([[7], [7]])
-    cos, _ = cos_sin(table, position, torch.float32)
+    cos, _ = cos_sin(table, position)
     for row, length in enumerate((50, 400)):
         alone = rotary_table(spec, [length], "cpu")
-        torch.testing.assert_close(cos[row : row + 1], cos_sin(alone, position[:1], torch.float32)[0])
+        torch.testing.assert_close(cos[row : row + 1], cos_sin(alone, position[:1])[0])
     assert not torch.allclose(cos[0], cos[1])
 
 
@@ -202,11 +207,9 @@ def test_score_depends_on_the_distance_only():
     q, k = torch.randn(2, 1, 1, 1, 10)
 
     def score(query_position, key_position):
-        turned = [
-            rotate(x, *cos_sin(table, torch.tensor([[p]]), torch.float32))
-            for x, p in ((q, query_position), (k, key_position))
-        ]
-        return (turned[0] * turned[1]).sum()
+        pairs = ((q, query_position), (k, key_position))
+        first, second = (turned(x, table, torch.tensor([[p]])) for x, p in pairs)
+        return (first * second).sum()
 
     torch.testing.assert_close(score(20, 13), score(50, 43), rtol=1e-4, atol=1e-5)
     assert (score(20, 13) - score(20, 12)).abs() > 1e-4

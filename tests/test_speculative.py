@@ -575,13 +575,13 @@ def test_a_conversation_keeps_both_caches(llm, drafts, monkeypatch):
         llm.conversation(**options),
     )
     fed = []
-    hidden_states = draft.model.hidden_states
+    embed = draft.steps.embed
 
-    def spy(input_ids, cache_position, *rest, **more):
+    def spy(input_ids, cache_position, cache):
         fed.append(int(cache_position[cache_position >= 0].min()))
-        return hidden_states(input_ids, cache_position, *rest, **more)
+        return embed(input_ids, cache_position, cache)
 
-    monkeypatch.setattr(draft.model, "hidden_states", spy)
+    monkeypatch.setattr(draft.steps, "embed", spy)
     for turn, message in enumerate(["Hello wolf", "Where are you going?", "So early in the morning?"]):
         fed.clear()
         out = chat.say(message)

@@ -10,9 +10,10 @@ import torch
 from families import FAMILIES, prompt_ids, save_checkpoint, seed_of
 from minillm_kernels import cpu
 from minillm_kernels.cpu.tape import NotRecordable
+from rows import new_row
 
 from minillm import LLM, StaticCache, decode_one_token
-from minillm.decode import new_row, prefill, run
+from minillm.decode import prefill, run
 from minillm.errors import BackendError
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
@@ -44,7 +45,7 @@ def recorded(steps: Steps, cache: StaticCache) -> dict:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_recorded_steps_are_the_decoder_to_the_last_bit(name, dtype, checkpoint):
     """Every family: ragged rows, one of them finished, one and three tokens, past the end of the windows."""
-    model = load_decoder(checkpoint(name), load_config(checkpoint(name)), dtype, "cpu", attention="c")
+    model = load_decoder(checkpoint(name), load_config(checkpoint(name)), dtype, "cpu", attention="kernels")
     steps, rows = Steps(model), [prompt_ids(n, seed=n) for n in (3, 14, 9)]
     caches = [StaticCache(model.config, 3, 48, dtype=dtype) for _ in range(2)]
     for cache in caches:
@@ -71,7 +72,7 @@ def test_recorded_steps_are_the_decoder_to_the_last_bit(name, dtype, checkpoint)
 def test_recorded_steps_of_quantized_weights(quantize, tmp_path):
     wide = FAMILIES["gemma2"].config | dict(hidden_size=96, intermediate_size=64, head_dim=16)
     quantizable = save_checkpoint(tmp_path / "wide", wide, seed=3)
-    model = load_decoder(quantizable, load_config(quantizable), torch.float32, "cpu", "c", quantize, True)
+    model = load_decoder(quantizable, load_config(quantizable), torch.float32, "cpu", "kernels", quantize, True)
     steps, ids = Steps(model), prompt_ids(6, seed=1)
     caches = [StaticCache(model.config, 1, 32) for _ in range(2)]
     for cache in caches:

@@ -1,11 +1,14 @@
 """Captured steps on a real GPU: the decoder's own results, at every position, without waiting for the host."""
 
+import warnings
+
 import pytest
 import torch
 from families import prompt_ids
+from rows import new_row
 
 from minillm.cache import StaticCache
-from minillm.decode import Burst, new_row, prefill, run
+from minillm.decode import prefill, run
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
 from minillm.options import GenerationConfig
@@ -20,7 +23,7 @@ if not torch.cuda.is_available():
 FAMILIES = ["llama3", "mistral-v0.1", "gemma2", "olmo2"]
 
 
-def load(checkpoint, name, attention="triton", device="cuda"):
+def load(checkpoint, name, attention="kernels", device="cuda"):
     return load_decoder(checkpoint(name), load_config(checkpoint(name)), torch.float32, device, attention)
 
 
@@ -52,20 +55,26 @@ def rows_of(tokenizer, prompts, budget=24):
 
 
 @pytest.mark.parametrize("sampled", [{}, dict(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2)])
-def test_no_step_waits_for_the_host(sampled, checkpoint, text_tokenizer_files):
-    """Once captured, a burst of steps only queues work: any operation that waits raises."""
-    steps = Steps(load(checkpoint, "llama3"))
-    prompts = [prompt_ids(5, seed=1), prompt_ids(11, seed=2)]
-    rows = rows_of(Tokenizer(text_tokenizer_files.folder), prompts)
-    cache = StaticCache(steps.config, 2, 64, "cuda")
-    with torch.inference_mode():
-        burst = Burst(steps, cache, rows, Sampling.uniform_rows([1, 2], "cuda", **sampled))
-        burst.run(2, 11, logprobs=True)
-        torch.cuda.set_sync_debug_mode("error")
+def test_the_host_waits_only_at_looks(sampled, checkpoint, text_tokenizer_files):
+    """24 tokens are three looks of eight steps or six of four: the waits double, they do not follow the steps."""
+    steps, tokenizer = Steps(load(checkpoint, "llama3")), Tokenizer(text_tokenizer_files.folder)
+    sampling = Sampling.uniform_rows([1, 2], "cuda", **sampled)
+    waits = {}
+    for look_every in (8, 8, 4):  # the first time captures
+        rows = rows_of(tokenizer, [prompt_ids(5, seed=1), prompt_ids(11, seed=2)])
+        loop = run(steps, StaticCache(steps.config, 2, 64, "cuda"), rows, sampling, True, look_every)
+        next(loop)
+        torch.cuda.set_sync_debug_mode("warn")
         try:
-            burst.run(8, 13, logprobs=True)
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                for _ in loop:
+                    pass
         finally:
             torch.cuda.set_sync_debug_mode("default")
+        waits[look_every] = len(caught)
+    assert waits[8] <= 2 * 5 + 5  # two more looks, and the cut at the end
+    assert waits[4] <= 2 * waits[8] + 5
 
 
 def test_text_equals_the_uncaptured_decoders(checkpoint, text_tokenizer_files):

@@ -12,7 +12,6 @@ waits in the L2 cache; launches are captured in a CUDA graph and replayed, so th
 
 import argparse
 import datetime
-import itertools
 import json
 import platform
 import statistics
@@ -22,11 +21,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from minillm_kernels.catalog import CATALOG, Entry
+from catalog import CATALOG
+from catalog.entry import Entry
 
 ROTATE_BYTES = 512 << 20  # several times the largest L2 cache
 MAX_SETS = 256  # tiny inputs stay in L2 however many there are; such kernels are bound by their launch anyway
@@ -85,71 +85,6 @@ def ceilings(device: torch.device) -> dict[str, float]:
     }
 
 
-def flops(name: str, inputs: dict) -> int:
-    """Multiplications and additions of the definition (not of an implementation)."""
-    if name == "decode_attention":
-        visible = inputs["cache_position"] + 1  # [B, T]
-        visible = visible.clamp(max=inputs["window"] or int(visible.max()))
-        return 4 * int(visible.sum()) * inputs["q"].shape[1] * inputs["q"].shape[3]
-    if name == "flash_attention":
-        batch, heads, tokens, head_dim = inputs["q"].shape
-        ends = [0, tokens] if inputs["cu_seqlens"] is None else inputs["cu_seqlens"].tolist()
-        lengths, window = [end - start for start, end in itertools.pairwise(ends)], inputs["window"] or tokens
-        pairs = sum(min(token + 1, window) for length in lengths for token in range(length))
-        return 4 * batch * heads * head_dim * pairs
-    if name in ("int8_linear", "int4_linear", "gated_mlp"):
-        x, weight = inputs["x"], inputs.get("weight", inputs.get("packed"))
-        return 2 * x.numel() * weight.shape[0]
-    x = inputs["x"] if "x" in inputs else inputs["q"]
-    return 4 * x.numel()  # rms_norm, rope: a few operations per element
-
-
-def library(name: str, inputs: dict) -> Callable[[], object] | None:
-    """PyTorch's own operator for the same task in bfloat16; None where it has none."""
-    if name == "decode_attention":
-        # SDPA cannot follow a position on the device: it is given the live keys, cut out on the host
-        q, last = inputs["q"], int(inputs["cache_position"].max())
-        if inputs["softcap"] is not None or inputs["alibi_slopes"] is not None or q.shape[2] > 1:
-            return None
-        live = slice(0, last + 1)
-        k, v = inputs["k"][:, :, live], inputs["v"][:, :, live]
-        return lambda: F.scaled_dot_product_attention(q, k, v, scale=inputs["scale"], enable_gqa=True)
-    if name == "flash_attention":
-        q, k, v = inputs["q"], inputs["k"], inputs["v"]
-        if any(inputs[option] is not None for option in ("softcap", "alibi_slopes", "cu_seqlens")):
-            return None
-        return lambda: F.scaled_dot_product_attention(
-            q, k, v, is_causal=True, scale=inputs["scale"], enable_gqa=q.shape[1] != k.shape[1]
-        )
-    if name == "rms_norm":
-        return lambda: F.rms_norm(inputs["x"], inputs["weight"].shape, inputs["weight"], inputs["eps"])
-    if name in ("int8_linear", "int4_linear"):
-        weight = inputs.get("weight", inputs.get("packed"))
-        dense = torch.randn(weight.shape[0], inputs["x"].shape[-1], dtype=torch.bfloat16, device=weight.device)
-        return lambda: F.linear(inputs["x"], dense)
-    if name == "gated_mlp":
-        weight, x = inputs["weight"], inputs["x"]
-        dense = torch.randn(weight.shape[0], x.shape[-1], dtype=torch.bfloat16, device=weight.device)
-
-        def gated():
-            gate, up = F.linear(x, dense).chunk(2, dim=-1)
-            gate = F.silu(gate) if inputs["activation"] == "silu" else F.gelu(gate, approximate="tanh")
-            return gate * up
-
-        return gated
-    return None
-
-
-LIBRARY_NAME = {
-    "decode_attention": "SDPA, live keys",
-    "flash_attention": "SDPA, causal",
-    "rms_norm": "F.rms_norm",
-    "int8_linear": "cuBLAS bf16",
-    "int4_linear": "cuBLAS bf16",
-    "gated_mlp": "cuBLAS bf16 + eager",
-}
-
-
 def torch_quantized(name: str, inputs: dict) -> Callable[[], object] | None:
     """PyTorch's own operator on quantized weights of the same size (private operators, so they may be missing)."""
     x = inputs["x"].reshape(-1, inputs["x"].shape[-1]) if name in ("int8_linear", "int4_linear") else None
@@ -172,13 +107,12 @@ def bench_case(entry: Entry, case_name: str, ceiling: dict[str, float], device: 
         return entry.make_inputs(entry.model_cases[case_name], torch.bfloat16, device, generator)
 
     inputs = make_inputs()
-    moved, work = entry.bytes_moved(**inputs), flops(entry.name, inputs)
+    moved, work = entry.bytes_moved(**inputs), entry.flops(**inputs)
     sets = [inputs] + [make_inputs() for _ in range(min(-(-ROTATE_BYTES // moved), MAX_SETS) - 1)]
-    op = getattr(torch.ops.minillm, entry.name)
-    contenders = {
-        "minillm": [lambda i=i: op(**i) for i in sets],
-        LIBRARY_NAME.get(entry.name): [library(entry.name, i) for i in sets],
-    }
+    contenders = {"minillm": [lambda i=i: entry.op(**i) for i in sets]}
+    if entry.library is not None:
+        label, library = entry.library
+        contenders[label] = [library(**i) for i in sets]
     try:
         contenders["PyTorch's quantized op"] = [torch_quantized(entry.name, i) for i in sets]
     except (AttributeError, NotImplementedError, RuntimeError) as error:

@@ -11,7 +11,9 @@ spills, needs more shared memory than its chips have, or if a row of the launch 
 
 import argparse
 import contextlib
+import importlib
 import itertools
+import pkgutil
 import re
 import subprocess
 import sys
@@ -28,9 +30,11 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
 
-from minillm_kernels import launch
-from minillm_kernels.catalog import CATALOG, Entry
+from catalog import CATALOG
+from catalog.entry import Entry
+from minillm_kernels import gpu, launch
 
 CHIPS = (80, 90, 100)
 SHARED_LIMIT = {80: 163, 90: 227, 100: 227}  # KiB one block may have
@@ -85,8 +89,20 @@ def recorded_launches(entry: Entry, case: dict, dtype: torch.dtype, chip: int) -
         mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
         FakeTensorMode(),
     ):
-        entry.cuda(**{name: on_fake_cuda(value) for name, value in inputs.items()})
+        if entry.is_node:
+            entry.op.implementation(**{name: on_fake_cuda(value) for name, value in inputs.items()})
     return launches
+
+
+def entry_points() -> set[str]:
+    """The names of all kernels under gpu/: by convention they end in `_kernel`, what they call does not."""
+    modules = [importlib.import_module(f"{gpu.__name__}.{found.name}") for found in pkgutil.iter_modules(gpu.__path__)]
+    return {
+        name
+        for module in modules
+        for name, value in vars(module).items()
+        if isinstance(value, JITFunction) and name.endswith("_kernel")
+    }
 
 
 def on_fake_cuda(value):

@@ -11,9 +11,83 @@ from torch import Tensor
 
 from minillm_kernels import cpu
 from minillm_kernels.launch import interpreting
+from minillm_kernels.op import DTYPES, check_devices, op
+
+MAX_HEAD_DIM, MAX_HEAD_DIM_TRITON = 4096, 256  # the C code keeps a few heads per query row; Triton whole tiles of them
 
 
-@torch.library.custom_op("minillm::decode_attention", mutates_args=(), device_types="cpu")
+def check_attention(
+    name: str,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    positions: Tensor | None,
+) -> None:
+    """Raise ValueError unless these fit together: what both attention ops check; `positions` for its device."""
+    queries, keys = q.shape, k.shape
+    if len(queries) != 4 or len(keys) != 4 or keys != v.shape:
+        raise ValueError(
+            f"{name} wants q [B, H, T, D] and k, v [B, KV, S, D], "
+            f"got q {tuple(queries)}, k {tuple(keys)}, v {tuple(v.shape)}"
+        )
+    if keys[0] != queries[0] or keys[3] != queries[3] or not keys[1] or queries[1] % keys[1]:
+        raise ValueError(
+            f"{name}: q {tuple(queries)} and k {tuple(keys)} must agree in batch and head size, "
+            f"and the query heads must be a multiple of the key heads"
+        )
+    dtype = q.dtype
+    if dtype not in DTYPES or k.dtype != dtype or v.dtype != dtype:
+        raise ValueError(
+            f"{name}: q, k and v must share one floating dtype of float32, bfloat16, float16, got "
+            f"{dtype}, {k.dtype}, {v.dtype}"
+        )
+    if q.stride()[3] != 1 or k.stride()[3] != 1 or v.stride()[3] != 1:
+        raise ValueError(f"{name}: the last dimension of q, k and v must be contiguous")
+    largest = MAX_HEAD_DIM if q.is_cpu and not interpreting() else MAX_HEAD_DIM_TRITON
+    if not 1 <= queries[3] <= largest:
+        raise ValueError(f"{name}: head size {queries[3]} is not in 1 to {largest}, the largest supported")
+    if window is not None and window < 1:
+        raise ValueError(f"{name}: window must be at least 1 or None, got {window}")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"{name}: softcap must be positive or None, got {softcap}")
+    check_devices(name, q, k, v, alibi_slopes, positions)
+    if alibi_slopes is not None and (
+        alibi_slopes.shape != (queries[1],) or alibi_slopes.dtype != torch.float32 or not alibi_slopes.is_contiguous()
+    ):
+        raise ValueError(
+            f"{name}: alibi_slopes must be [H] = [{queries[1]}] float32, contiguous, got "
+            f"{tuple(alibi_slopes.shape)} {alibi_slopes.dtype}"
+        )
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cache_position: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+) -> None:
+    check_attention("decode_attention", q, k, v, window, softcap, alibi_slopes, cache_position)
+    if k.shape[2] < 1:
+        raise ValueError("decode_attention: the cache has no slots")
+    if cache_position.shape != (q.shape[0], q.shape[2]) or cache_position.dtype != torch.int64:
+        raise ValueError(
+            f"decode_attention: cache_position must be [B, T] = {(q.shape[0], q.shape[2])} int64, "
+            f"got {tuple(cache_position.shape)} {cache_position.dtype}"
+        )
+
+
+@op(
+    check=check,
+    fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device),
+    triton="minillm_kernels.gpu.decode_attention",
+)
 def decode_attention(
     q: Tensor,
     k: Tensor,
@@ -36,27 +110,9 @@ def decode_attention(
     Returns [B, H, T, D] in q.dtype. Each row's result depends on nothing outside that row. Any T is correct;
     the kernel is made for 1 to 16. Raises ValueError when shapes or dtypes do not fit together.
     """
-    check(q, k, v, cache_position, window, softcap, alibi_slopes)
-    if interpreting():
-        from minillm_kernels.gpu import decode_attention as triton_kernel
-
-        return triton_kernel.launch(q, k, v, cache_position, scale, window, softcap, alibi_slopes)
-    # A node of a graph has to keep the layout its fake promises.
-    return decode_attention_cpu(q, k, v, cache_position, scale, window, softcap, alibi_slopes).contiguous()
-
-
-def decode_attention_cpu(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache_position: Tensor,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-) -> Tensor:
-    """The CPU implementation itself, for callers outside a graph: an op call costs 5 us more."""
-    if q.numel() and k.stride() == v.stride() and k.stride(2) == q.shape[3] and cpu.available():
+    if not q.numel():
+        return torch.empty(q.shape, dtype=q.dtype)
+    if k.stride() == v.stride() and k.stride()[2] == q.shape[3] and cpu.available():
         return cpu.decode_attention(q, k, v, cache_position, scale, window, softcap, alibi_slopes)
     group = q.shape[1] // k.shape[1]
     key_position = slot_positions(cache_position, k.shape[2])[:, None, None, :]  # [B, 1, 1, S]
@@ -79,21 +135,6 @@ def decode_attention_cpu(
     return (scores.softmax(-1) @ values).to(q.dtype)  # [B, H, T, D]
 
 
-@decode_attention.register_kernel("cuda")
-def decode_attention_cuda(q, k, v, cache_position, scale, window=None, softcap=None, alibi_slopes=None):
-    from minillm_kernels.gpu import decode_attention as triton_kernel
-
-    check(q, k, v, cache_position, window, softcap, alibi_slopes)
-    with torch.cuda.device(q.device):
-        return triton_kernel.launch(q, k, v, cache_position, scale, window, softcap, alibi_slopes)
-
-
-@decode_attention.register_fake
-def _(q, k, v, cache_position, scale, window=None, softcap=None, alibi_slopes=None):
-    check(q, k, v, cache_position, window, softcap, alibi_slopes)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
 def slot_positions(cache_position: Tensor, slots: int) -> Tensor:
     """The position each slot holds [B, S], negative where nothing has been written yet.
 
@@ -102,39 +143,3 @@ def slot_positions(cache_position: Tensor, slots: int) -> Tensor:
     last = cache_position.amax(dim=1, keepdim=True)  # [B, 1]
     slot = torch.arange(slots, device=cache_position.device)  # [S]
     return last - (last - slot) % slots
-
-
-def check(q, k, v, cache_position, window, softcap, alibi_slopes) -> None:
-    check_attention("decode_attention", q, k, v, window, softcap, alibi_slopes)
-    if cache_position.shape != (q.shape[0], q.shape[2]):
-        raise ValueError(
-            f"decode_attention: cache_position must be [B, T] = {(q.shape[0], q.shape[2])}, "
-            f"got {tuple(cache_position.shape)}"
-        )
-
-
-def check_attention(name: str, q, k, v, window, softcap, alibi_slopes) -> None:
-    """Raise ValueError unless the arguments fit together; looks at shapes, dtypes and strides only."""
-    if q.dim() != 4 or k.dim() != 4 or k.shape != v.shape:
-        raise ValueError(
-            f"{name} wants q [B, H, T, D] and k, v [B, KV, S, D], "
-            f"got q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-        )
-    batch, heads, _, head_dim = q.shape
-    if k.shape[0] != batch or k.shape[3] != head_dim or heads % k.shape[1] != 0:
-        raise ValueError(
-            f"{name}: q {tuple(q.shape)} and k {tuple(k.shape)} must agree in batch and head size, "
-            f"and the query heads must be a multiple of the key heads"
-        )
-    if not q.dtype == k.dtype == v.dtype or not q.is_floating_point():
-        raise ValueError(f"{name}: q, k and v must share one floating dtype, got {q.dtype}, {k.dtype}, {v.dtype}")
-    if q.stride(3) != 1 or k.stride(3) != 1 or v.stride(3) != 1:
-        raise ValueError(f"{name}: the last dimension of q, k and v must be contiguous")
-    if head_dim > 256:
-        raise ValueError(f"{name}: head size {head_dim} is over the largest supported, 256")
-    if window is not None and window < 1:
-        raise ValueError(f"{name}: window must be at least 1 or None, got {window}")
-    if softcap is not None and not softcap > 0:
-        raise ValueError(f"{name}: softcap must be positive or None, got {softcap}")
-    if alibi_slopes is not None and alibi_slopes.shape != (heads,):
-        raise ValueError(f"{name}: alibi_slopes must be [H] = [{heads}], got {tuple(alibi_slopes.shape)}")

@@ -5,14 +5,44 @@ limit, provided that the T x T scores never go to memory: they live in registers
 (FlashAttention-2, arXiv 2307.08691). See `gpu/flash_attention.py`. Forward only.
 """
 
+import itertools
+
 import torch
 from torch import Tensor
 
 from minillm_kernels.decode_attention import check_attention
-from minillm_kernels.launch import interpreting
+from minillm_kernels.op import op
 
 
-@torch.library.custom_op("minillm::flash_attention", mutates_args=(), device_types="cpu")
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> None:
+    check_attention("flash_attention", q, k, v, window, softcap, alibi_slopes, cu_seqlens)
+    if k.shape[2] != q.shape[2]:
+        raise ValueError(f"flash_attention: q and k must have as many tokens, got {q.shape[2]}, {k.shape[2]}")
+    if cu_seqlens is None:
+        return
+    if q.shape[0] != 1 or cu_seqlens.dim() != 1 or cu_seqlens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(
+            f"flash_attention: cu_seqlens must be one dimension of int32 or int64, for a batch of 1, got "
+            f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)} for a batch of {q.shape[0]}"
+        )
+    if cu_seqlens.shape[0] < 2:
+        raise ValueError("flash_attention: cu_seqlens must hold the start of the first sequence and all ends")
+
+
+@op(
+    check=check,
+    fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device),
+    triton="minillm_kernels.gpu.flash_attention",
+)
 def flash_attention(
     q: Tensor,
     k: Tensor,
@@ -32,12 +62,7 @@ def flash_attention(
     `softcap` and `alibi_slopes` as for `decode_attention`. Returns [B, H, T, D] in q.dtype.
     Raises ValueError when shapes or dtypes do not fit together.
     """
-    check(q, k, v, window, softcap, alibi_slopes, cu_seqlens)
     starts = sequence_starts(cu_seqlens, q.shape[2])
-    if interpreting():
-        from minillm_kernels.gpu import flash_attention as triton_kernel
-
-        return triton_kernel.launch(q, k, v, scale, window, softcap, alibi_slopes, starts)
     group, tokens = q.shape[1] // k.shape[1], q.shape[2]
     token = torch.arange(tokens)
     distance = token[:, None] - token[None, :]  # [T, T], query - key
@@ -57,36 +82,17 @@ def flash_attention(
     return (weights @ v.float().repeat_interleave(group, dim=1)).to(q.dtype)  # [B, H, T, D]
 
 
-@flash_attention.register_kernel("cuda")
-def flash_attention_cuda(q, k, v, scale, window=None, softcap=None, alibi_slopes=None, cu_seqlens=None):
-    from minillm_kernels.gpu import flash_attention as triton_kernel
-
-    check(q, k, v, window, softcap, alibi_slopes, cu_seqlens)
-    with torch.cuda.device(q.device):
-        starts = sequence_starts(cu_seqlens, q.shape[2])
-        return triton_kernel.launch(q, k, v, scale, window, softcap, alibi_slopes, starts)
-
-
-@flash_attention.register_fake
-def _(q, k, v, scale, window=None, softcap=None, alibi_slopes=None, cu_seqlens=None):
-    check(q, k, v, window, softcap, alibi_slopes, cu_seqlens)
-    return torch.empty(q.shape, dtype=q.dtype, device=q.device)
-
-
 def sequence_starts(cu_seqlens: Tensor | None, tokens: int) -> Tensor | None:
-    """For every token the index at which its sequence starts [T] int32, without asking the device how many."""
+    """For every token the index at which its sequence starts [T] int32, without asking a GPU how many.
+
+    Raises ValueError on a CPU when the ends are not in order from 0 to T; a GPU would have to be waited for.
+    """
     if cu_seqlens is None:
         return None
+    if cu_seqlens.is_cpu:
+        ends = cu_seqlens.tolist()
+        if ends[0] != 0 or ends[-1] != tokens or any(end < start for start, end in itertools.pairwise(ends)):
+            raise ValueError(f"flash_attention: cu_seqlens must ascend from 0 to {tokens}, the tokens, got {ends}")
     token = torch.arange(tokens, device=cu_seqlens.device, dtype=cu_seqlens.dtype)
-    return cu_seqlens.index_select(0, torch.searchsorted(cu_seqlens, token, right=True) - 1).to(torch.int32)
-
-
-def check(q, k, v, window, softcap, alibi_slopes, cu_seqlens) -> None:
-    check_attention("flash_attention", q, k, v, window, softcap, alibi_slopes)
-    if k.shape[2] != q.shape[2]:
-        raise ValueError(f"flash_attention: q and k must have as many tokens, got {q.shape[2]}, {k.shape[2]}")
-    if cu_seqlens is not None and (q.shape[0] != 1 or cu_seqlens.dim() != 1 or cu_seqlens.is_floating_point()):
-        raise ValueError(
-            f"flash_attention: cu_seqlens must be one dimension of int32 or int64, for a batch of 1, got "
-            f"{cu_seqlens.dtype} {tuple(cu_seqlens.shape)} for a batch of {q.shape[0]}"
-        )
+    sequence = torch.searchsorted(cu_seqlens.contiguous(), token, right=True) - 1
+    return cu_seqlens.index_select(0, sequence.clamp(min=0)).to(torch.int32)

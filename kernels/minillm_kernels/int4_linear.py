@@ -9,23 +9,55 @@ as long as unpacking keeps up. Two choices make unpacking cheap:
     and the zero points are settled once per group from sums of x that all outputs share.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from minillm_kernels import cpu
-from minillm_kernels.int8_linear import in_c
-from minillm_kernels.launch import interpreting
-from minillm_kernels.linear import check_linear, library_linear
+from minillm_kernels.int8_linear import PIECE, in_c
+from minillm_kernels.linear import check_product, library_linear
+from minillm_kernels.op import op
 
 GROUP_SIZES = (32, 64, 128)
-PIECE = 1 << 20  # weights dequantized at a time: they stay in cache until multiplied
 
 
-def int4_linear_cpu(
+def check_int4(
+    name: str, x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, bias: Tensor | None = None
+) -> None:
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"{name}: group_size must be one of {GROUP_SIZES}, got {group_size}")
+    check_product(name, x, packed, bias, scale, zero, per_element=2)
+    if packed.dtype != torch.uint8 or zero.dtype != torch.uint8 or scale.dtype != torch.float16:
+        raise TypeError(
+            f"{name}: packed and zero must be uint8 and scale float16, got {packed.dtype}, {zero.dtype}, {scale.dtype}"
+        )
+    outputs, inputs, shape = packed.shape[0], x.shape[-1], scale.shape
+    if inputs % group_size or shape != (inputs // group_size, outputs) or zero.shape != shape:
+        raise ValueError(
+            f"{name}: {inputs} inputs in groups of {group_size} need scale and zero of shape "
+            f"[{inputs / group_size:g}, {outputs}], got {tuple(shape)} and {tuple(zero.shape)}"
+        )
+    if not scale.is_contiguous() or not zero.is_contiguous():
+        raise ValueError(f"{name}: scale and zero must be contiguous")
+
+
+@op(
+    check=functools.partial(check_int4, "int4_linear"),
+    fake=lambda x, packed, *_: x.new_empty((*x.shape[:-1], packed.shape[0])),
+    triton="minillm_kernels.gpu.int4_linear",
+)
+def int4_linear(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, bias: Tensor | None = None
 ) -> Tensor:
-    """The CPU implementation itself, for callers outside a graph: an op call costs 5 us more."""
-    check_int4("int4_linear", x, packed, scale, zero, group_size, bias)
+    """x W^T + bias with w = (q - zero) * scale. x [..., K] float32, bfloat16 or float16, K a multiple of
+    group_size G in {32, 64, 128}; packed [N, K / 2] uint8 (planar, see above); scale [K / G, N] float16;
+    zero [K / G, N] uint8; bias [N] in x.dtype. Returns [..., N] in x.dtype. No gradient.
+    Raises ValueError or TypeError.
+
+    On CPU, with up to 256 rows (in float32 and float16 any number), a row's result does not depend on the other
+    rows or on the number of threads.
+    """
     if in_c(x):
         return cpu.product(x, packed, scale, zero, group_size, bias)
     return int4_linear_torch(x, packed, scale, zero, group_size, bias)
@@ -35,7 +67,7 @@ def int4_linear_torch(
     x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, bias: Tensor | None
 ) -> Tensor:
     """Dequantize some outputs' weights, multiply, next: never holds the dequantized matrix."""
-    outputs_at_once = max(1, PIECE // max(x.shape[-1], 1))
+    outputs_at_once = max(1, PIECE // x.shape[-1])
     pieces = []
     for start in range(0, packed.shape[0], outputs_at_once):
         piece = slice(start, start + outputs_at_once)
@@ -48,62 +80,7 @@ def int4_linear_torch(
 def dequantize_int4(packed: Tensor, scale: Tensor, zero: Tensor, group_size: int) -> Tensor:
     """(q - zero) * scale as float32 [N, K], from packed [N, K / 2], scale and zero [K / G, N]."""
     outputs, groups = packed.shape[0], scale.shape[0]
-    planes = packed.view(outputs, groups, group_size // 2)  # [N, K/G, G/2] bytes
+    planes = packed.reshape(outputs, groups, group_size // 2)  # [N, K/G, G/2] bytes
     codes = torch.cat([planes & 15, planes >> 4], dim=2).float()  # [N, K/G, G]
     weight = (codes - zero.t().unsqueeze(2).float()) * scale.t().unsqueeze(2).float()
     return weight.view(outputs, groups * group_size)  # [N, K]
-
-
-@torch.library.custom_op("minillm::int4_linear", mutates_args=(), device_types="cpu")
-def int4_linear(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, bias: Tensor | None = None
-) -> Tensor:
-    """x W^T + bias with w = (q - zero) * scale. x [..., K] float32, bfloat16 or float16, K a multiple of
-    group_size G in {32, 64, 128}; packed [N, K / 2] uint8 (planar, see above); scale [K / G, N] float16;
-    zero [K / G, N] uint8; bias [N] in x.dtype. Returns [..., N] in x.dtype. No gradient.
-    Raises ValueError or TypeError.
-
-    On CPU, with up to 256 rows (in float32 and float16 any number), a row's result does not depend on the other
-    rows or on the number of threads.
-    """
-    implementation = int4_linear_triton if interpreting() else int4_linear_cpu
-    return implementation(x, packed, scale, zero, group_size, bias)
-
-
-@int4_linear.register_kernel("cuda")
-def int4_linear_cuda(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, bias: Tensor | None = None
-) -> Tensor:
-    with torch.cuda.device(x.device):
-        return int4_linear_triton(x, packed, scale, zero, group_size, bias)
-
-
-def int4_linear_triton(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, bias: Tensor | None
-) -> Tensor:
-    from minillm_kernels.gpu import int4_linear as triton_kernel
-
-    check_int4("int4_linear", x, packed, scale, zero, group_size, bias)
-    return triton_kernel.launch(x, packed, scale, zero, group_size, bias, activation=None)
-
-
-@int4_linear.register_fake
-def _(x, packed, scale, zero, group_size, bias=None):
-    check_int4("int4_linear", x, packed, scale, zero, group_size, bias)
-    return x.new_empty((*x.shape[:-1], packed.shape[0]))
-
-
-def check_int4(name: str, x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, bias) -> None:
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"{name}: group_size must be one of {GROUP_SIZES}, got {group_size}")
-    check_linear(name, x, packed, packed.shape[1] * 2, bias)
-    if packed.dtype != torch.uint8 or zero.dtype != torch.uint8 or scale.dtype != torch.float16:
-        raise TypeError(
-            f"{name}: packed and zero must be uint8 and scale float16, got {packed.dtype}, {zero.dtype}, {scale.dtype}"
-        )
-    outputs, inputs = packed.shape[0], packed.shape[1] * 2
-    if inputs % group_size or scale.shape != (inputs // group_size, outputs) or zero.shape != scale.shape:
-        raise ValueError(
-            f"{name}: {inputs} inputs in groups of {group_size} need scale and zero of shape "
-            f"[{inputs / group_size:g}, {outputs}], got {tuple(scale.shape)} and {tuple(zero.shape)}"
-        )

@@ -7,20 +7,42 @@ instruction as in float32, and accuracy stays that of weight-only quantization (
 4e-3 of their largest). 8-bit activations would be no faster: memory is the limit already.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
 from minillm_kernels import cpu
-from minillm_kernels.launch import interpreting
-from minillm_kernels.linear import check_linear, library_linear
+from minillm_kernels.linear import check_product, library_linear
+from minillm_kernels.op import op
 
 MANY_ROWS = 256  # above, in bfloat16: widen W piece by piece and let the library use the CPU's matrix units
 PIECE = 1 << 20  # weights widened at a time: they stay in cache until multiplied
 
 
-def int8_linear_cpu(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """The CPU implementation itself, for callers outside a graph: an op call costs 5 us more."""
-    check_int8("int8_linear", x, weight, scale, bias)
+def check_int8(name: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> None:
+    check_product(name, x, weight, bias, scale)
+    if weight.dtype != torch.int8:
+        raise TypeError(f"{name}: weight must be int8, got {weight.dtype}")
+    if scale.dtype != torch.float32 or scale.shape != (weight.shape[0],) or not scale.is_contiguous():
+        raise ValueError(
+            f"{name}: scale must be [{weight.shape[0]}] float32, contiguous, one per output, got {tuple(scale.shape)} "
+            f"{scale.dtype}"
+        )
+
+
+@op(
+    check=functools.partial(check_int8, "int8_linear"),
+    fake=lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    triton="minillm_kernels.gpu.int8_linear",
+)
+def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
+    """(x W^T) * scale + bias. x [..., K] float32, bfloat16 or float16; weight [N, K] int8; scale [N] float32;
+    bias [N] in x.dtype. Returns [..., N] in x.dtype. No gradient. Raises ValueError or TypeError.
+
+    On CPU, with up to 256 rows (in float32 and float16 any number), a row's result does not depend on the other
+    rows or on the number of threads.
+    """
     if in_c(x):
         return cpu.product(x, weight, scale, bias=bias)
     return int8_linear_torch(x, weight, scale, bias)
@@ -35,50 +57,10 @@ def in_c(x: Tensor) -> bool:
 
 def int8_linear_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Widen some outputs' weights, multiply, scale, next: never holds the widened matrix."""
-    outputs_at_once = max(1, PIECE // max(weight.shape[1], 1))
+    outputs_at_once = max(1, PIECE // weight.shape[1])
     pieces = [
         library_linear(x, codes.to(x.dtype)).float() * piece_scale  # [..., outputs_at_once]
         for codes, piece_scale in zip(weight.split(outputs_at_once), scale.split(outputs_at_once), strict=True)
     ]
     y = torch.cat(pieces, dim=-1)  # [..., N]
     return (y if bias is None else y + bias.float()).to(x.dtype)
-
-
-@torch.library.custom_op("minillm::int8_linear", mutates_args=(), device_types="cpu")
-def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    """(x W^T) * scale + bias. x [..., K] float32, bfloat16 or float16; weight [N, K] int8; scale [N] float32;
-    bias [N] in x.dtype. Returns [..., N] in x.dtype. No gradient. Raises ValueError or TypeError.
-
-    On CPU, with up to 256 rows (in float32 and float16 any number), a row's result does not depend on the other
-    rows or on the number of threads.
-    """
-    return int8_linear_triton(x, weight, scale, bias) if interpreting() else int8_linear_cpu(x, weight, scale, bias)
-
-
-@int8_linear.register_kernel("cuda")
-def int8_linear_cuda(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
-    with torch.cuda.device(x.device):
-        return int8_linear_triton(x, weight, scale, bias)
-
-
-def int8_linear_triton(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-    from minillm_kernels.gpu import linear as triton_kernel
-
-    check_int8("int8_linear", x, weight, scale, bias)
-    return triton_kernel.launch(x, weight, scale, bias, activation=None)
-
-
-@int8_linear.register_fake
-def _(x, weight, scale, bias=None):
-    check_int8("int8_linear", x, weight, scale, bias)
-    return x.new_empty((*x.shape[:-1], weight.shape[0]))
-
-
-def check_int8(name: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> None:
-    check_linear(name, x, weight, weight.shape[1], bias)
-    if weight.dtype != torch.int8:
-        raise TypeError(f"{name}: weight must be int8, got {weight.dtype}")
-    if scale.dtype != torch.float32 or scale.shape != weight.shape[:1]:
-        raise ValueError(
-            f"{name}: scale must be [{weight.shape[0]}] float32, one per output, got {tuple(scale.shape)} {scale.dtype}"
-        )

@@ -92,9 +92,10 @@ TABLE: dict[str, tuple[Launch, ...]] = {
 }
 
 
+@functools.cache
 def interpreting() -> bool:
     """True under TRITON_INTERPRET=1: CPU tensors then go through the Triton kernels, run by Triton's
-    interpreter, so a laptop without a GPU can test them."""
+    interpreter, so a laptop without a GPU can test them. Looked up once, as Triton itself does."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -73,7 +73,7 @@ def how_it_runs(
     steps = "compiled" if compile is True else "as written"
     if compile == "auto" and device.type == "cuda":
         steps = "captured"
-    elif compile == "auto" and device.type == "cpu" and backend not in ("math", "sdpa"):
+    elif compile == "auto" and device.type == "cpu" and backend == "kernels":
         steps = "recorded"
     return [("device", device_name(device)), ("attention by", backend), ("steps", steps)]
 

@@ -114,7 +114,10 @@ def score_text(llm: LLM, documents: Sequence[str]) -> Score:
         for start, stop, first in spans:
             cache.reset()
             positions = torch.arange(stop - start, device=llm.device)[None]  # [1, T]
-            hidden = llm.model.hidden_states(stream[None, start:stop], positions, cache)[0, first - 1 - start :]
+            ids_here = stream[None, start:stop]  # [1, T]
+            with cache.writing(llm.model, ids_here, positions):
+                x, rotary = llm.model.embed(ids_here, positions, cache)
+                hidden = llm.model.walk(x, rotary, positions, cache)[0, first - 1 - start :]  # [T', d]
             wanted = stream[first : stop + 1]  # [T']
             # A piece at a time: the logits of a whole window would be the largest tensor of all.
             pieces = (tensor.split(MAX_STEP) for tensor in (hidden, wanted, counted[first : stop + 1]))

@@ -1,39 +1,68 @@
-"""The C kernels: built on first use with the system's C compiler, called through ctypes.
+"""The C kernels, called through ctypes: what each function takes, and the call. How they come to be: build.py.
 
-`linear.c` (matrix products), `step.c` (what lies between them) and `quantize.c` (int4 codes) know nothing of Python
-or torch: no headers, no build system, one `cc` call of some seconds whose result is kept in
-`$XDG_CACHE_HOME/minillm/kernels` under a name made of the sources, the compiler and the CPU. Without a compiler (or
-if the build fails) `available()` is False, one warning says why, and the ops take their PyTorch implementation. $CC
-names another compiler.
+Without a compiler, or if the build fails, `available()` is False, one warning says why, and the ops take their PyTorch
+implementation.
 """
 
 import ctypes
 import functools
-import hashlib
 import itertools
-import os
-import platform
-import shutil
 import struct
-import subprocess
-import tempfile
 import warnings
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minillm_kernels.cpu import tape
+from minillm_kernels.cpu import build, tape
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
-# The structs through which the C functions take their arguments, in the order of their members.
-CALL = struct.Struct("14q").pack  # `struct call` in linear.c
-NORM_CALL = struct.Struct("12q2d").pack  # `struct norm_call` in step.c, and so on
-ADD_CALL = struct.Struct("6q").pack
-ROPE_CALL = struct.Struct("24q").pack
-ATTENTION_CALL = struct.Struct("17q2d").pack
-QUANTIZE_CALL = struct.Struct("9q").pack
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
+
+
+class Call:
+    """A C function and the struct through which it takes its arguments.
+
+    `members` are declared as in the C file, and compared with it when the library is loaded; `pack(...)` makes the
+    struct of their values, in that order.
+    """
+
+    all: "list[Call]" = []  # noqa: RUF012
+
+    def __init__(self, name: str, members: str):
+        self.name, self.symbol, self.members = name, f"minillm_{name}", " ".join(members.split())
+        codes = {"int64_t": "q", "double": "d"}
+        declarations = [part.split(maxsplit=1) for part in self.members.split(";") if part]
+        self.pack = struct.Struct("".join(codes[kind] * len(names.split(",")) for kind, names in declarations)).pack
+        self.all.append(self)
+
+    def check_layout(self, loaded: ctypes.CDLL) -> None:
+        declared = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(loaded, f"{self.symbol}_layout"))).decode()
+        if " ".join(declared.split()) != self.members:
+            raise ImportError(f"{self.symbol} takes {declared!r}, and cpu/__init__.py packs {self.members!r}")
+
+
+LINEAR = Call(
+    "linear",
+    "int64_t format, dtype, x, rows, inputs, weight, outputs, scale, zero, group_size, bias, y, gate, threads;",
+)
+RMS_NORM = Call(
+    "rms_norm",
+    """int64_t x, residual, weight, out, sum, rows, width, dtype, multiply_in_fp32, threads, group, group_stride;
+    double eps, offset;""",
+)
+ADD = Call("add", "int64_t x, y, out, count, dtype, threads;")
+ROPE = Call(
+    "rope_and_cache_write",
+    """int64_t q, k, v, cos, sin, k_cache, v_cache, position, out, batch, tokens, heads, kv_heads, head_dim, half,
+    slots, dtype, q_row, q_token, k_row, k_token, v_row, v_token, threads;""",
+)
+ATTENTION = Call(
+    "decode_attention",
+    """int64_t q, k, v, position, slopes, out, batch, heads, kv_heads, tokens, head_dim, slots, row_stride, head_stride,
+    dtype, window, threads; double scale, softcap;""",
+)
+QUANTIZE = Call("quantize_int4", "int64_t dtype, weight, rows, inputs, group_size, packed, scale, zero, threads;")
+REPLAY = Call("replay", "int64_t function, arguments;")
 
 
 def available() -> bool:
@@ -60,12 +89,12 @@ def product(
     inputs = x.shape[-1]
     outputs = weight.shape[0] // 2 if gate else weight.shape[0]
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
-    packed = CALL(
+    packed = LINEAR.pack(
         FORMATS[weight.dtype], FORMATS[x.dtype], x.data_ptr(), y.numel() // max(outputs, 1), inputs,
         weight.data_ptr(), outputs, address(scale), address(zero), group_size, address(bias), y.data_ptr(),
         GATES[gate], torch.get_num_threads(),
     )  # fmt: skip
-    _call("linear", packed, x, weight, scale, zero, bias, y)
+    _call(LINEAR, packed, x, weight, scale, zero, bias, y)
     return y
 
 
@@ -82,11 +111,11 @@ def rms_norm(
     total = None
     if residual is not None:
         residual, total = residual.contiguous(), torch.empty(x.shape, dtype=x.dtype)
-    packed = NORM_CALL(
+    packed = RMS_NORM.pack(
         x.data_ptr(), address(residual), address(weight), out.data_ptr(), address(total), x.numel() // width,
         width, FORMATS[x.dtype], multiply_in_fp32, torch.get_num_threads(), *groups, eps, offset,
     )  # fmt: skip
-    _call("rms_norm", packed, x, residual, weight, out, total)
+    _call(RMS_NORM, packed, x, residual, weight, out, total)
     return out, total
 
 
@@ -106,10 +135,11 @@ def _groups(x: Tensor) -> tuple[int, int] | None:
 
 
 def add(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, two contiguous tensors of one shape and dtype."""
+    """x + y, two tensors of one shape and dtype."""
+    x, y = x.contiguous(), y.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
-    packed = ADD_CALL(address(x), address(y), out.data_ptr(), out.numel(), FORMATS[x.dtype], torch.get_num_threads())
-    _call("add", packed, x, y, out)
+    packed = ADD.pack(address(x), address(y), out.data_ptr(), out.numel(), FORMATS[x.dtype], torch.get_num_threads())
+    _call(ADD, packed, x, y, out)
     return out
 
 
@@ -119,13 +149,13 @@ def rope_and_cache_write(q, k, v, cos, sin, k_cache, v_cache, cache_position) ->
     q, k, v = (x if x.stride(2) == head_dim and x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     cos, sin, cache_position = cos.contiguous(), sin.contiguous(), cache_position.contiguous()
     out = torch.empty((batch, heads, tokens, head_dim), dtype=q.dtype)
-    packed = ROPE_CALL(
+    packed = ROPE.pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(), address(k_cache),
         address(v_cache), cache_position.data_ptr(), out.data_ptr(), batch, tokens, heads, k.shape[2], head_dim,
         cos.shape[-1], k_cache.shape[2] - 1, FORMATS[q.dtype], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         torch.get_num_threads(),
     )  # fmt: skip
-    _call("rope_and_cache_write", packed, q, k, v, cos, sin, k_cache, v_cache, cache_position, out)
+    _call(ROPE, packed, q, k, v, cos, sin, k_cache, v_cache, cache_position, out)
     return out
 
 
@@ -137,41 +167,49 @@ def decode_attention(q, k, v, cache_position, scale, window, softcap, alibi_slop
     q, cache_position = q.contiguous(), cache_position.contiguous()
     batch, heads, tokens, head_dim = q.shape
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype)
-    packed = ATTENTION_CALL(
+    packed = ATTENTION.pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), cache_position.data_ptr(), address(alibi_slopes),
         out.data_ptr(), batch, heads, k.shape[1], tokens, head_dim, k.shape[2], k.stride(0), k.stride(1),
         FORMATS[q.dtype], window or 0, torch.get_num_threads(), scale, softcap or 0.0,
     )  # fmt: skip
-    _call("decode_attention", packed, q, k, v, cache_position, alibi_slopes, out)
+    _call(ATTENTION, packed, q, k, v, cache_position, alibi_slopes, out)
     return out.transpose(1, 2)
 
 
-def _call(name: str, packed: bytes, *tensors: Tensor | None) -> None:
+def _call(call: Call, packed: bytes, *tensors: Tensor | None) -> None:
     """Call a C function that works on `tensors`; each returns 0, or 1 where it could not have its memory."""
-    function = getattr(library(), f"minillm_{name}")
+    function = getattr(library(), call.symbol)
     if function(packed):
-        raise MemoryError(f"no memory for a {name} of {[tuple(t.shape) for t in tensors if t is not None]}")
+        raise MemoryError(f"no memory for a {call.name} of {[tuple(t.shape) for t in tensors if t is not None]}")
     tape.note(function, packed, tensors)
 
 
 def blank_tape() -> tape.Tape:
     """A tape to record C calls on; only where they are `available`."""
-    return tape.Tape(library().minillm_replay)
+    return tape.Tape(library().minillm_replay, REPLAY.pack)
 
 
 def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor, zero: Tensor) -> bool:
     """Fill packed [N, K / 2], scale and zero [K / G, N] with weight [N, K] in int4, a layout as in `int4_linear`.
 
-    Returns False, with nothing useful filled in, when a weight is infinite or not a number.
+    Returns False, with nothing useful filled in, when a weight is infinite or not a number. Raises ValueError when the
+    tensors do not fit together.
     """
-    weight = weight.contiguous()
-    failed = library().minillm_quantize_int4(
-        QUANTIZE_CALL(
-            FORMATS[weight.dtype], weight.data_ptr(), *weight.shape, group_size, address(packed), address(scale),
-            address(zero), torch.get_num_threads(),
+    (outputs, inputs), grouped = weight.shape, (weight.shape[1] // group_size, weight.shape[0])
+    if group_size not in (32, 64, 128) or inputs % group_size or packed.shape != (outputs, inputs // 2):
+        raise ValueError(
+            f"weight {tuple(weight.shape)} does not fill packed {tuple(packed.shape)} in groups of {group_size}"
         )
+    if scale.shape != grouped or zero.shape != grouped or scale.dtype != torch.float16 or zero.dtype != torch.uint8:
+        raise ValueError(f"scale and zero must be {grouped}, float16 and uint8, got {scale.shape}, {zero.shape}")
+    weight = weight.contiguous()
+    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        weight = weight.float()
+    arguments = QUANTIZE.pack(
+        FORMATS[weight.dtype], weight.data_ptr(), *weight.shape, group_size, address(packed), address(scale),
+        address(zero), torch.get_num_threads(),
     )  # fmt: skip
-    return not failed
+    return not library().minillm_quantize_int4(arguments)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -184,70 +222,18 @@ def address(tensor: Tensor | None) -> int:
 
 @functools.cache
 def library() -> ctypes.CDLL | None:
-    """The loaded kernels, or None with one warning that says why not."""
+    """The loaded kernels, or None with one warning that says why not. Raises ImportError when what the C functions take
+    is not what is packed here."""
     try:
-        path = build()
-        loaded = ctypes.CDLL(str(path))
-    except (OSError, RuntimeError) as error:
+        loaded = build.load()
+    except (OSError, build.BuildError) as error:
         warnings.warn(
-            f"minillm runs on PyTorch's CPU operators, which are slower: the C kernels are missing ({error}). "
-            f"Install a C compiler (gcc or clang), or name one in $CC.",
+            f"minillm runs on PyTorch's CPU operators, which are slower: the C kernels are missing ({error}).",
             stacklevel=2,
         )
         return None
-    for name in ("linear", "rms_norm", "add", "rope_and_cache_write", "decode_attention", "quantize_int4"):
-        getattr(loaded, f"minillm_{name}").argtypes = [ctypes.c_char_p]
+    for call in Call.all:
+        call.check_layout(loaded)
+        getattr(loaded, call.symbol).argtypes = [ctypes.c_char_p]
     loaded.minillm_replay.argtypes = [ctypes.c_char_p, ctypes.c_int64]
     return loaded
-
-
-def build() -> Path:
-    """Path of the shared library, compiled unless a former run left it in the cache folder."""
-    words = os.environ.get("CC", "cc").split()
-    compiler = shutil.which(words[0])
-    if compiler is None:
-        raise RuntimeError(f"no C compiler: {words[0]!r} is not on the PATH")
-    sources = sorted(Path(__file__).parent.glob("*.[ch]"))
-    tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    flags = [*words[1:], "-O3", tune, "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
-    key = hashlib.sha256(repr((compiler, os.stat(compiler).st_mtime_ns, flags, cpu_name())).encode())
-    for source in sources:
-        key.update(source.read_bytes())
-    library_path = cache_folder() / f"kernels-{key.hexdigest()[:20]}.so"
-    if library_path.exists():
-        return library_path
-
-    units = [str(path) for path in sources if path.suffix == ".c"]
-    # Compiled beside its final name and moved there in one step: two processes may do this at once.
-    descriptor, unfinished = tempfile.mkstemp(dir=library_path.parent, suffix=".so")
-    os.close(descriptor)
-    try:
-        for openmp in (["-fopenmp"], []):  # a compiler without OpenMP still gives a kernel for one core
-            command = [compiler, *flags, *openmp, *units, "-o", unfinished, "-lm"]
-            result = subprocess.run(command, capture_output=True, text=True, check=False)
-            if result.returncode == 0:
-                os.replace(unfinished, library_path)
-                return library_path
-    finally:
-        Path(unfinished).unlink(missing_ok=True)
-    raise RuntimeError(f"{' '.join(command)} failed: {result.stderr.strip()[:500] or result.returncode}")
-
-
-def cache_folder() -> Path:
-    """Where built kernels are kept; a private temporary folder when the user's cache cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillm" / "kernels"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return Path(tempfile.mkdtemp(prefix="minillm-kernels-"))
-    return folder if os.access(folder, os.W_OK) else Path(tempfile.mkdtemp(prefix="minillm-kernels-"))
-
-
-def cpu_name() -> str:
-    """What `-march=native` depends on: the CPU model and its instruction set flags."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.machine() + platform.processor()
-    wanted = ("model name", "flags", "Features", "CPU part")
-    return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))

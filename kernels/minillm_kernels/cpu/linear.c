@@ -384,14 +384,11 @@ static void block(const struct problem *p, long output, long row, long rows) {
 
 static size_t round_up(size_t n, size_t unit) { return (n + unit - 1) / unit * unit; }
 
-/* What the caller says, as 64-bit integers in this order (pointers included): one packed argument costs
- * a Python caller half of what fourteen do. `outputs` is F when gated: the weight then has 2F rows. */
-struct call {
-    int64_t format, dtype, x, rows, inputs, weight, outputs, scale, zero, group_size, bias, y, gate, threads;
-};
+/* `outputs` is F when gated: the weight then has 2F rows. */
+CALL(linear, int64_t format, dtype, x, rows, inputs, weight, outputs, scale, zero, group_size, bias, y, gate, threads;);
 
 /* Returns 0, or 1 when memory for the activations could not be had. Shapes as in struct problem. */
-int minillm_linear(const struct call *c) {
+int minillm_linear(const struct linear_call *c) {
     const void *x = (const void *)(uintptr_t)c->x;
     long rows = c->rows, inputs = c->inputs, outputs = c->outputs;
     int format = (int)c->format, threads = c->threads > 1 ? (int)c->threads : 1;

@@ -15,9 +15,7 @@ enum { OUTPUTS = 16, MAX_GROUP = 128 };
 
 static const float SHRINKS[] = {1.0f, 0.7f, 0.75f, 0.8f, 0.85f, 0.9f, 0.95f, 1.0f, 1.05f, 1.1f};
 
-struct quantize_call {
-    int64_t dtype, weight, rows, inputs, group_size, packed, scale, zero, threads;
-};
+CALL(quantize_int4, int64_t dtype, weight, rows, inputs, group_size, packed, scale, zero, threads;);
 
 struct candidate { /* scales, zero points and squared errors of OUTPUTS groups */
     float scale[OUTPUTS], zero[OUTPUTS];
@@ -89,7 +87,7 @@ INLINE void search(const float w[][OUTPUTS], int size, struct candidate *best) {
 }
 
 /* OUTPUTS rows from `row` on; returns 0 * weight summed: NaN if one is infinite or not a number */
-INLINE float quantize_rows(const struct quantize_call *c, int dtype, long row) {
+INLINE float quantize_rows(const struct quantize_int4_call *c, int dtype, long row) {
     const void *weight = (const void *)(uintptr_t)c->weight;
     const long inputs = c->inputs, width = c->rows - row < OUTPUTS ? c->rows - row : OUTPUTS;
     const int size = (int)c->group_size;
@@ -119,7 +117,7 @@ INLINE float quantize_rows(const struct quantize_call *c, int dtype, long row) {
 
 /* weight [rows, inputs] -> packed [rows, inputs / 2], scale and zero [inputs / group_size, rows]; returns 1, with
  * nothing usable written, when a weight is infinite or not a number. */
-int minillm_quantize_int4(const struct quantize_call *c) {
+int minillm_quantize_int4(const struct quantize_int4_call *c) {
     float check = 0;
 #pragma omp parallel for num_threads((int)c->threads) reduction(+ : check)
     for (long row = 0; row < c->rows; row += OUTPUTS)

@@ -40,13 +40,11 @@ INLINE void narrow(const float *wide, long count, int dtype, void *p, long start
 
 /* ---- RMSNorm, with the residual added first if there is one ---- */
 
-struct norm_call {
-    int64_t x, residual, weight, out, sum, rows, width, dtype, multiply_in_fp32, threads;
-    int64_t group, group_stride; /* rows of x that lie side by side, and elements from one such group to the next */
-    double eps, offset;
-};
+/* group: rows of x that lie side by side; group_stride: elements from one such group to the next */
+CALL(rms_norm, int64_t x, residual, weight, out, sum, rows, width, dtype, multiply_in_fp32, threads, group,
+     group_stride; double eps, offset;);
 
-int minillm_rms_norm(const struct norm_call *c) {
+int minillm_rms_norm(const struct rms_norm_call *c) {
     const void *x = (const void *)(uintptr_t)c->x, *residual = (const void *)(uintptr_t)c->residual;
     const void *weight = (const void *)(uintptr_t)c->weight;
     void *out = (void *)(uintptr_t)c->out, *sum = (void *)(uintptr_t)c->sum;
@@ -86,9 +84,7 @@ int minillm_rms_norm(const struct norm_call *c) {
 
 /* ---- x + y, rounded to their dtype ---- */
 
-struct add_call {
-    int64_t x, y, out, count, dtype, threads;
-};
+CALL(add, int64_t x, y, out, count, dtype, threads;);
 
 int minillm_add(const struct add_call *c) {
     enum { PIECE = 1024 };
@@ -106,12 +102,9 @@ int minillm_add(const struct add_call *c) {
 
 /* ---- rotate queries and keys, put keys and values into their cache slots ---- */
 
-struct rope_call {
-    int64_t q, k, v, cos, sin, k_cache, v_cache, position, out;
-    int64_t batch, tokens, heads, kv_heads, head_dim, half, slots, dtype;
-    int64_t q_row, q_token, k_row, k_token, v_row, v_token; /* strides in elements; heads lie side by side */
-    int64_t threads;
-};
+/* q_row to v_token: strides in elements; heads lie side by side */
+CALL(rope_and_cache_write, int64_t q, k, v, cos, sin, k_cache, v_cache, position, out, batch, tokens, heads, kv_heads,
+     head_dim, half, slots, dtype, q_row, q_token, k_row, k_token, v_row, v_token, threads;);
 
 INLINE void rotate_head(const void *from, long start, void *to, long target, const float *cos, const float *sin,
                         long half, long head_dim, int dtype) {
@@ -123,7 +116,7 @@ INLINE void rotate_head(const void *from, long start, void *to, long target, con
     narrow(turned, head_dim, dtype, to, target);
 }
 
-int minillm_rope_and_cache_write(const struct rope_call *c) {
+int minillm_rope_and_cache_write(const struct rope_and_cache_write_call *c) {
     const int64_t *position = (const int64_t *)(uintptr_t)c->position;
     long D = c->head_dim, size = c->dtype == FLOAT32 ? 4 : 2, tokens = c->batch * c->tokens;
 #pragma omp parallel for num_threads((int)c->threads) if (tokens * (c->heads + 2 * c->kv_heads) * D > SERIAL_WORK)
@@ -149,15 +142,13 @@ int minillm_rope_and_cache_write(const struct rope_call *c) {
 
 /* ---- attention of a few tokens over the cache ---- */
 
-struct attention_call {
-    int64_t q, k, v, position, slopes, out; /* q [batch, heads, tokens, head_dim], out [batch, tokens, heads, head_dim] */
-    int64_t batch, heads, kv_heads, tokens, head_dim, slots, row_stride, head_stride, dtype, window, threads;
-    double scale, softcap; /* window 0, softcap 0: none */
-};
+/* q [batch, heads, tokens, head_dim], out [batch, tokens, heads, head_dim]; window 0, softcap 0: none */
+CALL(decode_attention, int64_t q, k, v, position, slopes, out, batch, heads, kv_heads, tokens, head_dim, slots,
+     row_stride, head_stride, dtype, window, threads; double scale, softcap;);
 
 /* `count` query rows from `first` on, of those that share key head `kv` of batch row `b`; query row r is
  * head kv * group + r / tokens at token r % tokens. Returns 1 if there is no memory for the scores. */
-static int attend_rows(const struct attention_call *c, long b, long kv, long first, long count) {
+static int attend_rows(const struct decode_attention_call *c, long b, long kv, long first, long count) {
     const int64_t *position = (const int64_t *)(uintptr_t)c->position + b * c->tokens;
     const void *k = (const void *)(uintptr_t)c->k, *v = (const void *)(uintptr_t)c->v;
     const float *slopes = (const float *)(uintptr_t)c->slopes;
@@ -170,6 +161,8 @@ static int attend_rows(const struct attention_call *c, long b, long kv, long fir
         last = position[t] > last ? position[t] : last;
         lowest = lowest < 0 || low < lowest ? low : lowest;
     }
+    /* The slots hold the newest positions. A position past the end of a cache that is no ring sees no more than they. */
+    if (last - lowest >= c->slots) lowest = last - c->slots + 1;
     long keys = last < 0 ? 0 : last - lowest + 1, stride = keys + LANES;
     float *scores = malloc(sizeof(float) * (count * stride + 2 * count * D + D + LANES));
     if (!scores) return 1;
@@ -189,6 +182,7 @@ static int attend_rows(const struct attention_call *c, long b, long kv, long fir
         long from = c->window && place >= c->window ? place - c->window + 1 - lowest : 0;
         long end = place < 0 ? 0 : place - lowest + 1; /* it sees [from, end) */
         from = from < 0 ? 0 : from;
+        end = end < 0 ? 0 : end;
         for (long n = from; n < end; n++) {
             float score = row[n] * (float)c->scale;
             if (c->softcap > 0) score = (float)c->softcap * tanhf(score / (float)c->softcap);
@@ -219,7 +213,7 @@ static int attend_rows(const struct attention_call *c, long b, long kv, long fir
     return 0;
 }
 
-int minillm_decode_attention(const struct attention_call *c) {
+int minillm_decode_attention(const struct decode_attention_call *c) {
     long heads = c->batch * c->kv_heads, rows = c->heads / c->kv_heads * c->tokens;
     long parts = (c->threads + heads - 1) / heads; /* with fewer key heads than threads, split their query rows */
     parts = parts > rows ? rows : parts;
@@ -228,6 +222,7 @@ int minillm_decode_attention(const struct attention_call *c) {
         int64_t place = ((const int64_t *)(uintptr_t)c->position)[i];
         longest = place > longest ? place : longest;
     }
+    longest = longest > c->slots ? c->slots : longest;
     int failed = 0;
 #pragma omp parallel for collapse(2) num_threads((int)c->threads) \
     if (heads * rows * longest * c->head_dim > SERIAL_WORK) reduction(| : failed)
@@ -241,12 +236,10 @@ int minillm_decode_attention(const struct attention_call *c) {
 
 /* ---- the calls of a whole pass, one after the other ---- */
 
-struct recorded_call {
-    int64_t function, arguments; /* addresses */
-};
+CALL(replay, int64_t function, arguments;); /* one of them: addresses */
 
 /* Returns 0, or what the first call that fails returns: the calls after it are not made. */
-int minillm_replay(const struct recorded_call *calls, int64_t count) {
+int minillm_replay(const struct replay_call *calls, int64_t count) {
     for (int64_t i = 0; i < count; i++) {
         int failed = ((int (*)(const void *))(uintptr_t)calls[i].function)((const void *)(uintptr_t)calls[i].arguments);
         if (failed) return failed;

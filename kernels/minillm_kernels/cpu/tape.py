@@ -7,7 +7,6 @@ on the whole step is one call, whose loop over the list is in C. CUDA graphs are
 """
 
 import ctypes
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -35,8 +34,8 @@ class Tape:
     that went in, replay, read the tensors that came out.
     """
 
-    def __init__(self, play: Callable[[bytes, int], int]):
-        self._play = play  # `minillm_replay` in step.c
+    def __init__(self, play: Callable[[bytes, int], int], pack: Callable[[int, int], bytes]):
+        self._play, self._pack = play, pack  # `minillm_replay` in step.c, and one entry of the list it takes
         self._calls: list[tuple[int, bytes]] = []  # address of the function, its packed arguments
         self._kept: list = []
         self._list = b""
@@ -51,17 +50,16 @@ class Tape:
         finally:
             _thread.tape = None
         arguments = [ctypes.create_string_buffer(packed, len(packed)) for _, packed in self._calls]
-        addresses = [
-            number
+        self._list = b"".join(
+            self._pack(function, ctypes.addressof(buffer))
             for (function, _), buffer in zip(self._calls, arguments, strict=True)
-            for number in (function, ctypes.addressof(buffer))
-        ]
-        self._list = struct.pack(f"{len(addresses)}q", *addresses)
+        )
         self._kept += arguments
 
     def add(self, function: int, packed: bytes, tensors: tuple[Tensor | None, ...]) -> None:
         self._calls.append((function, packed))
-        self._kept += tensors
+        # The memory, not the tensors: `parameter.data = other` leaves a tensor without the memory that was recorded.
+        self._kept += [tensor.untyped_storage() for tensor in tensors if tensor is not None]
 
     def replay(self) -> None:
         """Make the calls again, in their order, on what now stands at their addresses."""

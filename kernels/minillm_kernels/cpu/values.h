@@ -1,4 +1,4 @@
-/* Reading and writing one value of a given dtype, and e^x: what linear.c and step.c share. */
+/* What the C files share: reading and writing one value of a given dtype, e^x, and how they are called. */
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  /* weight formats; the first three also type activations */
 
 INLINE float read_value(const void *p, long i, int dtype) {
@@ -24,3 +24,10 @@ INLINE float exp_negative(float x) {
     memcpy(&power, &bits, 4);
     return e * power;
 }
+
+/* Declares `struct NAME_call`, through which minillm_NAME takes its arguments (pointers as 64-bit integers: one packed
+ * struct costs a Python caller half of what a list of arguments does), and exports the declaration as text, which
+ * cpu/__init__.py compares with what it packs. */
+#define CALL(name, ...)                 \
+    struct name##_call { __VA_ARGS__ }; \
+    const char minillm_##name##_layout[] = #__VA_ARGS__

@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minillm_kernels.gpu.softmax import NEVER, NO_WINDOW, load_rows, scores_log2, softmax_step
+from minillm_kernels.gpu.softmax import NEVER, NO_WINDOW, check_offsets, load_rows, scores_log2, softmax_step
 from minillm_kernels.launch import choose
 
 CHUNK = 128  # positions per program at least: below this, launching costs more than it hides
@@ -30,12 +30,13 @@ MAX_SPLIT_TOKENS = 16  # more query tokens than this fill the GPU without splitt
 
 
 @triton.jit
-def live_range(positions, window, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
+def live_range(positions, slots, window, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr):
     """(first, end, chunk): the positions [first, end) that any of these query tokens sees, and the share of
-    them, a multiple of BLOCK_N, that one split takes. Padding (-1) sees nothing."""
+    them, a multiple of BLOCK_N, that one split takes. Padding (-1) sees nothing. At most the `slots` positions
+    that the slots hold: a position past the end of a cache that is no ring must not read past it."""
     end = tl.max(positions, 0) + 1
     earliest = tl.min(tl.where(positions < 0, end, positions), 0)
-    first = tl.maximum(earliest - window + 1, 0)
+    first = tl.maximum(tl.maximum(earliest - window + 1, end - slots), 0)
     chunk = tl.cdiv(tl.cdiv(end - first, SPLITS), BLOCK_N) * BLOCK_N
     return first, end, tl.maximum(chunk, CHUNK)
 
@@ -60,7 +61,7 @@ def attend_kernel(
     token = row // GROUP
     head = kv_head * GROUP + row % GROUP
     position = tl.load(cache_position + batch * TOKENS + token, mask=row_mask, other=-1).to(tl.int32)
-    first, end, chunk = live_range(position, window, SPLITS, BLOCK_N, CHUNK)
+    first, end, chunk = live_range(position, slots, window, SPLITS, BLOCK_N, CHUNK)
     start = first + split * chunk
     stop = tl.minimum(start + chunk, end)
     if SPLITS > 1:  # noqa: SIM102 (known when compiling; the next line is not)
@@ -105,7 +106,7 @@ def attend_kernel(
 
 @triton.jit
 def combine_kernel(
-    cache_position, out, partial, partial_lse, window,
+    cache_position, out, partial, partial_lse, slots, window,
     TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, CHUNK: tl.constexpr,
@@ -120,7 +121,7 @@ def combine_kernel(
     position = tl.load(cache_position + batch * TOKENS + block // GROUP, mask=block < TOKENS * GROUP, other=-1).to(
         tl.int32
     )
-    first, end, chunk = live_range(position, window, SPLITS, BLOCK_N, CHUNK)
+    first, end, chunk = live_range(position, slots, window, SPLITS, BLOCK_N, CHUNK)
     live_splits = tl.cdiv(tl.maximum(end - first, 0), chunk)
 
     split = tl.arange(0, SPLITS)
@@ -147,20 +148,21 @@ def splits(slots: int, tokens: int) -> int:
     return min(triton.next_power_of_2(triton.cdiv(slots, CHUNK)), MAX_SPLITS)
 
 
-def launch(
+def decode_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     cache_position: Tensor,
     scale: float,
-    window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> Tensor:
-    """The Triton implementation of `minillm::decode_attention`; see there for the arguments."""
+    """Launch for `minillm::decode_attention`; see there for the arguments."""
     batch, heads, tokens, head_dim = q.shape
     kv_heads, slots = k.shape[1], k.shape[2]
     group = heads // kv_heads
+    check_offsets(k, v)
     row = choose("decode_attention", q, size=head_dim)
     # tl.dot wants 16 rows at least
     block_m = min(max(16, triton.next_power_of_2(tokens * group)), row.blocks["BLOCK_M"])
@@ -173,6 +175,8 @@ def launch(
     window = NO_WINDOW if window is None else min(window, NO_WINDOW)
     cache_position = cache_position.contiguous()
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
     partial = partial_lse = None
     if n_splits > 1:
         partial = torch.empty(*q.shape[:3], n_splits, head_dim, dtype=torch.float32, device=q.device)
@@ -183,5 +187,5 @@ def launch(
     )  # fmt: skip
     if n_splits > 1:
         constants["num_warps"] = 8  # it holds a tile of SPLITS x D
-        combine_kernel[(batch * heads * tokens,)](cache_position, out, partial, partial_lse, window, **constants)
+        combine_kernel[(batch * heads * tokens,)](cache_position, out, partial, partial_lse, slots, window, **constants)
     return out

@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minillm_kernels.gpu.softmax import NEVER, NO_WINDOW, load_rows, scores_log2, softmax_step
+from minillm_kernels.flash_attention import sequence_starts
+from minillm_kernels.gpu.softmax import NEVER, NO_WINDOW, check_offsets, load_rows, scores_log2, softmax_step
 from minillm_kernels.launch import choose
 
 
@@ -100,21 +101,24 @@ def flash_attention_kernel(
     tl.store(target, acc / total[:, None], mask=row_mask[:, None] & (column < D)[None, :])
 
 
-def launch(
+def flash_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     scale: float,
-    window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    starts: Tensor | None,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor:
-    """The Triton implementation of `minillm::flash_attention`; see there for the arguments. `starts` [T] int32 is
-    where each token's sequence starts, None without packing."""
+    """Launch for `minillm::flash_attention`; see there for the arguments."""
     batch, heads, tokens, head_dim = q.shape
+    check_offsets(q, k, v)
+    starts = sequence_starts(cu_seqlens, tokens)
     row = choose("flash_attention", q, size=head_dim)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if out.numel() == 0:
+        return out
     flash_attention_kernel[(triton.cdiv(tokens, row.blocks["BLOCK_M"]), heads, batch)](
         q, k, v, starts, alibi_slopes, out, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         tokens, scale, softcap, NO_WINDOW if window is None else min(window, NO_WINDOW),

@@ -1,6 +1,6 @@
 """Activations against a group-wise int4 weight matrix that is read once: int4_linear, gated_mlp on int4.
 
-The three regimes of `gpu/linear.py`. A tile has three dimensions, because scales come per group of inputs:
+The three regimes of `gpu/int8_linear.py`. A tile has three dimensions, because scales come per group of inputs:
 
     [BLOCK_N rows, GROUPS groups of a row, GROUP / 2 bytes of a group]
 
@@ -9,7 +9,7 @@ stretch of x, its high halves the next, and the scale, loaded as [BLOCK_N, GROUP
 group's bytes: no gather per element. The limit to watch is instructions, not bytes: at copy bandwidth an
 H200 multiprocessor receives 33 weights per clock and has 128 lanes to spend on them, 3.9 instructions each.
 Subtracting the zero point from the code as an integer, before the conversion, was the cheapest way found
-to unpack without inline assembly (6.7 per weight on sm_90; see kernels/README.md).
+to unpack without inline assembly (6.7 per weight on sm_90; see kernels/LOG.md).
 """
 
 import torch
@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minillm_kernels.gpu.linear import FEW_ROWS, activate, blocks, gated
+from minillm_kernels.gpu.int8_linear import FEW_ROWS, activate, blocks
 from minillm_kernels.gpu.softmax import INTERPRETED
 
 
@@ -50,7 +50,7 @@ def int4_gemv_kernel(
     first = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     row = first[:, None, None]
     step = tl.arange(0, GROUPS)[None, :, None]
-    # x is loaded through pointers of the tile's shape, as in gpu/linear.py
+    # x is loaded through pointers of the tile's shape, as in gpu/int8_linear.py
     element = tl.arange(0, GROUP // 2)[None, None, :] + tl.zeros([BLOCK_N, 1, 1], tl.int32)
     acc = tl.zeros([BLOCK_N, GROUPS, GROUP // 2], tl.float32)
     acc_up = tl.zeros([BLOCK_N, GROUPS, GROUP // 2], tl.float32)
@@ -140,20 +140,27 @@ def int4_dequantize_kernel(
     tl.store(pointer + GROUP // 2, high * s, mask=inside)
 
 
-def launch(
-    x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, bias: Tensor | None, activation: str | None
+def int4_linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    zero: Tensor,
+    group_size: int,
+    bias: Tensor | None = None,
+    activation: str | None = None,
 ) -> Tensor:
-    """x [..., K] times an int4 weight [N, K]: [..., N] in x's dtype.
+    """Launch for `minillm::int4_linear`; see there for the arguments.
 
-    With an activation the weight is [2N, K], gate rows first, and the result activation(gate) * up.
+    With an activation (at most FEW_ROWS rows) the weight is [2N, K], gate rows first, and the result
+    activation(gate) * up.
     """
     K, rows = x.shape[-1], packed.shape[0]
     N = rows // (1 if activation is None else 2)
     flat = x.reshape(-1, K).contiguous()  # [M, K]
-    packed, scale, zero = packed.contiguous(), scale.contiguous(), zero.contiguous()
+    packed = packed.contiguous()
     M = flat.shape[0]
     if M > FEW_ROWS:
-        return gated(F.linear(x, dequantize(packed, scale, zero, group_size, x.dtype), bias), activation)
+        return F.linear(x, dequantize(packed, scale, zero, group_size, x.dtype), bias)
     out = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     weight = (packed, scale, zero, bias)
     if M == 1:

@@ -9,6 +9,7 @@ import os
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
 # Triton's interpreter silently gets bfloat16 dot products and arithmetic wrong. Kernels widen to float32
 # right after a load when it runs; on a GPU the branch is not even compiled.
@@ -16,6 +17,13 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 NEVER = tl.constexpr(float("-inf"))
 NO_WINDOW = 2**31 - 1  # larger than any position: with it, position - window never masks anything
+
+
+def check_offsets(*tensors: Tensor) -> None:
+    """Raise ValueError when a row of [.., .., rows, D] is too far away for `load_rows`, which counts in int32."""
+    for tensor in tensors:
+        if tensor.shape[2] * tensor.stride(2) >= 2**31:
+            raise ValueError(f"rows {tensor.stride(2)} elements apart: {tensor.shape[2]} of them pass 2^31 elements")
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Activations against an int8 or dense weight matrix that is read once: int8_linear and gated_mlp.
+"""Activations against an int8 weight matrix that is read once: int8_linear, and gated_mlp on int8.
 
 Three regimes, by the number of rows M of x:
 
@@ -10,9 +10,8 @@ Three regimes, by the number of rows M of x:
     M > 16       many rows  write the weight out in x's dtype, then the library's matrix product.
                             bound by: arithmetic (the extra pass: 13 % at 2048 rows, by count)
 
-The same two kernels serve int8 weights (`scale` given) and dense ones (`scale` None), and compute one
-product or a gated pair: then rows n and n + N of the weight share every tile of x, and the activation is
-applied before anything is stored.
+The first two compute one product or a gated pair: then rows n and n + N of the weight share every tile of x, and
+the activation is applied before anything is stored.
 """
 
 import torch
@@ -62,10 +61,9 @@ def gemv_kernel(
 
     y = tl.sum(gate, 1)
     z = tl.sum(up, 1)
-    if scale is not None:
-        y *= tl.load(scale + row, mask=mask, other=0.0)
-        if ACTIVATION is not None:
-            z *= tl.load(scale + N + row, mask=mask, other=0.0)
+    y *= tl.load(scale + row, mask=mask, other=0.0)
+    if ACTIVATION is not None:
+        z *= tl.load(scale + N + row, mask=mask, other=0.0)
     if bias is not None:
         y += tl.load(bias + row, mask=mask, other=0.0).to(tl.float32)
     if ACTIVATION is not None:
@@ -100,10 +98,9 @@ def few_rows_kernel(
             w = widen(tl.load(up_rows + k, mask=inside, other=0, eviction_policy="evict_first"), a.dtype)
             up = tl.dot(w, a, up, input_precision="ieee")
 
-    if scale is not None:
-        gate *= tl.load(scale + row, mask=mask, other=0.0)[:, None]
-        if ACTIVATION is not None:
-            up *= tl.load(scale + N + row, mask=mask, other=0.0)[:, None]
+    gate *= tl.load(scale + row, mask=mask, other=0.0)[:, None]
+    if ACTIVATION is not None:
+        up *= tl.load(scale + N + row, mask=mask, other=0.0)[:, None]
     if bias is not None:
         gate += tl.load(bias + row, mask=mask, other=0.0).to(tl.float32)[:, None]
     if ACTIVATION is not None:
@@ -127,10 +124,13 @@ def dequantize_kernel(weight, scale, out, N, K: tl.constexpr, BLOCK_N: tl.conste
     tl.store(out + offset, w * tl.load(scale + row, mask=row < N, other=0.0)[:, None], mask=inside)
 
 
-def launch(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None, activation: str | None) -> Tensor:
-    """x [..., K] times weight [N, K] (int8 with scale [N], or x's dtype): [..., N] in x's dtype.
+def int8_linear(
+    x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None, activation: str | None = None
+) -> Tensor:
+    """Launch for `minillm::int8_linear`; see there for the arguments.
 
-    With an activation the weight is [2N, K], gate rows first, and the result activation(gate) * up.
+    With an activation (at most FEW_ROWS rows) the weight is [2N, K], gate rows first, and the result
+    activation(gate) * up.
     """
     K = x.shape[-1]
     N = weight.shape[0] // (1 if activation is None else 2)
@@ -138,8 +138,7 @@ def launch(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None,
     weight = weight.contiguous()
     M = rows.shape[0]
     if M > FEW_ROWS:
-        dense = weight if scale is None else dequantize(weight, scale, x.dtype)
-        return gated(F.linear(x, dense, bias), activation)
+        return F.linear(x, dequantize(weight, scale, x.dtype), bias)
     out = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     if M == 1:
         arguments = blocks("gemv", x, N, activation)
@@ -171,12 +170,3 @@ def dequantize(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     grid = (triton.cdiv(N, arguments["BLOCK_N"]), triton.cdiv(K, arguments["BLOCK_K"]))
     dequantize_kernel[grid](weight, scale, out, N, K=K, **arguments)
     return out
-
-
-def gated(y: Tensor, activation: str | None) -> Tensor:
-    """activation(first half) * second half of the last dimension; y itself without an activation."""
-    if activation is None:
-        return y
-    gate, up = y.float().chunk(2, dim=-1)
-    gate = F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")
-    return (gate * up).to(y.dtype)

@@ -1,9 +1,7 @@
-"""RMSNorm (with the residual addition) and RoPE with the cache write, one launch each.
+"""RoPE and the cache write in one launch.
 
-rms_norm: grid (rows)                 one program = one row, held in registers between the two passes
-                                      that a norm needs (sum of squares, then scaling): read once
-rope:     grid (B * T, H + KV)        one program = one head of one token; programs beyond H take a key
-                                      head: they rotate k into its slot and copy v beside it
+grid (B * T, H + KV): one program = one head of one token; programs beyond H take a key head: they rotate k into its
+slot and copy v beside it.
 """
 
 import torch
@@ -12,51 +10,6 @@ import triton.language as tl
 from torch import Tensor
 
 from minillm_kernels.launch import choose
-
-
-@triton.jit
-def rms_norm_kernel(
-    x, residual, weight, out, total, x_row, residual_row, eps, offset,
-    SIZE: tl.constexpr, BLOCK: tl.constexpr, MULTIPLY_IN_FP32: tl.constexpr,
-):  # fmt: skip
-    row = tl.program_id(0).to(tl.int64)
-    column = tl.arange(0, BLOCK)
-    mask = column < SIZE
-    h = tl.load(x + row * x_row + column, mask=mask, other=0.0).to(tl.float32)
-    if residual is not None:
-        h += tl.load(residual + row * residual_row + column, mask=mask, other=0.0).to(tl.float32)
-        h = h.to(out.dtype.element_ty).to(tl.float32)  # the stored sum is what gets normalised
-        tl.store(total + row * SIZE + column, h, mask=mask)
-    w = tl.load(weight + column, mask=mask, other=0.0).to(tl.float32)
-    h *= tl.rsqrt(tl.sum(h * h, 0) / SIZE + eps)
-    if MULTIPLY_IN_FP32:
-        h *= offset + w
-    else:
-        h = h.to(out.dtype.element_ty).to(tl.float32) * w
-    tl.store(out + row * SIZE + column, h, mask=mask)
-
-
-def launch_rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, multiply_in_fp32: bool
-) -> tuple[Tensor, Tensor | None]:
-    """(normed, x + residual), the second None without a residual."""
-    size = x.shape[-1]
-    rows = x.reshape(-1, size)  # [R, N], copied only if the rows are not evenly spaced
-    rows = rows if rows.stride(1) == 1 else rows.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    total = residual_rows = None
-    if residual is not None:
-        residual_rows = residual.reshape(-1, size)
-        residual_rows = residual_rows if residual_rows.stride(1) == 1 else residual_rows.contiguous()
-        total = torch.empty_like(out)
-    if rows.shape[0] > 0:
-        rms_norm_kernel[(rows.shape[0],)](
-            rows, residual_rows, weight.contiguous(), out, total,
-            rows.stride(0), 0 if residual is None else residual_rows.stride(0), eps, float(offset),
-            SIZE=size, BLOCK=triton.next_power_of_2(size), MULTIPLY_IN_FP32=multiply_in_fp32,
-            **choose("rms_norm", x, size).arguments(),
-        )  # fmt: skip
-    return out, total
 
 
 @triton.jit
@@ -106,7 +59,7 @@ def rope_and_cache_write_kernel(
             tl.store(target + channel, tl.load(source + channel, mask=channel < D), mask=channel < D)
 
 
-def launch_rope(
+def rope_and_cache_write(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -116,9 +69,11 @@ def launch_rope(
     v_cache: Tensor,
     cache_position: Tensor,
 ) -> Tensor:
-    """The Triton implementation of `minillm::rope_and_cache_write`; see there for the arguments."""
+    """Launch for `minillm::rope_and_cache_write`; see there for the arguments."""
     batch, tokens, heads, head_dim = q.shape
     out = torch.empty((batch, heads, tokens, head_dim), dtype=q.dtype, device=q.device)
+    if batch * tokens == 0:
+        return out
     rope_and_cache_write_kernel[(batch * tokens, heads + k.shape[2])](
         q, k, v, cos.contiguous(), sin.contiguous(), k_cache, v_cache, cache_position.contiguous(), out,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
