@@ -49,7 +49,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _complain(error: MinillmError | str) -> int:
-    print("minillm:", " ".join(str(error).split()), file=sys.stderr)
+    text = " ".join(str(error).split())
+    print("minillm:", text if len(text) <= 800 else f"{text[:400]} ... {text[-400:]}", file=sys.stderr)
     return 1
 
 
@@ -265,7 +266,7 @@ def _read(source: str, read: Callable[[], str]) -> str:
         text = read()
         text.encode()  # in some locales Python lets stray bytes in
     except (OSError, UnicodeError) as error:
-        raise RequestError(f"{source}: {error}") from None
+        raise RequestError(f"{source} cannot be read as text: {error}") from None
     return text
 
 

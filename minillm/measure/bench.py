@@ -172,9 +172,13 @@ def measure(
     Everything takes turns, the bandwidth too, so that a busy moment does not hit one number alone.
     Raises `RequestError` for a count below 1, or a length or cache that does not fit.
     """
-    for label, value in (("new_tokens", new_tokens), ("repeats", repeats), ("batch", min(batches, default=1))):
-        if value < 1:
-            raise RequestError(f"{label} must be at least 1, not {value}")
+    for label, value, most in (
+        ("new_tokens", new_tokens, 10**6),
+        ("repeats", repeats, 10**6),
+        *(("batch", rows, 1024) for rows in batches),
+    ):
+        if not 1 <= value <= most:
+            raise RequestError(f"{label} must be from 1 to {most}, not {value}")
     before = _process_peak()
     started = time.perf_counter()
     llm = load()
@@ -278,6 +282,8 @@ def bytes_per_token(model: Decoder, position: int) -> int:
 def _sizes(config: ModelConfig, lengths, capacities, new_tokens: int) -> tuple[list[int], list[int]]:
     """The lengths and capacities to measure, ascending; RequestError if one of the caller's does not fit."""
     room = config.max_positions - new_tokens - 1
+    if room < 1:
+        raise RequestError(f"new_tokens {new_tokens} leave no room: the model has {config.max_positions} positions")
     if lengths is None:
         lengths = [length for length in LENGTHS if length <= room] or [room]
     lengths = sorted(set(lengths))

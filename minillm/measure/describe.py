@@ -123,10 +123,10 @@ class Trace:
 
     def as_text(self) -> str:
         lines = [f"{len(self.tokens)} tokens: {' | '.join(map(repr, self.tokens))}", ""]
-        lines.append(f"{'operation':<31}{'result':<20}{'dtype':<10}{'ms':>8}")
+        lines.append(f"{'operation':<38}{'result':<20}{'dtype':<10}{'ms':>8}")
         for one in self.operations:
             dtype = str(one.dtype).removeprefix("torch.")
-            lines.append(f"{one.name:<31}{list(one.shape)!s:<20}{dtype:<10}{one.milliseconds:>8.3f}")
+            lines.append(f"{one.name:<38}{list(one.shape)!s:<20}{dtype:<10}{one.milliseconds:>8.3f}")
         candidates = ", ".join(f"{text!r} {p:.1%}" for text, p in self.candidates)
         return "\n".join([*lines, "", f"likeliest next tokens: {candidates}"])
 
@@ -158,14 +158,15 @@ def trace(llm: LLM, text: str) -> Trace:
     forward()  # the first pass pays for start-up
     operations: list[Operation] = []
 
-    def timed(name: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def timed(name: str, function: Callable) -> Callable:
         def run(*arguments):
             started = time.perf_counter()
             result = function(*arguments)
-            if result.is_cuda:
-                torch.cuda.synchronize(result.device)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             milliseconds = (time.perf_counter() - started) * 1e3
-            operations.append(Operation(name, tuple(result.shape), result.dtype, milliseconds))
+            first = result[0] if isinstance(result, tuple) else result
+            operations.append(Operation(name, tuple(first.shape), first.dtype, milliseconds))
             return result
 
         return run
@@ -173,12 +174,14 @@ def trace(llm: LLM, text: str) -> Trace:
     with ExitStack() as undo:
         for name, module in model.named_modules():
             if name.rsplit(".", 1)[-1] in _SHOWN and not isinstance(module, NoNorm):
-                module.forward = timed(name, module.forward)
-                undo.callback(delattr, module, "forward")
+                for method in {"forward", "add", "gated"} & set(dir(module)):
+                    setattr(module, method, timed(name, getattr(module, method)))
+                    undo.callback(delattr, module, method)
             if name.endswith(".attention"):
                 undo.callback(setattr, module, "backend", module.backend)
-                attend = timed(f"{name}.attend", module.backend.attend)
-                module.backend = dataclasses.replace(module.backend, attend=attend)
+                parts = ("rotate_and_write", "attend")
+                replaced = {part: timed(f"{name}.{part}", getattr(module.backend, part)) for part in parts}
+                module.backend = dataclasses.replace(module.backend, **replaced)
         logits = forward()[0, -1]  # [V]
     top = logits.softmax(dim=-1).topk(min(5, logits.shape[-1]))
     read = partial(llm.tokenizer.decode, skip_special_tokens=False)
