@@ -4,12 +4,14 @@ Generation has two phases with opposite bottlenecks. *Prefill* feeds the whole p
 tokens share each weight that is read, so it is bound by arithmetic. *Decoding* then adds one token per
 step, and each step reads every weight of the model for one column of output: it is bound by memory
 bandwidth. This room holds both, and `Row.commit`, which alone decides when a row is finished.
+
+Wherever a function takes a `Decoder`, `faster.steps.Steps` will do: it has the same parts and is called alike.
 """
 
 import math
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -21,7 +23,6 @@ from minillm.errors import NumericalError
 from minillm.model import Decoder
 from minillm.options import GenerationConfig
 from minillm.sampling import Sampling, next_token
-from minillm.steps import Steps
 from minillm.tokenizer import TextStream, Tokenizer
 
 _LOOK_EVERY = 8  # decode steps between two looks at an accelerator's tokens
@@ -78,7 +79,7 @@ class Row:
         return len(tokens)
 
 
-def prefill(model: Decoder | Steps, cache: StaticCache, ids: Sequence[Sequence[int]], start: Sequence[int]) -> Tensor:
+def prefill(model: Decoder, cache: StaticCache, ids: Sequence[Sequence[int]], start: Sequence[int]) -> Tensor:
     """Feed row b the tokens `ids[b]` at positions `start[b]`, `start[b] + 1`, ... in chunks of `cache.max_step`.
 
     Rows may differ in length; of a row without tokens the result means nothing. Returns the logits after each
@@ -115,7 +116,7 @@ def chunk_of(
 
 @torch.no_grad()  # and not inference mode: this function may be compiled, with tensors from outside
 def decode_one_token(
-    model: Decoder | Steps,
+    model: Callable[[Tensor, Tensor, StaticCache], Tensor],
     token: Tensor,
     cache_position: Tensor,
     cache: StaticCache,
@@ -163,13 +164,13 @@ def seen_tokens(rows: list[Row], logits: Tensor, sampling: Sampling) -> Tensor |
 
 
 @contextmanager
-def working(model: Decoder | Steps, cache: StaticCache) -> Iterator[None]:
+def working(model: Decoder, cache: StaticCache) -> Iterator[None]:
     """Around our own work between two yields: across one, a mode would leak into the caller's code."""
     with torch.inference_mode(), model.own_dtypes(), cache.turn():
         yield
 
 
-def start(model: Decoder | Steps, cache: StaticCache, rows: list[Row]) -> Tensor:
+def start(model: Decoder, cache: StaticCache, rows: list[Row]) -> Tensor:
     """Feed what the cache does not hold yet of each prompt; the logits of the first new token, `[B, V]`."""
     started, held = time.perf_counter(), reuse_prefix(cache, [row.prompt for row in rows])
     for row, count in zip(rows, held, strict=True):
@@ -178,7 +179,7 @@ def start(model: Decoder | Steps, cache: StaticCache, rows: list[Row]) -> Tensor
 
 
 def run(
-    model: Decoder | Steps,
+    model: Decoder,
     cache: StaticCache,
     rows: list[Row],
     sampling: Sampling,

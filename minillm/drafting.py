@@ -16,7 +16,6 @@ from minillm.cache import StaticCache
 from minillm.decode import chunk_of, prefill, reuse_prefix
 from minillm.model import Decoder
 from minillm.sampling import Sampling, distribution, penalized, sample, uniform
-from minillm.steps import Steps
 
 DRAFT_STREAM = 1  # random numbers beside plain decoding's stream 0, see `sampling.uniform`
 _MAX_NGRAM = 3  # the longest n-gram prompt lookup tries to match
@@ -95,17 +94,17 @@ class DraftModel:
     """Propose what a smaller model with the same tokenizer would say.
 
     Args:
-        steps: the draft.
+        model: the draft.
         target: the model that will verify. Of its vocabulary and the draft's (both may be padded) the shorter
             one is what can be proposed; the sizes of their weights give `cost`.
         num_tokens: drafts per step, or "auto".
         cache: the draft's own `StaticCache`. What it holds of the prompts already is not computed again.
     """
 
-    def __init__(self, steps: Steps, target: Decoder, num_tokens: int | str, cache: StaticCache):
-        self.steps, self.num_tokens, self.cache = steps, num_tokens, cache
+    def __init__(self, model: Decoder, target: Decoder, num_tokens: int | str, cache: StaticCache):
+        self.model, self.num_tokens, self.cache = model, num_tokens, cache
         self.vocab_size = target.config.vocab_size
-        self.cost = _weight_bytes(steps.model) / _weight_bytes(target)  # a decode step's time is reading its weights
+        self.cost = model.weight_bytes / target.weight_bytes  # a decode step's time is reading its weights
 
     def start(self, prompts: list[list[int]]) -> None:
         reuse_prefix(self.cache, [self._known(prompt) for prompt in prompts])
@@ -132,7 +131,7 @@ class DraftModel:
         for i in range(k):
             if i > 0:
                 feed = torch.where(i < wanted, place[:, i - 1], -1)  # [B]
-                logits = self.steps(tokens[-1][:, None], feed[:, None], self.cache)[:, -1]  # [B, V of the draft]
+                logits = self.model(tokens[-1][:, None], feed[:, None], self.cache)[:, -1]  # [B, V of the draft]
                 if seen is not None:
                     seen = seen.scatter(1, tokens[-1][:, None], True)
             shared = None if seen is None else seen[:, None, :common]  # [B, 1, common]
@@ -151,15 +150,11 @@ class DraftModel:
         """Logits after the tokens that the cache lacks of each row, `[B, V]`. One or two are fed as a step, which is
         recorded, and not as a prompt."""
         if max(map(len, missing)) > 2:
-            return prefill(self.steps, self.cache, missing, held)
+            return prefill(self.model, self.cache, missing, held)
         input_ids, position, _ = chunk_of(missing, held, 0, 2, self.cache.device)  # [B, T] each
-        logits = self.steps(input_ids, position, self.cache)  # [B, T, V]
+        logits = self.model(input_ids, position, self.cache)  # [B, T, V]
         return torch.stack([logits[b, len(row) - 1] for b, row in enumerate(missing)])
 
     def _known(self, ids: Sequence[int]) -> list[int]:
         """The ids as the draft can read them: one beyond its embedding becomes 0, which costs acceptance only."""
-        return [token if token < self.steps.config.vocab_size else 0 for token in ids]
-
-
-def _weight_bytes(model: Decoder) -> int:
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+        return [token if token < self.model.config.vocab_size else 0 for token in ids]

@@ -10,13 +10,13 @@ from minillm.cache import StaticCache
 from minillm.config import ModelConfig
 from minillm.drafting import Proposer
 from minillm.errors import BackendError, RequestError, first_line
+from minillm.faster.steps import Steps, check_compile
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import generation_defaults, load_config
 from minillm.load.hub import find_checkpoint
 from minillm.model import Decoder
 from minillm.options import DTYPES, GenerationConfig, merge_options
 from minillm.request import Completion, Prompt, Request
-from minillm.steps import Steps, check_compile
 from minillm.tokenizer import Tokenizer
 
 _DEFAULT_CONVERSATION = 4096  # tokens a conversation's cache holds unless told otherwise

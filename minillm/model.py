@@ -220,6 +220,11 @@ class Decoder(nn.Module):
         cap = self.config.final_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights, a matrix that embedding and head share once."""
+        return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
+
     def own_dtypes(self) -> AbstractContextManager:
         """Around arithmetic: a caller's `torch.autocast` must not choose the dtypes of a decoder that has its own."""
         device = self.embedding.weight.device.type

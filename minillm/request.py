@@ -236,7 +236,7 @@ def choose_proposer(
     _check_same_tokenizer(target.tokenizer, assistant.tokenizer)
     if assistant.device != target.device:
         raise RequestError(f"assistant_model is on {assistant.device}, the model on {target.device}: load both on one")
-    if isinstance(previous, DraftModel) and previous.steps is assistant.steps:
+    if isinstance(previous, DraftModel) and previous.model is assistant.steps:
         draft_cache = previous.cache
     else:
         size = min(cache.max_cache_len, assistant.config.max_positions)

@@ -31,7 +31,6 @@ from minillm.decode import Row, check_finite, holder, seen_tokens, start, workin
 from minillm.drafting import Draft, Proposer, no_draft
 from minillm.model import Decoder
 from minillm.sampling import Sampling, distribution, penalized, sample, uniform
-from minillm.steps import Steps
 
 _AUTO_LENGTHS = (1, 2, 4, 8)  # what "auto" chooses from: few, so that there are few shapes of verify steps
 _AUTO_DECAY = 0.9  # how fast "auto" forgets: about the last ten steps count
@@ -123,7 +122,7 @@ def _leading(keep: Tensor) -> Tensor:
 
 
 def run_speculative(
-    model: Decoder | Steps, cache: StaticCache, rows: list[Row], sampling: Sampling, logprobs: bool, proposer: Proposer
+    model: Decoder, cache: StaticCache, rows: list[Row], sampling: Sampling, logprobs: bool, proposer: Proposer
 ) -> Iterator[None]:
     """`decode.run` with drafts: the same contract, the same `Row.commit`, fewer passes of the target."""
     device = cache.device
@@ -170,7 +169,7 @@ def run_speculative(
 
 
 def _verify_step(
-    model: Decoder | Steps, cache: StaticCache, texts: list[list[int]], running: list[bool], draft: Draft, width: int
+    model: Decoder, cache: StaticCache, texts: list[list[int]], running: list[bool], draft: Draft, width: int
 ) -> Tensor:
     """Feed the newest token and the drafts of every running row; logits after each, `[B, k + 1, V]`.
 

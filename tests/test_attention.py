@@ -40,6 +40,13 @@ def config_with(heads, kv_heads, window):
 CASES = [(name, cap) for name in BACKENDS for cap in (None, 2.0) if cap is None or BACKENDS[name].softcap]
 
 
+def write(cache, k, v, view):
+    """k and v [B, T, KV, D] into their slots of the first layer."""
+    rows = torch.arange(cache.batch_size)[:, None]
+    cache.keys[0][rows, :, view.slots] = k
+    cache.values[0][rows, :, view.slots] = v
+
+
 @pytest.mark.parametrize(("backend", "softcap"), CASES)
 @pytest.mark.parametrize(("heads", "kv_heads"), [(6, 6), (6, 3), (6, 2), (6, 1), (1, 1)])
 @pytest.mark.parametrize("window", [None, 1, 5, 100])
@@ -59,7 +66,7 @@ def test_against_the_definition(backend, heads, kv_heads, window, softcap):
         index = position.clamp(min=0)
         rows = torch.arange(2)[:, None]
         view = cache.view(position, window)
-        cache.write(0, keys[rows, index], values[rows, index], view)
+        write(cache, keys[rows, index], values[rows, index], view)
         out = backend.attend(queries[rows, index], cache.keys[0], cache.values[0], view, spec)
         assert out.shape == (2, 4, heads * D)
         assert out.isfinite().all()  # padding rows included
@@ -86,7 +93,7 @@ def test_low_precision(backend, dtype):
     k, v = torch.randn(2, 1, 9, 2, config.head_dim, generator=generator).to(dtype)
     cache = StaticCache(config, 1, 16, dtype=dtype)
     view = cache.view(torch.arange(9)[None], None)
-    cache.write(0, k, v, view)
+    write(cache, k, v, view)
     out = BACKENDS[backend].attend(q, cache.keys[0], cache.values[0], view, spec)
     assert out.dtype == dtype
     expected = plain_attention(q[0].float(), k[0].float(), v[0].float(), list(range(9)), spec)
@@ -112,7 +119,7 @@ def test_a_query_at_the_start_sees_only_itself():
         cache = StaticCache(config, 1, 16)
         q, k, v = torch.randn(1, 1, 6, 12), torch.randn(1, 1, 3, 12), torch.randn(1, 1, 3, 12)
         view = cache.view(torch.tensor([[0]]), 5)
-        cache.write(0, k, v, view)
+        write(cache, k, v, view)
         spec = LayerSpec(window=5, rope=0, query_scale=1.0, softcap=None)
         out = backend.attend(q, cache.keys[0], cache.values[0], view, spec)  # [1, 1, H * D]
         torch.testing.assert_close(out.view(3, 2, 12), v[0, 0][:, None].expand(3, 2, 12))

@@ -4,19 +4,19 @@ import functools
 import os
 import subprocess
 import sys
-import tempfile
 
 import pytest
 import torch
 from families import FAMILIES, prompt_ids, save_checkpoint, seed_of
 from torch._dynamo.utils import counters
 
-from minillm import LLM, StaticCache, compiled, decode_one_token
+from minillm import LLM, StaticCache, decode_one_token
 from minillm.decode import prefill
 from minillm.errors import BackendError
+from minillm.faster import compiled
+from minillm.faster.steps import Steps
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
-from minillm.steps import Steps
 
 SAME = dict(rtol=0.0, atol=2e-5)  # against ourselves, see test_cache.py
 
@@ -160,48 +160,18 @@ def test_the_second_process_finds_what_the_first_compiled(tmp_path, text_tokeniz
     assert any(file.is_file() for file in kept.rglob("*"))
 
 
-def fill(folder, age):
-    (folder / "deep").mkdir(parents=True)
-    (folder / "deep" / "file").write_bytes(bytes(100))
-    os.utime(folder, (1000 - age, 1000 - age))
-    return folder
+def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("where a folder should be")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    assert compiled.artifact_folder() == {}
 
 
-def test_the_oldest_artifacts_make_room(tmp_path, monkeypatch):
-    monkeypatch.setattr(compiled, "MAX_BYTES", 250)
-    new, middle, old, oldest = (fill(tmp_path / f"model-{age:020x}", age) for age in range(4))
-    fill(tmp_path / "holiday pictures", 1000)
-    for _ in range(2):
-        compiled.make_room(oldest)
-        assert new.exists() and oldest.exists()
-        assert not middle.exists() and not old.exists()
-        assert (tmp_path / "holiday pictures" / "deep" / "file").exists()
-
-
-def test_a_folder_that_cannot_be_written_is_no_obstacle_and_nothing_is_deleted(tmp_path, monkeypatch, ours):
-    (tmp_path / "cache").write_text("a file where the folder should be")
-    monkeypatch.setattr(compiled, "MAX_BYTES", 0)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    neighbour, namesake = (fill(tmp_path / "temporary" / name, 1) for name in ("neighbour", f"model-{7:020x}"))
-    with compiled.artifact_folder(ours("llama3")) as folder:
-        assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(folder)
-        assert folder.parent == tmp_path / "temporary"
-    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ
-    assert neighbour.exists() and namesake.exists()
-
-
-def test_a_folder_the_user_chose_is_left_alone(tmp_path, monkeypatch, ours):
+def test_a_folder_the_user_chose_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
-    with compiled.artifact_folder(ours("llama3")) as folder:
-        assert folder == tmp_path / "mine"
-    assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "mine")
-    assert not (tmp_path / "cache").exists()
-
-
-def test_models_versions_and_formats_have_folders_of_their_own(checkpoint):
-    config = load_config(checkpoint("llama3"))
-    models = [load_decoder(checkpoint("llama3"), config, dtype, "cpu") for dtype in (torch.float32, torch.bfloat16)]
-    models.append(load_decoder(checkpoint("gemma2"), load_config(checkpoint("gemma2")), torch.float32, "cpu"))
-    names = [compiled._key(model) for model in models]
-    assert len(set(names)) == 3
-    assert compiled._key(models[0]) == names[0]
+    assert compiled.artifact_folder() == {}
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    folder = tmp_path / "cache" / "minillm" / "compiled"
+    assert compiled.artifact_folder() == {"TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    assert folder.is_dir()

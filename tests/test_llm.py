@@ -10,7 +10,7 @@ import transformers
 from families import FAMILIES, prompt_ids, reference_greedy, save_checkpoint
 
 from minillm import LLM, Completion, GenerationConfig, MinillmError, StaticCache
-from minillm.errors import BackendError, CheckpointError, ConfigError, RequestError, TokenizerError
+from minillm.errors import BackendError, CacheError, CheckpointError, ConfigError, RequestError, TokenizerError
 from minillm.load.hub import find_checkpoint
 from minillm.tokenizer import Tokenizer
 
@@ -398,12 +398,12 @@ def test_batched_cache_rows_reuse_their_own_prefix(llm):
 
 
 def test_a_cache_that_does_not_fit_the_request(llm, window_llm):
-    with pytest.raises(RequestError, match="rows"):
+    with pytest.raises(CacheError, match="rows"):
         llm.generate(PROMPTS, cache=cache_for(llm, rows=2), max_new_tokens=1)
-    with pytest.raises(RequestError, match="another model"):
+    with pytest.raises(CacheError, match="another model"):
         llm.generate(PROMPTS[0], cache=cache_for(window_llm), max_new_tokens=1)
     half = StaticCache(llm.config, 1, 64, dtype=torch.bfloat16)
-    with pytest.raises(RequestError, match="bfloat16"):
+    with pytest.raises(CacheError, match="bfloat16"):
         llm.generate(PROMPTS[0], cache=half, max_new_tokens=1)
 
 

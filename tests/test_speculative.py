@@ -14,11 +14,11 @@ from families import FAMILIES, make_model, prompt_ids, save_checkpoint
 
 from minillm import LLM, StaticCache, drafting, speculative
 from minillm.cli import main
-from minillm.drafting import DRAFT_STREAM, DraftLength, DraftModel, PromptLookup
+from minillm.drafting import DRAFT_STREAM, DraftModel, PromptLookup
 from minillm.errors import RequestError
+from minillm.faster.steps import Steps
 from minillm.sampling import Sampling
-from minillm.speculative import verify
-from minillm.steps import Steps
+from minillm.speculative import DraftLength, verify
 
 # -- verify, by enumeration ----------------------------------------------------------------------
 
@@ -189,7 +189,8 @@ def test_a_residual_that_rounds_to_nothing():
 
 
 def look_up(texts, counts):
-    lookup = PromptLookup(len(texts), 3, torch.device("cpu"))
+    lookup = PromptLookup(3, torch.device("cpu"))
+    lookup.start(texts)
     draft = lookup.propose(texts, counts, Sampling.uniform_rows([0] * len(texts), "cpu"), None)
     return [ids[:n] for ids, n in zip(draft.tokens.tolist(), draft.lengths, strict=True)]
 
@@ -208,7 +209,8 @@ def test_prompt_lookup_proposes_what_followed():
 
 def test_prompt_lookup_indexes_as_the_text_grows():
     text = prompt_ids(300, seed=1, vocabulary=12)
-    growing = PromptLookup(1, 3, torch.device("cpu"))
+    growing = PromptLookup(3, torch.device("cpu"))
+    growing.start([text[:3]])
     sampling = Sampling.uniform_rows([0], "cpu")
     for end in [3, 4, 9, 10, 11, 60, 299, 300]:
         draft = growing.propose([text[:end]], [5], sampling, None)
@@ -515,7 +517,7 @@ def test_the_draft_never_misses_a_key(llm):
     """After steps that accepted everything, the draft's keys are what reading the text at once gives."""
     rows = [llm.tokenizer.encode(p) for p in PROMPTS[:3]]
     cache = StaticCache(llm.config, 3, 100, dtype=llm.dtype)
-    drafter = DraftModel(llm.steps, llm.model, 3, cache, rows)
+    drafter = DraftModel(llm.steps, llm.model, 3, cache)
     sampling = Sampling.uniform_rows([0] * 3, "cpu")
     texts = [list(ids) for ids in rows]
     with torch.inference_mode():
@@ -544,7 +546,7 @@ def test_ids_the_draft_cannot_read(llm, window_llm, text_tokenizer_files):
     out = llm.generate(prompt, assistant_model=window_llm, num_assistant_tokens=3, **options)
     assert out.token_ids == llm.generate(prompt, **options).token_ids
     # The other way round the draft's surplus ids have no place in the target's distribution.
-    drafter = DraftModel(llm.steps, window_llm.model, 8, StaticCache(llm.config, 1, 64), [[5]])
+    drafter = DraftModel(llm.steps, window_llm.model, 8, StaticCache(llm.config, 1, 64))
     hot = Sampling.uniform_rows([1], "cpu", temperature=50.0)  # nearly uniform
     with torch.inference_mode():
         draft = drafter.propose([[5]], [8], hot, None)

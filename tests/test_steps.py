@@ -15,11 +15,11 @@ from rows import new_row
 from minillm import LLM, StaticCache, decode_one_token
 from minillm.decode import prefill, run
 from minillm.errors import BackendError
+from minillm.faster.steps import RecordedStep, Steps
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
 from minillm.options import GenerationConfig
 from minillm.sampling import Sampling
-from minillm.steps import RecordedStep, Steps
 from minillm.tokenizer import Tokenizer
 
 needs_c = pytest.mark.skipif(not cpu.available(), reason="steps are recorded from C calls: needs a C compiler")

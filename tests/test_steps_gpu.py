@@ -9,11 +9,11 @@ from rows import new_row
 
 from minillm.cache import StaticCache
 from minillm.decode import prefill, run
+from minillm.faster.steps import CapturedStep, Steps
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
 from minillm.options import GenerationConfig
 from minillm.sampling import Sampling
-from minillm.steps import CapturedStep, Steps
 from minillm.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.gpu

@@ -68,7 +68,7 @@ def facts(
 def how_it_runs(
     config: ModelConfig, device: torch.device, attention: str, compile: bool | str
 ) -> list[tuple[str, str]]:
-    """(name, value) pairs that say what would compute on this device, and how steps would run (see steps.py)."""
+    """(name, value) pairs that say what would compute on this device, and how steps would run (see faster/steps.py)."""
     backend = choose_backend(attention, config, device.type).name
     steps = "compiled" if compile is True else "as written"
     if compile == "auto" and device.type == "cuda":

@@ -18,10 +18,10 @@ import sys
 import time
 from collections.abc import Iterator
 from itertools import count, islice
+from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from minillm_kernels import cpu
 from torch import Tensor
 
 from minillm.attention import Rotary
@@ -94,13 +94,12 @@ class CompiledWalk:
             torch._dynamo.mark_static(tensor, 3)
         input_ids = torch.zeros(rows, tokens, dtype=torch.int64, device=weight.device)
         position = torch.arange(tokens, device=weight.device).repeat(rows, 1)  # [B, T]
-        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or str(cpu.cache_folder().parent / "compiled")
         started = time.perf_counter()
         print(f"minillm: compiling the decoder for {label} ...", end="", file=sys.stderr, flush=True)
         try:
             # A norm's epsilon is no size: left open, it costs a second compilation that finds that out.
             settings = torch._dynamo.config.patch(recompile_limit=64, specialize_float=True)
-            with settings, patch.dict(os.environ, TORCHINDUCTOR_CACHE_DIR=folder):
+            with settings, patch.dict(os.environ, artifact_folder()):
                 self._run(*self.model.embed(input_ids, position, cache), position, cache, bound, from_start)
         except RuntimeError as error:  # what PyTorch's compiler raises; its own message runs over pages
             reason = " ".join(str(error).strip().splitlines()[:2])
@@ -116,3 +115,13 @@ def _unlike(config: ModelConfig) -> Iterator[int]:
     """Small sizes, ascending, that no dimension of the model has, so that none is taken for another."""
     taken = {value for value in vars(config).values() if isinstance(value, int)}
     return (size for size in count(17) if size not in taken)
+
+
+def artifact_folder() -> dict[str, str]:
+    """The variable that says where PyTorch keeps what it compiles; nothing where the user says so, or it cannot be."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillm" / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return {}
+    return {} if "TORCHINDUCTOR_CACHE_DIR" in os.environ else {"TORCHINDUCTOR_CACHE_DIR": str(folder)}

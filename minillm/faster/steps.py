@@ -25,8 +25,8 @@ from minillm_kernels.linear import FEW_ROWS
 from torch import Tensor
 
 from minillm.cache import StaticCache
-from minillm.compiled import CompiledWalk
 from minillm.errors import BackendError
+from minillm.faster.compiled import CompiledWalk
 from minillm.model import Decoder
 
 
@@ -45,6 +45,7 @@ class Steps:
         self.model, self.config, self.embedding = model, model.config, model.embedding
         self.compiled = CompiledWalk(model) if compile is True else None
         self.embed, self.logits, self.own_dtypes = model.embed, model.logits, model.own_dtypes
+        self.weight_bytes = model.weight_bytes
         self.walk: Callable[..., Tensor] = self.compiled or model.walk
         device = model.embedding.weight.device.type
         self._make: Callable | None = None  # records a step, where steps can be recorded
