@@ -13,6 +13,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -37,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MinillmError as error:
         return _complain(error)
     except KeyboardInterrupt:
-        print(file=sys.stderr)
+        with suppress(OSError):
+            print(file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0  # whoever read our output (head, a pager) has enough
@@ -50,7 +52,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _complain(error: MinillmError | str) -> int:
     text = " ".join(str(error).split())
-    print("minillm:", text if len(text) <= 800 else f"{text[:400]} ... {text[-400:]}", file=sys.stderr)
+    with suppress(OSError):  # of a stderr that is full or closed: the status tells all the same
+        print("minillm:", text if len(text) <= 800 else f"{text[:400]} ... {text[-400:]}", file=sys.stderr)
     return 1
 
 
@@ -266,7 +269,7 @@ def _read(source: str, read: Callable[[], str]) -> str:
         text = read()
         text.encode()  # in some locales Python lets stray bytes in
     except (OSError, UnicodeError) as error:
-        raise RequestError(f"{source} cannot be read as text: {error}") from None
+        raise RequestError(f"{source} cannot be read as text: {getattr(error, 'strerror', None) or error}") from None
     return text
 
 
