@@ -3,14 +3,69 @@
     from minillm import LLM
     print(LLM.from_pretrained("demo").generate("Once upon a time").text)
 
-README.md says in which order to read the rooms.
+README.md says in which order to read the rooms. A name is fetched from its room when it is first asked for
+(PEP 562), so that what needs no PyTorch, such as `minillm --help`, does not wait for it.
 """
 
-from minillm.cache import StaticCache
-from minillm.decode import decode_one_token
-from minillm.errors import MinillmError
-from minillm.llm import LLM, Conversation
-from minillm.options import GenerationConfig
-from minillm.request import Completion
+from typing import TYPE_CHECKING
 
-__all__ = ["LLM", "Completion", "Conversation", "GenerationConfig", "MinillmError", "StaticCache", "decode_one_token"]
+from minillm.errors import (
+    BackendError,
+    CacheError,
+    CheckpointError,
+    ConfigError,
+    MinillmError,
+    RequestError,
+    TokenizerError,
+)
+from minillm.options import GenerationConfig
+
+__version__ = "0.1.0"
+__all__ = [
+    "LLM",
+    "BackendError",
+    "CacheError",
+    "CheckpointError",
+    "Completion",
+    "ConfigError",
+    "Conversation",
+    "GenerationConfig",
+    "MinillmError",
+    "RequestError",
+    "Sampling",
+    "StaticCache",
+    "Stats",
+    "TextStream",
+    "TokenizerError",
+    "decode_one_token",
+]
+
+if TYPE_CHECKING:
+    from minillm.cache import StaticCache
+    from minillm.decode import decode_one_token
+    from minillm.llm import LLM, Conversation
+    from minillm.request import Completion, Stats
+    from minillm.sampling import Sampling
+    from minillm.tokenizer import TextStream
+else:
+    _ROOMS = dict(
+        LLM="llm",
+        Completion="request",
+        Conversation="llm",
+        Sampling="sampling",
+        StaticCache="cache",
+        Stats="request",
+        TextStream="tokenizer",
+        decode_one_token="decode",
+    )
+
+    def __getattr__(name):
+        if name not in _ROOMS:
+            raise AttributeError(f"module 'minillm' has no attribute {name!r}")
+        import importlib
+
+        value = globals()[name] = getattr(importlib.import_module(f"minillm.{_ROOMS[name]}"), name)
+        return value
+
+    def __dir__():
+        return sorted({*globals(), *__all__})

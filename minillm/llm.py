@@ -9,7 +9,7 @@ from minillm.attention import choose_backend
 from minillm.cache import StaticCache
 from minillm.config import ModelConfig
 from minillm.drafting import Proposer
-from minillm.errors import BackendError, RequestError
+from minillm.errors import BackendError, RequestError, first_line
 from minillm.faster.steps import Steps, check_compile
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import generation_defaults, load_config
@@ -80,7 +80,7 @@ class LLM:
             # As a node of a graph a C kernel of ours costs more than what the compiler makes around the library's.
             attention = choose_backend("auto", config).name
         model = load_decoder(
-            folder, config, choose_dtype(dtype, config), _device(device), attention, quantize, quantize_head
+            folder, config, choose_dtype(dtype, config), choose_device(device), attention, quantize, quantize_head
         )
         llm = cls(model, tokenizer, config, defaults, str(name), compile)
         if llm.steps.compiled is not None:
@@ -220,10 +220,14 @@ def choose_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
     return getattr(torch, name)
 
 
-def _device(device: str | torch.device) -> torch.device:
+def choose_device(device: str | torch.device) -> torch.device:
+    """The torch device a user names; "auto" is a CUDA device if there is one. Raises `BackendError`."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return torch.device(device)
-    except RuntimeError as error:
-        raise BackendError(f"device {device!r}: {str(error).splitlines()[0]}") from None
+        chosen = torch.device(device)
+        torch.zeros(1, device=chosen).item()  # known to PyTorch, there, and holding numbers ("meta" does not)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = first_line(error).partition(". ")[0]
+        raise BackendError(f"device {str(device)!r} cannot be used: {reason}") from None
+    return chosen

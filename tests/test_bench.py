@@ -17,7 +17,7 @@ from minillm.errors import RequestError
 from minillm.llm import LLM
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
-from minillm.measure.bench import Report, Spread, bytes_per_token, measure, memory_bandwidth, save_plot
+from minillm.measure.bench import Speeds, Spread, bytes_per_token, measure, memory_bandwidth, save_plot
 from minillm.measure.perplexity import parse_format, read_documents, score_text, token_stream, windows
 
 DOCUMENTS = [
@@ -35,7 +35,7 @@ def text_file(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def report(text_checkpoint) -> Report:
+def speeds(text_checkpoint) -> Speeds:
     load = lambda: LLM.from_pretrained(text_checkpoint, dtype="bfloat16", device="cpu", quantize="int8")  # noqa: E731
     return measure(load, lengths=[40, 7, 40], capacities=[64, 20], new_tokens=5, repeats=3)
 
@@ -43,56 +43,56 @@ def report(text_checkpoint) -> Report:
 # ---- speed ----
 
 
-def test_everything_asked_for_is_measured_and_adds_up(report):
-    assert [one.prompt_tokens for one in report.prefill] == [7, 40]
-    assert [(one.position, one.capacity) for one in report.decode] == [(7, 13), (40, 46)]
-    assert [(one.position, one.capacity) for one in report.capacity] == [(7, 20), (7, 64)]
-    assert (report.format, report.device, report.repeats, report.new_tokens) == ("int8", "cpu", 3, 5)
-    assert report.load_seconds > 0 and report.first_request_seconds > 0
-    assert (report.compilations, report.compile_seconds) == (0, 0)
-    assert report.steps in ("recorded", "eager")  # eager without a C compiler
-    assert report.peak_bytes >= report.load_peak_bytes >= 0
-    for one in report.prefill:
+def test_everything_asked_for_is_measured_and_adds_up(speeds):
+    assert [one.prompt_tokens for one in speeds.prefill] == [7, 40]
+    assert [(one.position, one.capacity) for one in speeds.decode] == [(7, 13), (40, 46)]
+    assert [(one.position, one.capacity) for one in speeds.capacity] == [(7, 20), (7, 64)]
+    assert (speeds.format, speeds.device, speeds.repeats, speeds.new_tokens) == ("int8", "cpu", 3, 5)
+    assert speeds.load_seconds > 0 and speeds.first_request_seconds > 0
+    assert (speeds.compilations, speeds.compile_seconds) == (0, 0)
+    assert speeds.steps in ("recorded", "eager")  # eager without a C compiler
+    assert speeds.peak_bytes >= speeds.load_peak_bytes >= 0
+    for one in speeds.prefill:
         # The same three times, seen twice: tokens over seconds, order reversed.
         fastest, slowest = one.first_token_seconds.lowest, one.first_token_seconds.highest
         assert one.tokens_per_second.highest == pytest.approx(one.prompt_tokens / fastest)
         assert one.tokens_per_second.lowest == pytest.approx(one.prompt_tokens / slowest)
-    for one in [*report.decode, *report.capacity]:
+    for one in [*speeds.decode, *speeds.capacity]:
         speed = one.tokens_per_second
         assert 0 < speed.lowest <= speed.median <= speed.highest
-        percent = 100 * speed.median * one.bytes_per_token / report.bandwidth.median
+        percent = 100 * speed.median * one.bytes_per_token / speeds.bandwidth.median
         assert one.bandwidth_percent == pytest.approx(percent)
-    assert report.capacity[0].bytes_per_token == report.capacity[1].bytes_per_token  # cost follows the position
-    assert report.decode[0].bytes_per_token < report.decode[1].bytes_per_token
+    assert speeds.capacity[0].bytes_per_token == speeds.capacity[1].bytes_per_token  # cost follows the position
+    assert speeds.decode[0].bytes_per_token < speeds.decode[1].bytes_per_token
 
 
 def test_compiling_is_counted_and_not_called_loading(text_checkpoint, monkeypatch):
     # What is counted does not depend on what the compiler then makes.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     load = lambda: LLM.from_pretrained(text_checkpoint, dtype="float32", device="cpu", compile=True)  # noqa: E731
-    report = measure(load, lengths=[7, 40], capacities=[64], new_tokens=3, repeats=1)
-    assert (report.steps, report.compilations) == ("compiled", 2)
-    assert report.compile_seconds > report.load_seconds > 0
-    assert "compile, 2 graphs" in report.as_text()
+    speeds = measure(load, lengths=[7, 40], capacities=[64], new_tokens=3, repeats=1)
+    assert (speeds.steps, speeds.compilations) == ("compiled", 2)
+    assert speeds.compile_seconds > speeds.load_seconds > 0
+    assert "compile, 2 graphs" in speeds.as_text()
 
 
-def test_the_report_reads_as_text_json_and_picture(report, tmp_path):
-    text = report.as_text()
-    assert f"{report.decode[0].bandwidth_percent:.0f} % of memory bandwidth" in text.splitlines()[2]
+def test_the_report_reads_as_text_json_and_picture(speeds, tmp_path):
+    text = speeds.as_text()
+    assert f"{speeds.decode[0].bandwidth_percent:.0f} % of memory bandwidth" in text.splitlines()[3]
     assert "decode at 7 in a cache of 64, tokens/s" in text
-    raw = json.loads(json.dumps(report.as_dict()))
-    assert raw["decode"][0]["tokens_per_second"]["median"] == report.decode[0].tokens_per_second.median
-    assert set(raw) == set(Report.__dataclass_fields__)
-    save_plot(tmp_path / "speed.png", report)
+    raw = json.loads(json.dumps(speeds.as_dict()))
+    assert raw["decode"][0]["tokens_per_second"]["median"] == speeds.decode[0].tokens_per_second.median
+    assert set(raw) == set(Speeds.__dataclass_fields__)
+    save_plot(tmp_path / "speed.png", speeds)
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(RequestError, match=r"speed\.nonsense"):
-        save_plot(tmp_path / "speed.nonsense", report)
+        save_plot(tmp_path / "speed.nonsense", speeds)
 
 
-def test_without_matplotlib_the_extra_is_named(report, tmp_path, monkeypatch):
+def test_without_matplotlib_the_extra_is_named(speeds, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(RequestError, match=r"minillm\[plot\]"):
-        save_plot(tmp_path / "speed.png", report)
+        save_plot(tmp_path / "speed.png", speeds)
 
 
 def test_spread():
@@ -152,9 +152,9 @@ def test_sizes_that_do_not_fit_are_refused(arguments, message, llm):
 
 
 def test_defaults_leave_room_in_a_small_model(llm):
-    report = measure(lambda: llm, capacities=[], new_tokens=1, repeats=1)
-    assert [one.position for one in report.decode] == [64, 256]  # 1024 exceeds its 512 positions
-    assert report.capacity == []
+    speeds = measure(lambda: llm, capacities=[], new_tokens=1, repeats=1)
+    assert [one.position for one in speeds.decode] == [64, 256]  # 1024 exceeds its 512 positions
+    assert speeds.capacity == []
 
 
 def test_memory_is_read_at_a_possible_speed():

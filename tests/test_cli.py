@@ -1,14 +1,24 @@
 """The command: what it prints where, its exit status, and that a mistake is one line."""
 
+import dataclasses
 import io
 import json
 import os
+import pty
+import select
+import shlex
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
+from minillm import GenerationConfig, __version__
 from minillm.cli import main
+from minillm.llm import LLM
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture
@@ -69,26 +79,113 @@ def test_every_generation_option_reaches_the_library(run, llm):
         (["generate", "x", "--dtype", "float8"], "float8"),
         (["generate", "x", "--attention", "flesh"], "flesh"),
         (["generate", "x", "--model", "./nowhere"], "nowhere"),
-        (["chat", "--max-cache-len", "-3"], "max_cache_len"),
         (["inspect", "--model", "./nowhere"], "nowhere"),
+        (["inspect", "--model", "\udcff"], "no folder"),
+        (["inspect", "--model", "~nobody-of-this-name/x"], "cannot be a folder"),
+        (["inspect", "--model", "a" * 5000], "File name too long"),
+        (["inspect", "--model", "a/" * 2500], "File name too long"),
+        (["generate", "--file", "a" * 5000], "File name too long"),
+        (["generate", "x", "--device", "meta"], "device 'meta' cannot be used"),
+        (["inspect", "--device", "cuda:99"], "device 'cuda:99' cannot be used"),
+        (["inspect", "--device", "\udcff"], "cannot be used"),
+        (["inspect", "--quantize", "int5"], "int5"),
+        (["memory", "--context", "1000000"], "positions"),
+        (["memory", "--plot", "/"], "directory"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_one(arguments, told, capsys, text_checkpoint):
-    if "--model" not in arguments:
+    if arguments[0] != "memory" and "--model" not in arguments:
         arguments = [*arguments, "--model", str(text_checkpoint)]
     assert main(arguments) == 1
     captured = capsys.readouterr()
-    assert captured.out == ""
+    assert captured.out == "" or "--plot" in arguments
+    assert len(captured.err) < 1000
     assert captured.err.startswith("minillm: ")
     assert captured.err.count("\n") == 1
     assert told in captured.err
 
 
-@pytest.mark.parametrize("arguments", [[], ["sing"], ["generate", "x", "--top-k", "many"], ["chat", "--loud"]])
-def test_wrong_usage_is_status_two(arguments, capsys):
+@pytest.mark.parametrize(
+    "arguments, told",
+    [
+        ([], "COMMAND"),
+        (["sing"], "sing"),
+        (["generate", "x", "--top-k", "many"], "'many' is not a whole number"),
+        (["generate", "x", "--top-k", "9" * 5000], "is not a whole number"),
+        (["generate", "x", "--temperature", "warm"], "'warm' is not a number"),
+        (["generate", "x", "--num-assistant-tokens", "some"], "'some' is not a whole number"),
+        (["generate", "\udcff"], "argument prompt: '\\udcff' is not valid text"),
+        (["generate", "x", "--stop", "\udcff"], "argument --stop: '\\udcff' is not valid text"),
+        (["chat", "--loud"], "--loud"),
+        (["chat", "--max-cache-len", "-3"], "--max-cache-len: '-3' is not from 1"),
+        (["chat", "--max-cache-len", "0"], "--max-cache-len: '0' is not from 1"),
+        (["bench", "--lengths", "64,,5"], "--lengths: '' is not a whole number"),
+        (["bench", "--lengths", "64,0"], "--lengths: '0' is not from 1"),
+        (["bench", "--capacities", str(10**12)], "--capacities: '1000000000000' is not from 1 to 1000000"),
+        (["bench", "--new-tokens", "-1"], "--new-tokens: '-1'"),
+        (["bench", "--repeats", "0"], "--repeats: '0'"),
+        (["bench", "--batch", "4,x"], "--batch: 'x'"),
+        (["memory", "--batch", str(10**12)], "--batch: '1000000000000'"),
+        (["memory", "--context", "0"], "--context: '0'"),
+    ],
+)
+def test_wrong_usage_is_status_two(arguments, told, capsys):
     with pytest.raises(SystemExit) as exit:
         main(arguments)
     assert exit.value.code == 2
+    assert told in capsys.readouterr().err.replace("\\\\", "\\")
+
+
+def test_every_option_of_a_request_has_its_flag(run, monkeypatch):
+    """A field that GenerationConfig gains reaches `generate` and `chat` without a word here."""
+    fields = [field for field in dataclasses.fields(GenerationConfig) if field.metadata["flag"]]
+    assert {"temperature", "min_p", "seed", "num_assistant_tokens"} <= {field.name for field in fields}
+    asked, flags = {}, []
+    for number, field in enumerate(fields):
+        kind, flag = field.metadata["kind"], f"--{field.name.replace('_', '-')}"
+        value = {int: 3 + number, float: 0.25 + number / 100, str: f"stop {number}"}[kind]
+        flags += [flag if field.name != "stop_strings" else "--stop", str(value)]
+        asked[field.name] = [value] if kind is str else value
+    seen = []
+
+    class Asked(Exception):
+        pass
+
+    def stop(self, *arguments, **options):
+        seen.append(options)
+        raise Asked
+
+    for name, command in (("generate", ["generate", "x"]), ("conversation", ["chat"])):
+        monkeypatch.setattr(LLM, name, stop)
+        with pytest.raises(Asked):
+            run(*command, *flags, "--stop", "again", "--num-assistant-tokens", "auto")
+    expected = asked | {"assistant_model": None, "num_assistant_tokens": "auto"}
+    expected["stop_strings"] = [*asked["stop_strings"], "again"]
+    assert seen == [expected, expected]
+
+
+def test_help_and_mistakes_do_not_wait_for_pytorch():
+    """Every --help, --version, wrong usage and options out of range, in a process where importing torch fails."""
+    code = """
+import sys
+sys.modules["torch"] = None
+from minillm.cli import main
+for line in sys.stdin.read().splitlines():
+    try:
+        print(line, "->", main(line.split()))
+    except SystemExit as exit:
+        print(line, "->", exit.code)
+"""
+    commands = "generate chat inspect bench memory quantize".split()
+    lines = ["--help", "--version", *(f"{name} --help" for name in commands), "chat --loud", "generate x --top-p 2"]
+    done = subprocess.run(
+        [sys.executable, "-c", code], input="\n".join(lines), capture_output=True, text=True, cwd=ROOT
+    )
+    assert done.stderr.endswith("minillm: top_p must be a number from 1e-06 to 1, not 2.0\n")
+    statuses = [line for line in done.stdout.splitlines() if " -> " in line]
+    wanted = [0] * (len(lines) - 2) + [2, 1]
+    assert statuses == [f"{line} -> {status}" for line, status in zip(lines, wanted, strict=True)]
+    assert f"minillm {__version__}" in done.stdout
 
 
 def test_chat_answers_each_line(run, llm):
@@ -144,3 +241,165 @@ def test_the_installed_command_in_a_pipe(text_checkpoint):
 def test_eos_ids_are_shown(run, text_checkpoint):
     eos = json.loads((text_checkpoint / "config.json").read_text())["eos_token_id"]
     assert f"EOS ids             {eos}\n" in run("inspect")[1]
+
+
+def test_inspect_says_how_the_model_would_run(run, llm):
+    """Without reading weights, and as it then is."""
+    rows = dict(line.split(maxsplit=1) for line in run("inspect")[1].splitlines() if not line.startswith(" "))
+    steps = {"recorded": "recorded", "eager": "as written"}[llm.steps.kind]
+    assert rows["device"] == "cpu" and rows["steps"] == steps
+    assert f"attention by        {llm.model.blocks[0].attention.backend.name}\n" in run("inspect")[1]
+    assert "steps               as written\n" in run("inspect", "--attention", "math")[1]
+    assert "steps               compiled\n" in run("inspect", "--compile", "on")[1]
+
+
+def test_a_trace_of_no_or_too_many_tokens(run):
+    status, _, err = run("inspect", "--trace", "a " * 600)
+    assert (status, err.count("\n")) == (1, 1) and "512" in err
+
+
+# ---- as a process: streams, signals, hostile arguments ----
+
+
+def shell(line: str, **environ) -> subprocess.CompletedProcess:
+    """Run a line of bash in which $M is the command, as users run it (PYTHONUNBUFFERED hides what happens at exit)."""
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = {"M": f"{shlex.quote(sys.executable)} -m minillm", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        ["bash", "-c", line], env=inherited | command | environ, cwd=ROOT, capture_output=True, timeout=60
+    )
+
+
+SHORT = "--max-new-tokens 2 --temperature 0"
+
+
+@pytest.mark.parametrize(
+    "line, status, told",
+    [
+        # streams that are closed, full, or read no further
+        ("$M --help >&-", 1, "stdout is closed"),
+        ("$M generate x >&- <&- 2>&-", 1, ""),
+        ("$M --help >/dev/full", 1, "No space left"),
+        ("PYTHONUNBUFFERED=1 $M memory >/dev/full", 1, "No space left"),
+        ("$M generate x --top-p 2 2>/dev/full", 1, ""),
+        ("$M generate x --top-p 2 2>&-", 1, ""),
+        ("$M --help | true; exit ${PIPESTATUS[0]}", 0, ""),
+        ("$M generate --help | head -1; exit ${PIPESTATUS[0]}", 0, ""),
+        ("$M memory --json | head -1; exit ${PIPESTATUS[0]}", 0, ""),
+        ("$M chat <&-", 0, ""),
+        (f"$M generate x {SHORT} <&- 2>&-", 0, ""),
+        # text that is none
+        ("$M generate $'a\\xffb'", 2, "is not valid text"),
+        ("echo 'Grüße' | PYTHONIOENCODING=ascii $M chat", 1, "stdin cannot be read as text: 'ascii'"),
+        ("printf 'a\\xff' | LC_ALL=C.UTF-8 $M generate", 1, "stdin cannot be read as text"),
+    ],
+)
+def test_a_process_ends_in_one_line_at_most(line, status, told):
+    done = shell(line)
+    error = done.stderr.decode()
+    assert "Traceback" not in error and "Exception ignored" not in error
+    assert done.returncode == status, error
+    assert told in error
+    assert status == 2 or error.count("\n") == bool(told)
+    assert len(error) < 1200
+
+
+def test_what_the_terminal_cannot_show_is_escaped():
+    done = shell(f"$M generate 'Grüße 👨' {SHORT}", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(b"Gr\\xfc\\xdfe \\U0001f468")
+
+
+def test_an_empty_CC_is_no_compiler_named():
+    done = shell(f"$M generate x {SHORT}", CC="")
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.startswith(b"x")
+
+
+# Interrupts the process when it begins to import a module.
+INTERRUPTED = """
+import os, runpy, signal, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        if name == {module!r}:
+            os.kill(os.getpid(), signal.{signal})
+sys.meta_path.insert(0, Finder)
+sys.argv = ["minillm", "memory"]
+runpy.run_module("minillm", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "module, name", [("minillm.cli", "SIGINT"), ("torch", "SIGINT"), ("numpy", "SIGINT"), ("torch._ops", "SIGTERM")]
+)
+def test_an_interrupt_while_importing(module, name):
+    """C code that imports turns an exception into another error, or into none: the process must end all the same."""
+    code = INTERRUPTED.format(module=module, signal=name)
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + getattr(signal, name), b"", b"")
+
+
+def test_an_interrupt_while_generating_is_told_in_an_empty_line(run, monkeypatch):
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(LLM, "generate", interrupted)
+    assert run("generate", "x") == (130, "", "\n")
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("command", ["generate x --stream", "chat"])
+def test_a_signal_while_text_is_printed(command, number, status, text_checkpoint):
+    arguments = f"{command} --max-new-tokens 400 --temperature 0 --model".split()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minillm", *arguments, text_checkpoint],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    process.stdin.write(b"Hello\n" * 50)
+    process.stdin.flush()
+    assert process.stdout.read(2)
+    process.send_signal(number)
+    out, error = process.communicate(timeout=30)
+    assert process.returncode == status
+    assert error.strip() == b""
+    assert out.endswith(b"\n")
+
+
+def test_an_ignored_interrupt_stays_ignored():
+    """A script starts its background jobs so: Ctrl-C is meant for the script."""
+    done = shell("trap '' INT; $M --version & sleep 0.02; kill -INT $!; wait $!")
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_ctrl_c_on_a_terminal_ends_the_answer_and_not_the_chat(text_checkpoint):
+    ours, theirs = pty.openpty()
+    arguments = "chat --max-new-tokens 400 --temperature 0 --model".split()
+    process = subprocess.Popen(
+        [sys.executable, "-m", "minillm", *arguments, text_checkpoint],
+        stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    seen = b""
+
+    def wait_for(end: bytes) -> None:
+        nonlocal seen
+        while end not in seen:
+            assert select.select([ours], [], [], 30)[0], f"{end!r} did not come after {seen!r}"
+            seen += os.read(ours, 1000)
+        seen = seen.partition(end)[2]
+
+    try:
+        wait_for(b"> ")
+        os.write(ours, b"Hello\n")
+        wait_for(b"Hello\r\n")
+        assert select.select([ours], [], [], 30)[0]  # the answer begins
+        process.send_signal(signal.SIGINT)
+        wait_for(b"\r\n> ")
+        os.write(ours, b"\x04")
+        assert process.wait(timeout=30) == 0
+        assert b"Traceback" not in seen
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+        os.close(theirs)

@@ -43,7 +43,7 @@ import json, sys, time
 start = time.perf_counter()
 import torch
 middle, cpu, before = time.perf_counter(), time.process_time(), set(sys.modules)
-import minillm
+from minillm import LLM
 print(json.dumps({
     "torch": middle - start, "minillm": time.perf_counter() - middle, "cpu": time.process_time() - cpu,
     "new": sorted(set(sys.modules) - before),

@@ -21,8 +21,8 @@ from minillm.measure.memory import (
     estimate,
     format_bytes,
     kv_values,
+    model_sizes,
     parameter_count,
-    report,
     score_bytes,
     weight_bytes,
 )
@@ -146,7 +146,7 @@ def test_impossible_requests(arguments, told, checkpoint):
     folder = checkpoint("llama3")
     request = {"batch_size": 1, "context": None} | arguments
     with pytest.raises(RequestError, match=told):
-        report(load_config(folder), torch.float32, name="x", folder=folder, **request)
+        model_sizes(load_config(folder), torch.float32, name="x", folder=folder, **request)
 
 
 @pytest.fixture(scope="module")

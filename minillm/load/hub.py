@@ -37,10 +37,16 @@ def find_checkpoint(
     """
     if str(name) in DEMOS:
         return DEMOS[str(name)]
-    folder = Path(name).expanduser()
-    if str(name) and folder.is_dir():
+    try:
+        folder = Path(name).expanduser()
+        there, holds_files = bool(str(name)) and folder.exists(), folder.is_dir()
+    except (OSError, RuntimeError, ValueError) as error:  # too long a name, nobody's home, a NUL
+        raise CheckpointError(
+            f"{str(name)!r} cannot be a folder: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    if there and holds_files:
         return folder
-    if str(name) and folder.exists():
+    if there:
         raise CheckpointError(f"{name} is a file; give the folder that holds config.json and the .safetensors files")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
         raise CheckpointError(f"no folder {str(name)!r}, and it is no Hub id (owner/name) nor one of {list(DEMOS)}")

@@ -5,30 +5,36 @@ its floor is known in advance: bytes / bandwidth. `measure` times both in the sa
 as a percentage. Times are seconds, sizes bytes.
 """
 
+import os
 import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import torch
 
 from minillm.cache import StaticCache
 from minillm.config import ModelConfig
-from minillm.errors import RequestError
+from minillm.errors import RequestError, first_line
 from minillm.linear import Int4Linear, QuantizedLinear
 from minillm.llm import LLM
 from minillm.measure.memory import format_bytes, weight_bytes
 from minillm.measure.plot import picture
 from minillm.model import Decoder
+from minillm.progress import progress_bar
 from minillm.tokenizer import Tokenizer
 
 LENGTHS = (64, 256, 1024)  # prompts, and so positions at which decoding is timed
 CAPACITIES = (128, 1024, 4096, 16384)  # of a cache in which the shortest prompt is continued
 _BUFFER = {"cpu": 256 << 20, "cuda": 1 << 30}  # bytes to read for the bandwidth: far more than a cache holds
+_FEATURES = dict(
+    amx_int8="AMX", avx512_vnni="AVX-512 VNNI", avx512_bf16="AVX-512 BF16", avx_vnni="AVX VNNI", asimddp="NEON dot"
+)
 _PLAIN = {"temperature": 0, "eos_token_id": [], "repetition_penalty": 1.0}  # nothing but the model, to the last token
 _TEXT = "The quick brown fox jumps over the lazy dog, and the dog does not mind. "
 
@@ -67,12 +73,22 @@ class Decode:
 
 
 @dataclass(frozen=True)
-class Report:
+class Batch:
+    """Decoding `rows` rows at once, all of them at the position of the headline."""
+
+    rows: int
+    tokens_per_second: Spread  # of all rows together
+    row_percent: float  # the speed of one of them, of what it has alone
+
+
+@dataclass(frozen=True)
+class Speeds:
     """What `minillm bench` shows; the first entry of `decode` is the headline."""
 
     name: str
     format: str  # of the weights
     device: str
+    features: list[str]  # of the processor: what it has for products of small numbers
     threads: int
     torch: str
     new_tokens: int  # decoded per measurement, after the first one
@@ -89,6 +105,8 @@ class Report:
     prefill: list[Prefill]
     decode: list[Decode]  # at every length, each in a cache that is just long enough
     capacity: list[Decode]  # at the shortest length, in caches of growing capacity
+    batch: list[Batch]
+    busy: Spread | None  # tokens per second of the headline while another process kept one core busy
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -99,6 +117,7 @@ class Report:
         lines = [
             f"{self.name}: {self.format} on {self.device}, {self.threads} threads, torch {self.torch}, "
             f"steps {self.steps}",
+            f"processor: {', '.join(self.features) or 'nothing special for small numbers'}",
             "",
             f"{best.bandwidth_percent:.0f} % of memory bandwidth: {speed:.1f} tokens/s x {size / 1e6:.1f} MB = "
             f"{speed * size / 1e9:.1f} of {self.bandwidth.median / 1e9:.1f} GB/s",
@@ -112,24 +131,23 @@ class Report:
             "",
             f"{f'median of {self.repeats}':<42}{'median':>10}{'lowest':>10}{'highest':>10}",
         ]
+
+        def line(label: str, spread: Spread, scale: float = 1.0, note: str = "") -> None:
+            lines.append(f"{label:<42}" + "".join(f"{number * scale:>10.1f}" for number in astuple(spread)) + note)
+
         for one in self.prefill:
-            lines.append(_line(f"time to first token, prompt {one.prompt_tokens}, ms", one.first_token_seconds, 1e3))
-            lines.append(_line(f"prefill, prompt {one.prompt_tokens}, tokens/s", one.tokens_per_second))
+            line(f"time to first token, prompt {one.prompt_tokens}, ms", one.first_token_seconds, 1e3)
+            line(f"prefill, prompt {one.prompt_tokens}, tokens/s", one.tokens_per_second)
         for one in self.decode:
-            lines.append(_line(f"decode at position {one.position}, tokens/s", one.tokens_per_second))
+            line(f"decode at position {one.position}, tokens/s", one.tokens_per_second)
         for one in self.capacity:
-            label = f"decode at {one.position} in a cache of {one.capacity}, tokens/s"
-            lines.append(_line(label, one.tokens_per_second))
-        lines.append(_line("memory bandwidth, GB/s", self.bandwidth, 1e-9))
+            line(f"decode at {one.position} in a cache of {one.capacity}, tokens/s", one.tokens_per_second)
+        for one in self.batch:
+            line(f"decode {one.rows} rows, tokens/s", one.tokens_per_second, 1, f"   a row {one.row_percent:.0f} %")
+        if self.busy is not None:
+            line("decode beside a busy process, tokens/s", self.busy, 1, f"   {self.busy.median / speed:.2f} of quiet")
+        line("memory bandwidth, GB/s", self.bandwidth, 1e-9)
         return "\n".join(lines)
-
-
-def _line(label: str, spread: Spread, scale: float = 1.0) -> str:
-    numbers = (spread.median, spread.lowest, spread.highest)
-    return f"{label:<42}" + "".join(f"{number * scale:>10.1f}" for number in numbers)
-
-
-# ---- speed ----
 
 
 def measure(
@@ -138,7 +156,9 @@ def measure(
     capacities: Sequence[int] | None = None,
     new_tokens: int = 32,
     repeats: int = 5,
-) -> Report:
+    batches: Sequence[int] = (),
+    busy: bool = False,
+) -> Speeds:
     """Load a model and time it, greedy, one row.
 
     Args:
@@ -146,13 +166,19 @@ def measure(
         lengths: prompt lengths; decoding is timed right after each. Default: those of LENGTHS that fit.
         capacities: cache sizes in which the shortest prompt is also continued. Default: CAPACITIES.
         new_tokens: tokens decoded per measurement. repeats: rounds; each measures everything once.
+        batches: numbers of rows that also continue the shortest prompt, all at once.
+        busy: at the end, also time the headline beside a process that keeps one core busy.
 
     Everything takes turns, the bandwidth too, so that a busy moment does not hit one number alone.
-    Raises `RequestError` for a count below 1 or a length that does not fit.
+    Raises `RequestError` for a count below 1, or a length or cache that does not fit.
     """
-    for label, value in (("new_tokens", new_tokens), ("repeats", repeats)):
-        if value < 1:
-            raise RequestError(f"{label} must be at least 1, not {value}")
+    for label, value, most in (
+        ("new_tokens", new_tokens, 10**6),
+        ("repeats", repeats, 10**6),
+        *(("batch", rows, 1024) for rows in batches),
+    ):
+        if not 1 <= value <= most:
+            raise RequestError(f"{label} must be from 1 to {most}, not {value}")
     before = _process_peak()
     started = time.perf_counter()
     llm = load()
@@ -166,37 +192,59 @@ def measure(
     load_peak = peak()
     lengths, capacities = _sizes(llm.config, lengths, capacities, new_tokens)
     prompts = {length: _prompt(llm.tokenizer, length) for length in lengths}
-    first_request, _ = _request(llm, prompts[lengths[0]], 1)
-    _request(llm, prompts[lengths[-1]], new_tokens)  # warm up, and the peak
+    first_request, _ = _request(llm, [prompts[lengths[0]]], 1)
+    _request(llm, [prompts[lengths[-1]]], new_tokens)  # warm up, and the peak
     longest_peak = peak()
 
-    caches = [StaticCache(llm.config, 1, size, llm.device, llm.dtype) for size in capacities]
-    for cache in caches:
-        _request(llm, prompts[lengths[0]], 1, cache)
-    firsts, steps = {n: [] for n in lengths}, {n: [] for n in lengths}
-    steps_in, bandwidths = [[] for _ in caches], []
-    with progress_bar(repeats * (len(lengths) + len(caches)), "measuring") as advance:
+    def cache(rows: int, size: int) -> StaticCache:
+        try:
+            return StaticCache(llm.config, rows, size, llm.device, llm.dtype)
+        except (RuntimeError, MemoryError) as error:
+            raise RequestError(f"no memory for a cache of {rows} x {size} tokens: {first_line(error)}") from None
+
+    # What is timed, each in a cache of its own, and (seconds to the first token, seconds per token) of every round.
+    shortest, room = lengths[0], new_tokens + 1
+    timed = {("decode", n): ([prompts[n]], None) for n in lengths}
+    timed |= {("capacity", size): ([prompts[shortest]], cache(1, size)) for size in capacities}
+    timed |= {
+        ("batch", rows): ([prompts[shortest]] * rows, cache(rows, shortest + room)) for rows in sorted(set(batches))
+    }
+    times, bandwidths = {key: [] for key in timed}, []
+    for prompt, held in timed.values():
+        _request(llm, prompt, 1, held)
+    with progress_bar(repeats * len(timed), "measuring") as advance:
         for _ in range(repeats):
             bandwidths.append(memory_bandwidth(llm.device))
-            for length in lengths:
-                first, step = _request(llm, prompts[length], new_tokens)
-                firsts[length].append(first)
-                steps[length].append(step)
-                advance()
-            for cache, times in zip(caches, steps_in, strict=True):
-                times.append(_request(llm, prompts[lengths[0]], new_tokens, cache)[1])
+            for key, (prompt, held) in timed.items():
+                times[key].append(_request(llm, prompt, new_tokens, held))
                 advance()
     bandwidth = Spread.of(bandwidths)
 
-    def decode(position: int, capacity: int, times: list[float]) -> Decode:
-        speed = Spread.of([1 / seconds for seconds in times])
-        size = bytes_per_token(llm.model, position + (new_tokens + 1) // 2)
-        return Decode(position, capacity, speed, size, 100 * size * speed.median / bandwidth.median)
+    def speed(kind: str, size: int, rows: int = 1) -> Spread:
+        return Spread.of([rows / step for _, step in times[kind, size]])
 
-    return Report(
+    def decode(kind: str, size: int, position: int, capacity: int) -> Decode:
+        found, read = speed(kind, size), bytes_per_token(llm.model, position + room // 2)
+        return Decode(position, capacity, found, read, 100 * read * found.median / bandwidth.median)
+
+    def prefill(length: int) -> Prefill:
+        firsts = [first for first, _ in times["decode", length]]
+        return Prefill(length, Spread.of(firsts), Spread.of([length / first for first in firsts]))
+
+    def batch(rows: int) -> Batch:
+        found = speed("batch", rows, rows)
+        return Batch(rows, found, 100 * found.median / rows / speed("decode", shortest).median)
+
+    beside = None
+    if busy:
+        with busy_process():
+            seconds = [_request(llm, [prompts[shortest]], new_tokens)[1] for _ in range(repeats)]
+        beside = Spread.of([1 / one for one in seconds])
+    return Speeds(
         name=llm.name,
         format=format_name(llm),
         device=device_name(llm.device),
+        features=processor_features(),
         threads=torch.get_num_threads(),
         torch=torch.__version__,
         new_tokens=new_tokens,
@@ -210,9 +258,11 @@ def measure(
         load_peak_bytes=load_peak,
         peak_bytes=longest_peak,
         bandwidth=bandwidth,
-        prefill=[Prefill(n, Spread.of(firsts[n]), Spread.of([n / t for t in firsts[n]])) for n in lengths],
-        decode=[decode(n, n + new_tokens + 1, steps[n]) for n in lengths],
-        capacity=[decode(lengths[0], size, times) for size, times in zip(capacities, steps_in, strict=True)],
+        prefill=[prefill(n) for n in lengths],
+        decode=[decode("decode", n, n, n + room) for n in lengths],
+        capacity=[decode("capacity", size, shortest, size) for size in capacities],
+        batch=[batch(rows) for kind, rows in timed if kind == "batch"],
+        busy=beside,
     )
 
 
@@ -232,6 +282,8 @@ def bytes_per_token(model: Decoder, position: int) -> int:
 def _sizes(config: ModelConfig, lengths, capacities, new_tokens: int) -> tuple[list[int], list[int]]:
     """The lengths and capacities to measure, ascending; RequestError if one of the caller's does not fit."""
     room = config.max_positions - new_tokens - 1
+    if room < 1:
+        raise RequestError(f"new_tokens {new_tokens} leave no room: the model has {config.max_positions} positions")
     if lengths is None:
         lengths = [length for length in LENGTHS if length <= room] or [room]
     lengths = sorted(set(lengths))
@@ -254,11 +306,24 @@ def _prompt(tokenizer: Tokenizer, length: int) -> list[int]:
     return (ids * (length // len(ids) + 1))[:length]
 
 
-def _request(llm: LLM, prompt: list[int], new_tokens: int, cache: StaticCache | None = None) -> tuple[float, float]:
-    """(seconds to the first token, seconds per token of the `new_tokens` after it)."""
+def _request(
+    llm: LLM, prompts: list[list[int]], new_tokens: int, cache: StaticCache | None = None
+) -> tuple[float, float]:
+    """(seconds to the first token, seconds per step of the `new_tokens` after it)."""
     started = time.perf_counter()
-    stats = llm.generate(prompt, cache=cache, max_new_tokens=new_tokens + 1, **_PLAIN).stats
+    stats = llm.generate(prompts, cache=cache, max_new_tokens=new_tokens + 1, **_PLAIN)[0].stats
     return time.perf_counter() - started - stats.decode_seconds, stats.decode_seconds / new_tokens
+
+
+@contextmanager
+def busy_process() -> Iterator[None]:
+    """A process beside this one that keeps one core busy; it ends with the block, or with us, however we end."""
+    code = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(100_000))"
+    with subprocess.Popen([sys.executable, "-IS", "-c", code, str(os.getpid())]) as process:
+        try:
+            yield
+        finally:
+            process.kill()
 
 
 def memory_bandwidth(device: torch.device) -> float:
@@ -267,13 +332,13 @@ def memory_bandwidth(device: torch.device) -> float:
     best = 0.0
     for _ in range(3):
         if buffer.is_cuda:
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            begin.record()
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
             half = buffer.numel() // 2
             buffer[:half].copy_(buffer[half:])
             end.record()
             end.synchronize()
-            seconds = begin.elapsed_time(end) / 1e3
+            seconds = start.elapsed_time(end) / 1e3
         else:
             started = time.perf_counter()
             buffer.sum(dtype=torch.int32)
@@ -306,23 +371,14 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-@contextmanager
-def progress_bar(total: int, label: str) -> Iterator[Callable[[], None]]:
-    """A bar on stderr that is redrawn only when told: a thread that redraws it would disturb what is measured."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    with Progress(console=Console(stderr=True), transient=True, auto_refresh=False) as progress:
-        task = progress.add_task(label, total=total)
-
-        def advance() -> None:
-            progress.advance(task)
-            progress.refresh()
-
-        yield advance
+def processor_features() -> list[str]:
+    """What the processor has for products of small numbers, by /proc/cpuinfo; nothing where there is no such file."""
+    path = Path("/proc/cpuinfo")
+    words = set(path.read_text().split()) if path.exists() else set()
+    return [name for flag, name in _FEATURES.items() if flag in words]
 
 
-def save_plot(path: Path, report: Report) -> None:
+def save_plot(path: Path, speeds: Speeds) -> None:
     """Decode speed against position and against cache capacity, time to first token against prompt length."""
 
     def draw(axes, xs: list[int], spreads: list[Spread], scale: float = 1.0) -> None:
@@ -336,14 +392,14 @@ def save_plot(path: Path, report: Report) -> None:
 
     with picture(path, 12, 4) as figure:
         at_position, at_capacity, first = figure.subplots(1, 3)
-        draw(at_position, [d.position for d in report.decode], [d.tokens_per_second for d in report.decode])
-        draw(at_capacity, [d.capacity for d in report.capacity], [d.tokens_per_second for d in report.capacity])
-        draw(first, [p.prompt_tokens for p in report.prefill], [p.first_token_seconds for p in report.prefill], 1e3)
+        draw(at_position, [d.position for d in speeds.decode], [d.tokens_per_second for d in speeds.decode])
+        draw(at_capacity, [d.capacity for d in speeds.capacity], [d.tokens_per_second for d in speeds.capacity])
+        draw(first, [p.prompt_tokens for p in speeds.prefill], [p.first_token_seconds for p in speeds.prefill], 1e3)
         at_position.set(xlabel="position", ylabel="decode, tokens/s")
         at_capacity.set(
-            xlabel=f"capacity of the cache, at position {report.decode[0].position}", ylabel="decode, tokens/s"
+            xlabel=f"capacity of the cache, at position {speeds.decode[0].position}", ylabel="decode, tokens/s"
         )
         first.set(xlabel="prompt, tokens", ylabel="time to first token, ms")
         figure.suptitle(
-            f"{report.name}, {report.format}, {report.device}: median, lowest and highest of {report.repeats}"
+            f"{speeds.name}, {speeds.format}, {speeds.device}: median, lowest and highest of {speeds.repeats}"
         )

@@ -1,20 +1,25 @@
-"""What a checkpoint is made of, and one forward pass through it, step by step.
+"""What a checkpoint is made of, and one forward pass through it, operation by operation.
 
-For readers: `minillm inspect MODEL` prints `facts`, and with `--trace TEXT` also `trace`.
+For readers: `minillm inspect MODEL` prints `facts` and `how_it_runs`, and with `--trace TEXT` also `trace`.
 """
 
 import dataclasses
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from minillm.attention import choose_backend
 from minillm.cache import StaticCache
 from minillm.config import ModelConfig, RopeSpec
+from minillm.errors import RequestError
 from minillm.llm import LLM
+from minillm.measure.bench import device_name
 from minillm.measure.memory import format_bytes, parameter_count, weight_bytes
 from minillm.model import NoNorm, empty_decoder
 
@@ -29,37 +34,48 @@ def facts(
     kv_bytes = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize  # one position of one layer
     group = config.num_heads // config.num_kv_heads
     sharing = "MHA" if group == 1 else "MQA" if config.num_kv_heads == 1 else f"GQA, {group} queries per key"
+    tied = "tied to" if config.tie_word_embeddings else "apart from"
+    names = ["RoPE"] if len(config.ropes) == 1 else ["RoPE full layers", "RoPE sliding layers"]
     rows = [
         ("family", config.family),
         ("layers", str(config.num_layers)),
         ("hidden size", str(config.hidden_size)),
         ("heads", f"{config.num_heads} query, {config.num_kv_heads} key/value of {config.head_dim} ({sharing})"),
         ("MLP", f"{config.intermediate_size} wide, {config.activation}"),
-        (
-            "vocabulary",
-            f"{config.vocab_size}, head {'tied to' if config.tie_word_embeddings else 'apart from'} embedding",
-        ),
+        ("vocabulary", f"{config.vocab_size}, head {tied} embedding"),
         ("positions", str(config.max_positions)),
         ("attention", _windows(config)),
-        *((f"RoPE {_rope_name(config, i)}".rstrip(), _rope(spec)) for i, spec in enumerate(config.ropes)),
+        *zip(names, map(_rope, config.ropes), strict=True),
         ("norms", _norms(config)),
         ("biases", _biases(config)),
     ]
-    caps = {layer.softcap for layer in config.layers} - {None}
-    if caps or config.final_softcap:
-        rows.append(("softcaps", f"scores {', '.join(f'{cap:g}' for cap in caps)}; logits {config.final_softcap:g}"))
+    caps = {f"scores {layer.softcap:g}" for layer in config.layers if layer.softcap is not None}
+    if config.final_softcap is not None:
+        caps.add(f"logits {config.final_softcap:g}")
+    if caps:
+        rows.append(("softcaps", ", ".join(sorted(caps, reverse=True))))
     if config.embedding_scale != 1.0:
         rows.append(("embedding scale", f"{config.embedding_scale:g}"))
     rows += [
         ("EOS ids", ", ".join(map(str, config.eos_token_ids)) or "none"),
         ("parameters", f"{parameter_count(model):,} ({embedding:,} of them embedding)"),
-        (
-            "weights",
-            f"{format_bytes(weight_bytes(model))} in {held_as}",
-        ),
+        ("weights", f"{format_bytes(weight_bytes(model))} in {held_as}"),
         ("KV cache", f"{format_bytes(kv_bytes * config.num_layers)} per token (full layers)"),
     ]
     return rows
+
+
+def how_it_runs(
+    config: ModelConfig, device: torch.device, attention: str, compile: bool | str
+) -> list[tuple[str, str]]:
+    """(name, value) pairs that say what would compute on this device, and how steps would run (see faster/steps.py)."""
+    backend = choose_backend(attention, config, device.type).name
+    steps = "compiled" if compile is True else "as written"
+    if compile == "auto" and device.type == "cuda":
+        steps = "captured"
+    elif compile == "auto" and device.type == "cpu" and backend == "kernels":
+        steps = "recorded"
+    return [("device", device_name(device)), ("attention by", backend), ("steps", steps)]
 
 
 def _windows(config: ModelConfig) -> str:
@@ -68,10 +84,6 @@ def _windows(config: ModelConfig) -> str:
         f"{count} layer{'s' * (count > 1)} {'see everything' if window is None else f'slide over {window}'}"
         for window, count in counts.items()
     )
-
-
-def _rope_name(config: ModelConfig, index: int) -> str:
-    return "" if len(config.ropes) == 1 else ("full layers", "sliding layers")[index]
 
 
 def _rope(spec: RopeSpec) -> str:
@@ -87,12 +99,12 @@ def _norms(config: ModelConfig) -> str:
 
 
 def _biases(config: ModelConfig) -> str:
-    there = {"q, k, v": config.qkv_bias, "attention output": config.output_bias, "MLP": config.mlp_bias}
-    return ", ".join(name for name, present in there.items() if present) or "none"
+    biases = (("q, k, v", config.qkv_bias), ("attention output", config.output_bias), ("MLP", config.mlp_bias))
+    return ", ".join(name for name, there in biases if there) or "none"
 
 
 @dataclass(frozen=True)
-class Step:
+class Operation:
     """One operation of a traced forward pass."""
 
     name: str  # the module, as a path in the decoder
@@ -103,9 +115,20 @@ class Step:
 
 @dataclass(frozen=True)
 class Trace:
+    """One forward pass, from the text to what may follow it."""
+
     tokens: list[str]  # the text, as the model sees it
-    steps: list[Step]
+    operations: list[Operation]
     candidates: list[tuple[str, float]]  # the likeliest next tokens and their probabilities
+
+    def as_text(self) -> str:
+        lines = [f"{len(self.tokens)} tokens: {' | '.join(map(repr, self.tokens))}", ""]
+        lines.append(f"{'operation':<38}{'result':<20}{'dtype':<10}{'ms':>8}")
+        for one in self.operations:
+            dtype = str(one.dtype).removeprefix("torch.")
+            lines.append(f"{one.name:<38}{list(one.shape)!s:<20}{dtype:<10}{one.milliseconds:>8.3f}")
+        candidates = ", ".join(f"{text!r} {p:.1%}" for text, p in self.candidates)
+        return "\n".join([*lines, "", f"likeliest next tokens: {candidates}"])
 
 
 # The modules worth showing, by the last part of their name.
@@ -116,11 +139,14 @@ _SHOWN = """
 
 @torch.inference_mode()
 def trace(llm: LLM, text: str) -> Trace:
-    """Run one forward pass over `text` and record what every operation returned and how long it took.
+    """Run one forward pass over `text` and note what every operation returned and how long it took.
 
     Times are of this one pass, eager, on a warmed-up model; they show proportions, not a benchmark.
+    Raises `RequestError` for a text that gives no token, or more than the model has positions.
     """
     ids = llm.tokenizer.encode(text)
+    if not 1 <= len(ids) <= llm.config.max_positions:
+        raise RequestError(f"a trace takes 1 to {llm.config.max_positions} tokens, and this text has {len(ids)}")
     model, device = llm.model, llm.device
     input_ids = torch.tensor([ids], device=device)  # [1, T]
     position = torch.arange(len(ids), device=device)[None]  # [1, T]
@@ -130,53 +156,34 @@ def trace(llm: LLM, text: str) -> Trace:
         return model(input_ids, position, cache)
 
     forward()  # the first pass pays for start-up
-    steps: list[Step] = []
-    undo = []
-    for name, module in model.named_modules():
-        if name.rsplit(".", 1)[-1] in _SHOWN and not isinstance(module, NoNorm):
-            undo += _watch(name, module, steps)
-        if name.endswith(".attention"):
-            undo.append(_watch_attend(f"{name}.attend", module, steps))
-    try:
+    operations: list[Operation] = []
+
+    def timed(name: str, function: Callable) -> Callable:
+        def run(*arguments):
+            started = time.perf_counter()
+            result = function(*arguments)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            milliseconds = (time.perf_counter() - started) * 1e3
+            first = result[0] if isinstance(result, tuple) else result
+            operations.append(Operation(name, tuple(first.shape), first.dtype, milliseconds))
+            return result
+
+        return run
+
+    with ExitStack() as undo:
+        for name, module in model.named_modules():
+            if name.rsplit(".", 1)[-1] in _SHOWN and not isinstance(module, NoNorm):
+                for method in {"forward", "add", "gated"} & set(dir(module)):
+                    setattr(module, method, timed(name, getattr(module, method)))
+                    undo.callback(delattr, module, method)
+            if name.endswith(".attention"):
+                undo.callback(setattr, module, "backend", module.backend)
+                parts = ("rotate_and_write", "attend")
+                replaced = {part: timed(f"{name}.{part}", getattr(module.backend, part)) for part in parts}
+                module.backend = dataclasses.replace(module.backend, **replaced)
         logits = forward()[0, -1]  # [V]
-    finally:
-        for action in undo:
-            action()
     top = logits.softmax(dim=-1).topk(min(5, logits.shape[-1]))
-    candidates = [
-        (llm.tokenizer.decode([i], skip_special_tokens=False), p)
-        for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)
-    ]
-    return Trace([llm.tokenizer.decode([i], skip_special_tokens=False) for i in ids], steps, candidates)
-
-
-def _watch(name: str, module: torch.nn.Module, steps: list[Step]) -> list[Callable]:
-    """Hook a module so that each call appends a Step; returns how to take the hooks off again."""
-    started = []
-
-    def before(module, inputs):
-        started.append(time.perf_counter())
-
-    def after(module, inputs, result):
-        steps.append(_step(name, result, started.pop()))
-
-    return [module.register_forward_pre_hook(before).remove, module.register_forward_hook(after).remove]
-
-
-def _watch_attend(name: str, attention: torch.nn.Module, steps: list[Step]) -> Callable:
-    backend = attention.backend
-
-    def attend(*arguments):
-        started = time.perf_counter()
-        result = backend.attend(*arguments)
-        steps.append(_step(name, result, started))
-        return result
-
-    attention.backend = dataclasses.replace(backend, attend=attend)
-    return lambda: setattr(attention, "backend", backend)
-
-
-def _step(name: str, result: Tensor, started: float) -> Step:
-    if result.is_cuda:
-        torch.cuda.synchronize(result.device)
-    return Step(name, tuple(result.shape), result.dtype, (time.perf_counter() - started) * 1e3)
+    read = partial(llm.tokenizer.decode, skip_special_tokens=False)
+    candidates = [(read([i]), p) for p, i in zip(top.values.tolist(), top.indices.tolist(), strict=True)]
+    return Trace([read([i]) for i in ids], operations, candidates)

@@ -6,7 +6,9 @@ are exact here (a test compares them with what is allocated), the third is an es
 Sizes are bytes; GB is 10^9 and GiB is 2^30.
 """
 
-from dataclasses import asdict, dataclass
+import math
+from collections import Counter
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +23,8 @@ from minillm.model import Decoder, empty_decoder
 
 # Sizes of memory people have, GiB: laptops and graphics cards.
 MEMORY_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 141, 192, 256, 384, 512, 768, 1024)
+# The rows of the table: an estimate's fields, and what they come to.
+_ROWS = "weights|KV cache, full layers|KV cache, sliding layers|activations (estimate)|logits|total|fits in".split("|")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Estimate:
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache_full + self.cache_sliding + self.activations + self.logits
+        return sum(astuple(self))
 
     @property
     def fits_in(self) -> int | None:
@@ -118,17 +122,17 @@ def activation_bytes(config: ModelConfig, batch_size: int, context: int, dtype: 
 
 def stored_bytes(folder: Path) -> dict[str, int]:
     """Bytes of the tensors in a folder's safetensors files by dtype name, read from the headers alone."""
-    sizes: dict[str, int] = {}
+    sizes: Counter[str] = Counter()
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as handle:
                 for name in handle.keys():  # noqa: SIM118 (a file handle, not a dict)
                     header = handle.get_slice(name)
-                    count = torch.Size(header.get_shape()).numel()
-                    sizes[header.get_dtype()] = sizes.get(header.get_dtype(), 0) + count * _ITEMSIZE[header.get_dtype()]
+                    dtype = header.get_dtype()
+                    sizes[dtype] += math.prod(header.get_shape()) * _ITEMSIZE[dtype]
         except Exception as error:
             raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-    return sizes
+    return dict(sizes)
 
 
 def hub_stored_bytes(name: str, revision: str | None = None) -> dict[str, int]:
@@ -146,15 +150,12 @@ def hub_stored_bytes(name: str, revision: str | None = None) -> dict[str, int]:
     return {dtype: count * _ITEMSIZE[dtype] for dtype, count in metadata.parameter_count.items()}
 
 
-_ITEMSIZE = {"F64": 8, "F32": 4, "BF16": 2, "F16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1} | {
-    "F8_E4M3": 1,
-    "F8_E5M2": 1,
-}
+_ITEMSIZE = dict(F64=8, I64=8, F32=4, I32=4, BF16=2, F16=2, I16=2, I8=1, U8=1, BOOL=1, F8_E4M3=1, F8_E5M2=1)
 
 
 @dataclass(frozen=True)
-class Report:
-    """Estimates for every format a model can be run in, and what the numbers hang on."""
+class Sizes:
+    """What `minillm memory` shows: estimates for every format a model can be run in, and what they hang on."""
 
     name: str
     batch_size: int
@@ -165,25 +166,19 @@ class Report:
 
     def as_dict(self) -> dict:
         """For `--json`: bytes throughout."""
-        estimates = {
-            name: asdict(one) | {"total": one.total, "fits_in_gib": one.fits_in} for name, one in self.estimates.items()
-        }
-        return asdict(self) | {"estimates": estimates}
+        raw = asdict(self)
+        for name, one in self.estimates.items():
+            raw["estimates"][name] |= {"total": one.total, "fits_in_gib": one.fits_in}
+        return raw
 
     def as_text(self) -> str:
-        rows = [
-            ("weights", [one.weights for one in self.estimates.values()]),
-            ("KV cache, full layers", [one.cache_full for one in self.estimates.values()]),
-            ("KV cache, sliding layers", [one.cache_sliding for one in self.estimates.values()]),
-            ("activations (estimate)", [one.activations for one in self.estimates.values()]),
-            ("logits", [one.logits for one in self.estimates.values()]),
-            ("total", [one.total for one in self.estimates.values()]),
+        columns = [
+            [*map(format_bytes, (*astuple(one), one.total)), f"{one.fits_in} GiB" if one.fits_in else "none"]
+            for one in self.estimates.values()
         ]
         lines = [f"{self.name}: batch {self.batch_size}, context {self.context}", ""]
-        lines.append(f"{'':<26}" + "".join(f"{name:>13}" for name in self.estimates))
-        lines += [f"{name:<26}" + "".join(f"{format_bytes(size):>13}" for size in sizes) for name, sizes in rows]
-        fits = [f"{one.fits_in} GiB" if one.fits_in else "none" for one in self.estimates.values()]
-        lines.append(f"{'fits in':<26}" + "".join(f"{size:>13}" for size in fits))
+        for label, *cells in [("", *self.estimates), *zip(_ROWS, *columns, strict=True)]:
+            lines.append(f"{label:<26}" + "".join(f"{cell:>13}" for cell in cells))
         lines += [
             "",
             "KV cache by heads shared: " + ", ".join(f"{k} {format_bytes(v)}" for k, v in self.sharing.items()),
@@ -193,7 +188,7 @@ class Report:
         return "\n".join(lines)
 
 
-def report(
+def model_sizes(
     config: ModelConfig,
     dtype: torch.dtype,
     batch_size: int,
@@ -202,32 +197,27 @@ def report(
     folder: Path,
     revision: str | None = None,
     local_files_only: bool = False,
-) -> Report:
-    """What `minillm memory` shows. `context` None: 4096 tokens, or as many as the model has positions.
+) -> Sizes:
+    """The estimates for `batch_size` rows. `context` None: 4096 tokens, or as many as the model has positions.
 
     `folder` holds config.json and perhaps weights; where it holds none, `name` is a Hub id whose safetensors
     headers are asked for, unless `local_files_only`.
     """
     context = min(4096, config.max_positions) if context is None else context
-    for label, value in (("batch", batch_size), ("context", context)):
-        if value < 1:
-            raise RequestError(f"{label} must be at least 1, not {value}")
-    if context > config.max_positions:
-        raise RequestError(f"context {context} exceeds the model's {config.max_positions} positions")
-    stored = stored_bytes(folder) if any(folder.glob("*.safetensors")) else {}
+    if batch_size < 1:
+        raise RequestError(f"batch must be at least 1, not {batch_size}")
+    if not 1 <= context <= config.max_positions:
+        raise RequestError(f"context must be from 1 to the model's {config.max_positions} positions, not {context}")
+    stored = stored_bytes(folder)
     if not stored and not Path(name).exists() and not local_files_only:
         stored = hub_stored_bytes(name, revision)
-    length = batch_size * context
-    per_head = kv_values(config.num_layers, 1, config.head_dim, length) * dtype.itemsize
+    estimates = {
+        word: estimate(config, batch_size, context, dtype, quantize) for word, quantize in formats(config, dtype)
+    }
+    per_head = kv_values(config.num_layers, 1, config.head_dim, batch_size * context) * dtype.itemsize
     sharing = {"MHA": config.num_heads, "this model": config.num_kv_heads, "MQA": 1}
-    return Report(
-        name,
-        batch_size,
-        context,
-        stored,
-        {word: estimate(config, batch_size, context, dtype, quantize) for word, quantize in formats(config, dtype)},
-        {word: heads * per_head for word, heads in sharing.items()},
-    )
+    sharing = {word: heads * per_head for word, heads in sharing.items()}
+    return Sizes(name, batch_size, context, stored, estimates, sharing)
 
 
 def formats(config: ModelConfig, dtype: torch.dtype) -> list[tuple[str, str | None]]:

@@ -17,8 +17,9 @@ from minillm.cache import MAX_STEP, StaticCache
 from minillm.errors import ConfigError, RequestError
 from minillm.linear import parse_quantize
 from minillm.llm import LLM
-from minillm.measure.bench import format_name, progress_bar
+from minillm.measure.bench import format_name
 from minillm.measure.memory import format_bytes, weight_bytes
+from minillm.progress import progress_bar
 from minillm.tokenizer import Tokenizer
 
 WINDOW = 1024  # tokens of a scored window, if the model has as many positions; half of it is context
@@ -141,18 +142,27 @@ def parse_format(word: str, dtype: str) -> tuple[str, str | None]:
     return dtype, word
 
 
-def scores_as_text(name: str, scores: Sequence[Score]) -> str:
-    """A table, a format to a line, each beside the first."""
-    first = scores[0]
-    lines = [
-        f"{name}: {first.text_bytes:,} bytes of text, {first.tokens:,} tokens",
-        "",
-        f"{'format':<16}{'weights':>12}{'bits/byte':>12}{'to first':>12}{'nats/token':>12}{'seconds':>10}",
-    ]
-    for score in scores:
-        change = f"{score.bits_per_byte - first.bits_per_byte:+.4f}" if score is not first else ""
-        lines.append(
-            f"{score.format:<16}{format_bytes(score.weight_bytes):>12}{score.bits_per_byte:>12.4f}{change:>12}"
-            f"{score.nats_per_token:>12.4f}{score.seconds:>10.1f}"
-        )
-    return "\n".join(lines)
+@dataclass(frozen=True)
+class Scores:
+    """What `minillm bench --perplexity` shows: formats of a model on one text, each beside the first."""
+
+    text: str  # its name
+    scores: Sequence[Score]
+
+    def as_dict(self) -> list[dict]:
+        return [score.as_dict() for score in self.scores]
+
+    def as_text(self) -> str:
+        first = self.scores[0]
+        lines = [
+            f"{self.text}: {first.text_bytes:,} bytes of text, {first.tokens:,} tokens",
+            "",
+            f"{'format':<16}{'weights':>12}{'bits/byte':>12}{'to first':>12}{'nats/token':>12}{'seconds':>10}",
+        ]
+        for score in self.scores:
+            change = f"{score.bits_per_byte - first.bits_per_byte:+.4f}" if score is not first else ""
+            lines.append(
+                f"{score.format:<16}{format_bytes(score.weight_bytes):>12}{score.bits_per_byte:>12.4f}{change:>12}"
+                f"{score.nats_per_token:>12.4f}{score.seconds:>10.1f}"
+            )
+        return "\n".join(lines)

@@ -20,6 +20,6 @@ def picture(path: Path, width: float, height: float) -> Iterator:
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure
     try:
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120, format=path.suffix[1:] or "png")  # to this very path: no ending is added
     except (OSError, ValueError) as error:
         raise RequestError(f"--plot {path}: {error}") from None
