@@ -111,7 +111,7 @@ def decode_attention(
     the kernel is made for 1 to 16. Raises ValueError when shapes or dtypes do not fit together.
     """
     if not q.numel():
-        return torch.empty(q.shape, dtype=q.dtype)
+        return torch.empty(q.shape, dtype=q.dtype, device="cpu")
     if k.stride() == v.stride() and k.stride()[2] == q.shape[3] and cpu.available():
         return cpu.decode_attention(q, k, v, cache_position, scale, window, softcap, alibi_slopes)
     group = q.shape[1] // k.shape[1]
