@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from published_configs import PUBLISHED
 from safetensors.torch import save_file
 
 from minillm import StaticCache
+from minillm.attention import attend_sdpa
 from minillm.cli import main
 from minillm.errors import RequestError
 from minillm.load.checkpoint import load_decoder
@@ -111,6 +113,50 @@ def test_the_activation_estimate_brackets_the_measured_peak(name):
             peak = max(peak, held)
     predicted, _ = activation_bytes(config, 1, 256, torch.float32)
     assert 0.66 < predicted / peak < 1.5
+
+
+def allocated_by(step) -> int:
+    """The most bytes that are held at once while `step` runs, beyond what was held before."""
+    with torch.inference_mode():
+        step()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            kept = step()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    del kept
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_context_costs_what_its_masks_do(dtype):
+    """Eight queries share a key, 8,000 keys and a narrow model: nearly all that is held are masks and their copies."""
+    config = parse_config(
+        FAMILIES["llama3"].config | dict(num_attention_heads=8, num_key_value_heads=1, max_position_embeddings=8192)
+    )
+    q = torch.randn(1, 256, 8, config.head_dim, dtype=dtype)
+    keys = torch.randn(1, 1, 8000, config.head_dim, dtype=dtype)
+    position = torch.arange(7744, 8000)[None]
+
+    def step():
+        mask = torch.arange(8000)[None, None] <= position[..., None]  # [1, T, S]
+        return attend_sdpa(q, keys, keys, SimpleNamespace(mask=mask, key_length=8000), config.layers[0])
+
+    predicted = activation_bytes(config, 1, 8000, dtype)[0] - activation_bytes(config, 1, 256, dtype)[0]
+    assert predicted == pytest.approx(allocated_by(step), rel=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_held_in_the_models_dtype_and_in_float32(dtype):
+    config = parse_config(FAMILIES["llama3"].config | dict(vocab_size=50_000, tie_word_embeddings=False))
+    model = empty_decoder(config, dtype).to_empty(device="cpu")
+    hidden = torch.zeros(3, config.hidden_size, dtype=dtype)
+    predicted = activation_bytes(config, 3, 300, dtype)[1]
+    held = allocated_by(lambda: model.logits(hidden))
+    # In float32 the two are one tensor: the estimate is an upper bound there.
+    assert held == pytest.approx(predicted if dtype != torch.float32 else predicted / 2, rel=0.01)
 
 
 def test_totals_add_up_and_say_where_they_fit():

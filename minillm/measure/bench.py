@@ -316,12 +316,12 @@ def _request(
 
 
 @contextmanager
-def busy_process() -> Iterator[None]:
+def busy_process() -> Iterator[subprocess.Popen]:
     """A process beside this one that keeps one core busy; it ends with the block, or with us, however we end."""
     code = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(100_000))"
     with subprocess.Popen([sys.executable, "-IS", "-c", code, str(os.getpid())]) as process:
         try:
-            yield
+            yield process
         finally:
             process.kill()
 
@@ -371,9 +371,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def processor_features() -> list[str]:
-    """What the processor has for products of small numbers, by /proc/cpuinfo; nothing where there is no such file."""
-    path = Path("/proc/cpuinfo")
+def processor_features(path: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """What the processor has for products of small numbers, by its flags; nothing where the system lists none."""
     words = set(path.read_text().split()) if path.exists() else set()
     return [name for flag, name in _FEATURES.items() if flag in words]
 
