@@ -24,7 +24,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -46,43 +45,39 @@ def num_slots(window: int | None, max_cache_len: int, max_step: int) -> int:
 class KeyView:
     """What one step may see of the cache; every layer with the same window shares one.
 
-    What only some backends ask for is made when first asked for: a kernel that reads positions needs none of it.
+    `slots` and `mask` are made when first asked for: a kernel that reads positions needs neither.
     """
 
     cache_position: Tensor  # [B, T], -1 for padding
     window: int | None
     num_slots: int  # slots of the layer, without the bin
-    bound: int | None = None  # no position of the step reaches this; None: find out
-    from_start: bool = False  # column t of every row is position t (or padding after the row's end)
+    key_length: int  # how many of them to read: the rest holds nothing yet
+    from_start: bool  # column t of every row is position t (or padding after the row's end)
+    _slots: Tensor | None = None
+    _mask: Tensor | None = None
 
-    @cached_property
-    def key_length(self) -> int:
-        """How many slots to read: the others hold nothing yet. What a step costs follows from the text's length."""
-        bound, position = self.bound, self.cache_position
-        if bound is None:
-            on_host = position.is_cpu and not torch.compiler.is_compiling()
-            bound = int(position.max()) + 1 if on_host else self.num_slots
-        # Not min and max: of those a compiler takes one branch, and compiles again when it is the other.
-        return torch.sym_max(1, torch.sym_min(bound, self.num_slots))
-
-    @cached_property
+    @property
     def slots(self) -> Tensor:
         """[B, T]: where this step's keys and values are written."""
-        position = self.cache_position
-        return torch.where(position < 0, self.num_slots, position % self.num_slots)
+        if self._slots is None:
+            position = self.cache_position
+            self._slots = torch.where(position < 0, self.num_slots, position % self.num_slots)
+        return self._slots
 
-    @cached_property
+    @property
     def mask(self) -> Tensor:
         """[B, T, key_length] bool, True where the query sees the slot."""
-        last = self.cache_position.amax(dim=1, keepdim=True)  # [B, 1]
-        slot = torch.arange(self.key_length, device=last.device)  # [key_length]
-        key_position = (last - (last - slot) % self.num_slots)[:, None, :]  # [B, 1, key_length]
-        query = self.cache_position[:, :, None]  # [B, T, 1]
-        seen = (key_position >= 0) & (key_position <= query)
-        if self.window is not None:
-            seen &= key_position > query - self.window
-        # A padding query sees everything: its result is never used, and no softmax row is left empty.
-        return seen | (query < 0)
+        if self._mask is None:
+            last = self.cache_position.amax(dim=1, keepdim=True)  # [B, 1]
+            slot = torch.arange(self.key_length, device=last.device)  # [key_length]
+            key_position = (last - (last - slot) % self.num_slots)[:, None, :]  # [B, 1, key_length]
+            query = self.cache_position[:, :, None]  # [B, T, 1]
+            seen = (key_position >= 0) & (key_position <= query)
+            if self.window is not None:
+                seen &= key_position > query - self.window
+            # A padding query sees everything: its result is never used, and no softmax row is left empty.
+            self._mask = seen | (query < 0)
+        return self._mask
 
 
 _NEVER, _LOST = -2, -1  # in the place of an id: nothing was ever written there; what was no longer counts
@@ -144,7 +139,7 @@ class StaticCache:
         self._free = [True]  # what a forward pass takes, so that a second one finds none; see `writing`
         self._holder: str | None = None  # the request that has it, and the thread in which that is at work
         self._thread: int | None = None
-        self.plan(max_cache_len if planned_length is None else planned_length)
+        self._choose_rotary(max_cache_len if planned_length is None else planned_length)
 
     def num_slots(self, window: int | None) -> int:
         """Slots of a layer with this window, the bin not counted."""
@@ -153,14 +148,17 @@ class StaticCache:
     @torch.inference_mode(False)
     def plan(self, planned_length: int | Sequence[int]) -> None:
         """Choose the rotary tables for rows that will reach this length. Only an empty cache can be re-planned."""
+        if any(self.lengths):
+            raise CacheError("StaticCache: plan() on a cache that holds tokens; call reset() first")
+        self._choose_rotary(planned_length)
+
+    def _choose_rotary(self, planned_length: int | Sequence[int]) -> None:
         lengths = [planned_length] * self.batch_size if isinstance(planned_length, int) else list(planned_length)
         if len(lengths) != self.batch_size or not all(0 < length <= self.max_cache_len for length in lengths):
             raise CacheError(
                 f"StaticCache: planned_length {planned_length} must be one length, or one for each of "
                 f"{self.batch_size} rows, from 1 to max_cache_len {self.max_cache_len}"
             )
-        if any(self.lengths):
-            raise CacheError("StaticCache: plan() on a cache that holds tokens; call reset() first")
         self.rotary = tuple(rotary_table(spec, lengths, self.device) for spec in self.config.ropes)
 
     # ---- what it holds ----
@@ -291,52 +289,44 @@ class StaticCache:
         if torch.compiler.is_compiling():  # a graph can keep the books, but asks nobody who may
             self._forget(cache_position)
             yield
-            self._count(input_ids, cache_position)
+            self._ids[self._rows, cache_position] = input_ids
             return
         self._check_turn()
+        on_host = self.device.type == "cpu"
+        ids, new, places = (self._ids.numpy(), input_ids.tolist(), cache_position.tolist()) if on_host else [()] * 3
+        self._check_values(new, places)
         try:
             self._free.pop()  # atomic: of two threads one gets it
         except IndexError:
             raise CacheError(f"the cache is in use by another forward pass: {_WAY_OUT}") from None
         try:
             self._model = self._model or weakref.ref(model.embedding)
-            self._forget(cache_position)
+            if not on_host:
+                self._forget(cache_position)
+            for held, at in zip(ids, places, strict=True):
+                for place in at:
+                    if held[place] >= 0:  # written anew without `truncate`: what follows was computed from the old
+                        held[place:].clip(max=_LOST, out=held[place:])
+                    held[place] = _LOST
             yield
-            self._count(input_ids, cache_position)
+            if not on_host:
+                self._ids[self._rows, cache_position] = input_ids
+            for held, tokens, at in zip(ids, new, places, strict=True):
+                for token, place in zip(tokens, at, strict=True):
+                    if place == 0 or (place > 0 and held[place - 1] >= 0):  # what follows a gap never counts
+                        held[place] = token
         finally:
             self._free.append(True)
 
-    @property
-    def _on_host(self) -> bool:
-        """Whether looking at a value costs nothing."""
-        return self.device.type == "cpu" and not torch.compiler.is_compiling()
-
     def _forget(self, cache_position: Tensor) -> None:
-        """Before a pass: what stands at these positions, and what follows them, no longer counts."""
-        if self._on_host:
-            for ids, places in zip(self._ids.numpy(), cache_position.tolist(), strict=True):
-                first = min((place for place in places if place >= 0), default=-1)
-                if ids[first] >= 0:  # written anew without `truncate`: what follows was computed from the old
-                    ids[first:].clip(max=_LOST, out=ids[first:])
-                ids[places] = _LOST
-            return
+        """Before a pass, where the host does not look: what stands at these positions and after them stops to count."""
         last = cache_position.amax(dim=1, keepdim=True)  # [B, 1]
         follower = torch.where(last < 0, last, last + 1)  # [B, 1]: where the row ends now
         self._ids[self._rows, follower] = self._ids[self._rows, follower].clamp(max=_LOST)
         self._ids[self._rows, cache_position] = _LOST
 
-    def _count(self, input_ids: Tensor, cache_position: Tensor) -> None:
-        """After a pass: these ids are held now, in places without a gap before them."""
-        if self._on_host:
-            for ids, new, places in zip(self._ids.numpy(), input_ids.tolist(), cache_position.tolist(), strict=True):
-                for token, place in zip(new, places, strict=True):
-                    if place == 0 or (place > 0 and ids[place - 1] >= 0):
-                        ids[place] = token
-            return
-        self._ids[self._rows, cache_position] = input_ids
-
     def _check_step(self, model, input_ids: Tensor, cache_position: Tensor) -> None:
-        """Raise `CacheError` for a step that does not fit."""
+        """Raise `CacheError` unless the step's tensors fit this cache and this model."""
         if input_ids.dim() != 2 or cache_position.shape != input_ids.shape:
             raise CacheError(
                 f"input_ids {list(input_ids.shape)} and cache_position {list(cache_position.shape)} must both be "
@@ -349,24 +339,33 @@ class StaticCache:
             raise CacheError(f"input_ids and cache_position must be on {self.device}, where the cache is")
         if not 1 <= input_ids.shape[1] <= self.max_step:
             raise CacheError(f"a step of {input_ids.shape[1]} tokens exceeds the cache's max_step {self.max_step}")
-        if not self._on_host:
-            return
-        for tokens, places in zip(input_ids.tolist(), cache_position.tolist(), strict=True):
-            if max(places) >= self.max_cache_len:
-                raise CacheError(f"position {max(places)} is beyond the cache: max_cache_len is {self.max_cache_len}")
-            if min(places) < -1:
-                raise CacheError(f"position {min(places)}: positions are 0 or more, and -1 for padding")
-            if len(places) > 1 and any(b <= a for a, b in pairwise(place for place in places if place >= 0)):
-                raise CacheError("the positions of a row must ascend")
+
+    def _check_values(self, ids: list[list[int]], places: list[list[int]]) -> None:
+        """Raise `CacheError` for ids that the model does not have, and positions that the cache does not have."""
+        for tokens, at in zip(ids, places, strict=True):
+            if max(at) >= self.max_cache_len:
+                raise CacheError(f"position {max(at)} is beyond the cache: max_cache_len is {self.max_cache_len}")
+            if min(at) < -1:
+                raise CacheError(f"position {min(at)}: positions are 0 or more, and -1 for padding")
+            if len(at) > 1 and any(b <= a for a, b in pairwise(place for place in at if place >= 0)):
+                raise CacheError(f"the positions of a row must ascend, not {at}")
             if not (min(tokens) >= 0 and max(tokens) < self.config.vocab_size):
                 raise CacheError(f"input_ids must be from 0 to {self.config.vocab_size - 1}, the model's vocabulary")
 
-    def view(self, cache_position: Tensor, window: int | None, bound: int | None = None, from_start: bool = False):
-        """What a step at `cache_position [B, T]` writes and sees in layers with this window, a `KeyView`.
+    def view(
+        self, cache_position: Tensor, window: int | None, bound: int | None = None, from_start: bool = False
+    ) -> KeyView:
+        """Which slots a step at `cache_position [B, T]` writes and sees, for layers with this window.
 
-        `bound` and `from_start` are what the host knows about the positions without asking the device: none reaches
-        `bound`; the step is the beginning of every row (which lets a kernel skip the cache).
+        `bound` is what the host knows of the positions: none reaches it. Reading no further is what makes a step cost
+        what the text is long and not what was allocated. By default it is read off the positions on the CPU, and is
+        everything elsewhere and inside a compiled graph. `from_start` is a promise that the step is the beginning of
+        every row, which lets a kernel skip the cache.
         """
         layer = next(i for i, layer in enumerate(self.config.layers) if layer.window == window)
         slots = self.keys[layer].shape[2] - 1  # as num_slots says, but read off the tensor: a compiler knows its sizes
-        return KeyView(cache_position, window, slots, bound, from_start)
+        if bound is None:
+            on_host = self.device.type == "cpu" and not torch.compiler.is_compiling()
+            bound = int(cache_position.max()) + 1 if on_host else slots
+        # Not min and max: of those a compiler takes one branch, and compiles again when it is the other.
+        return KeyView(cache_position, window, slots, torch.sym_max(1, torch.sym_min(bound, slots)), from_start)

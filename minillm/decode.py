@@ -164,9 +164,9 @@ def seen_tokens(rows: list[Row], logits: Tensor, sampling: Sampling) -> Tensor |
 
 
 @contextmanager
-def working(model: Decoder, cache: StaticCache) -> Iterator[None]:
+def working(cache: StaticCache) -> Iterator[None]:
     """Around our own work between two yields: across one, a mode would leak into the caller's code."""
-    with torch.inference_mode(), model.own_dtypes(), cache.turn():
+    with torch.inference_mode(), cache.turn():
         yield
 
 
@@ -199,7 +199,7 @@ def run(
     device = cache.device
     look_every = look_every or (1 if device.type == "cpu" else _LOOK_EVERY)
     with cache.held_by(holder(rows)):
-        with working(model, cache):
+        with working(cache):
             logits = start(model, cache, rows)  # [B, V]
             seen = seen_tokens(rows, logits, sampling)  # [B, V] or None
             position = torch.tensor([len(row.prompt) for row in rows], device=device)  # [B], of the next token
@@ -214,7 +214,7 @@ def run(
             # A stop string is only seen at the look, after the row has gone on: the cache must be able to forget that.
             steps = min(look_every, left, cache.max_step)
             tokens, chosen, largest = [], [], []
-            with working(model, cache):
+            with working(cache):
                 for _ in range(steps):
                     if token is not None:
                         # A finished row stays as padding; it writes nothing and nobody reads its logits.
@@ -239,12 +239,17 @@ def run(
 
 def _look(cache: StaticCache, rows: list[Row], tokens: list, chosen: list, largest: list) -> None:
     """Commit what some steps gave; of each step and row the token, perhaps its log-probability, the largest logit."""
-    columns = (torch.stack(parts, dim=1).tolist() if parts else [()] * len(rows) for parts in (tokens, chosen, largest))
+    columns = (_columns(parts) or [()] * len(rows) for parts in (tokens, chosen, largest))
     for b, (row, new, logprobs, tops) in enumerate(zip(rows, *columns, strict=True)):
         for step, token in enumerate(new):
             if row.finish_reason is None:
                 check_finite(cache, b, row, tops[step])
                 row.commit([token], logprobs[step : step + 1])
+
+
+def _columns(parts: list[Tensor]) -> list[list]:
+    """Several `[B]` as one list per row. Side by side first, to wait for the device once."""
+    return (torch.stack(parts, dim=1) if len(parts) > 1 else parts[0][:, None]).tolist() if parts else []
 
 
 def check_finite(cache: StaticCache, number: int, row: Row, largest: float) -> None:

@@ -16,7 +16,7 @@ from minillm.load.config_json import generation_defaults, load_config
 from minillm.load.hub import find_checkpoint
 from minillm.model import Decoder
 from minillm.options import DTYPES, GenerationConfig, merge_options
-from minillm.request import Completion, Prompt, Request
+from minillm.request import Completion, Prompt, Request, check_drafting
 from minillm.tokenizer import Tokenizer
 
 _DEFAULT_CONVERSATION = 4096  # tokens a conversation's cache holds unless told otherwise
@@ -166,14 +166,15 @@ class Conversation:
     def __init__(self, llm: LLM, system: str | None, max_cache_len: int | None, options: dict):
         self.llm, self.options = llm, options
         asked = {name: value for name, value in options.items() if name != "assistant_model"}
-        merge_options(llm.defaults, None, asked)  # fail now, not at the first turn
+        # Fail now, not at the first turn.
+        check_drafting(llm, options.get("assistant_model"), merge_options(llm.defaults, None, asked))
         length = min(_DEFAULT_CONVERSATION, llm.config.max_positions) if max_cache_len is None else max_cache_len
         self.cache = StaticCache(llm.config, 1, length, device=llm.device, dtype=llm.dtype)
         self.proposer: Proposer | None = None  # the last turn's: a draft model keeps its cache as well
         self.messages: list[dict[str, str]] = []
         if system is not None:
             self.messages.append({"role": "system", "content": system})
-        llm.tokenizer.render_chat([*self.messages, {"role": "user", "content": ""}])  # fail now, not at the first turn
+        llm.tokenizer.render_chat([*self.messages, {"role": "user", "content": ""}])
 
     def say(self, text: str, **options) -> Completion:
         """Add a user message and return the answer. `stats.reused_tokens` tells what the cache saved."""

@@ -104,6 +104,7 @@ class Request:
 
     def loop(self) -> Iterator[None]:
         """The loop over the rows, not begun yet; it yields whenever they have grown."""
+        self.steps.forget_moved()
         arguments = (self.steps, self.cache, self.rows, self.sampling, self.logprobs)
         return run_speculative(*arguments, self.proposer) if self.proposer else run(*arguments)
 
@@ -216,15 +217,10 @@ def choose_proposer(
 
     Raises `RequestError` where the options contradict each other or the assistant does not fit.
     """
+    check_drafting(target, assistant, config)
     asked, lookup = config.num_assistant_tokens, config.prompt_lookup_num_tokens
-    if assistant is not None and lookup is not None:
-        raise RequestError("assistant_model and prompt_lookup_num_tokens exclude each other: choose who drafts")
-    if assistant is None and asked is not None:
-        raise RequestError("num_assistant_tokens needs an assistant_model (prompt_lookup_num_tokens does not)")
     if assistant is None and lookup is None:
         return None
-    if assistant is not None and not hasattr(assistant, "steps"):
-        raise RequestError(f"assistant_model must be an LLM (LLM.from_pretrained(...)), not {assistant!r}")
     longest = min(lookup or (1 if asked in (None, "auto") else asked), max(row.max_new_tokens for row in rows) - 1)
     if longest >= cache.max_step:
         raise RequestError(
@@ -233,9 +229,6 @@ def choose_proposer(
         )
     if assistant is None:
         return PromptLookup(lookup, cache.device)
-    _check_same_tokenizer(target.tokenizer, assistant.tokenizer)
-    if assistant.device != target.device:
-        raise RequestError(f"assistant_model is on {assistant.device}, the model on {target.device}: load both on one")
     if isinstance(previous, DraftModel) and previous.model is assistant.steps:
         draft_cache = previous.cache
     else:
@@ -250,6 +243,21 @@ def choose_proposer(
             planned_length=[min(length, size) for length in planned],
         )
     return DraftModel(assistant.steps, target.model, "auto" if asked is None else asked, draft_cache)
+
+
+def check_drafting(target, assistant, config: GenerationConfig) -> None:
+    """Raise `RequestError` where the options about drafts contradict each other or the assistant does not fit."""
+    if assistant is None:
+        if config.num_assistant_tokens is not None:
+            raise RequestError("num_assistant_tokens needs an assistant_model (prompt_lookup_num_tokens does not)")
+        return
+    if config.prompt_lookup_num_tokens is not None:
+        raise RequestError("assistant_model and prompt_lookup_num_tokens exclude each other: choose who drafts")
+    if not hasattr(assistant, "steps"):
+        raise RequestError(f"assistant_model must be an LLM (LLM.from_pretrained(...)), not {assistant!r}")
+    _check_same_tokenizer(target.tokenizer, assistant.tokenizer)
+    if assistant.device != target.device:
+        raise RequestError(f"assistant_model is on {assistant.device}, the model on {target.device}: load both on one")
 
 
 def _check_same_tokenizer(target: Tokenizer, draft: Tokenizer) -> None:

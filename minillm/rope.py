@@ -36,7 +36,7 @@ def rotary_table(spec: RopeSpec, planned_lengths: Sequence[int], device: torch.d
 
 def inverse_frequencies(spec: RopeSpec, length: int) -> Tensor:
     """Radians per position of each channel pair, `[dim / 2]` float32, for a text of `length` tokens."""
-    exponent = torch.arange(0, spec.dim, 2, dtype=torch.float32) / spec.dim  # [dim / 2]
+    exponent = torch.arange(0, spec.dim, 2, dtype=torch.float32, device="cpu") / spec.dim  # [dim / 2]
     if spec.kind == "dynamic":
         # NTK-aware scaling (u/bloc97, u/emozilla 2023): raise the base just enough for this length.
         stretch = spec.factor * max(length, spec.original_length) / spec.original_length - (spec.factor - 1)
@@ -52,7 +52,7 @@ def inverse_frequencies(spec: RopeSpec, length: int) -> Tensor:
     if spec.kind == "longrope":
         # LongRoPE (Ding et al. 2024, arXiv:2402.13753): a searched divisor for each frequency.
         divisors = spec.long_factor if length > spec.original_length else spec.short_factor
-        return plain / torch.tensor(divisors, dtype=torch.float32)
+        return plain / torch.tensor(divisors, dtype=torch.float32, device="cpu")
     return plain
 
 
@@ -75,7 +75,7 @@ def _yarn(plain: Tensor, spec: RopeSpec) -> Tensor:
     if spec.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, spec.dim - 1)
-    channel = torch.arange(spec.dim // 2, dtype=torch.float32)
+    channel = torch.arange(spec.dim // 2, dtype=torch.float32, device="cpu")
     slowed = ((channel - low) / max(high - low, 0.001)).clamp(0.0, 1.0)  # 0: keep; 1: interpolate
     return plain * (1 - slowed) + plain / spec.factor * slowed
 

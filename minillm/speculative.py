@@ -130,13 +130,13 @@ def run_speculative(
     texts = [list(row.prompt) for row in rows]
     draft = no_draft(len(rows), device)
     with cache.held_by(holder(rows)):
-        with working(model, cache):
+        with working(cache):
             proposer.start(texts)
             logits = start(model, cache, rows)[:, None]  # [B, 1, V]
             seen = seen_tokens(rows, logits[:, 0], sampling)  # [B, V] or None
         running = [True] * len(rows)
         while any(running):
-            with working(model, cache):
+            with working(cache):
                 if draft is None:
                     wanted = [length.choose() if busy else 0 for length, busy in zip(lengths, running, strict=True)]
                     # The last token of a row's budget needs no draft: every step yields one token of its own.

@@ -10,10 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from minillm_kernels import cpu
+from minillm_kernels.decode_attention import decode_attention
 from minillm_kernels.gated_mlp import gated_mlp
 from minillm_kernels.int4_linear import int4_linear
 from minillm_kernels.int8_linear import int8_linear
 from minillm_kernels.linear import linear
+from minillm_kernels.rope import rope_and_cache_write
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 FORMATS = ("dense", "int8", "int4-32", "int4-64", "int4-128")
@@ -329,3 +331,54 @@ def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
     start = [subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE) for _ in "12"]
     assert [process.communicate()[0].decode().strip() for process in start] == ["40.0", "40.0"]
     assert len(list((tmp_path / "minillm" / "kernels").iterdir())) == 1  # no unfinished files left
+
+
+needs_c = pytest.mark.skipif(not cpu.available(), reason="no C compiler")
+
+
+@needs_c
+def test_a_tape_keeps_the_memory_it_reads():
+    """`parameter.data = other`, as in `model.half()`, must not leave a recorded call with memory that is gone."""
+    x, weight = torch.ones(1, 1 << 16), torch.nn.Parameter(torch.ones(4, 1 << 16), requires_grad=False)
+    tape = cpu.blank_tape()
+    with tape.recording():
+        y = linear(x, weight)
+    weight.data = torch.zeros(4, 1 << 16)
+    others = [torch.zeros(4, 1 << 16) for _ in range(8)]  # they would lie where the weight was
+    tape.replay()
+    assert y.eq(1 << 16).all(), others[0].sum()
+
+
+@pytest.mark.parametrize("position", [8, 100, 2**40, 2**63 - 1])
+def test_a_position_past_the_end_reads_what_the_slots_hold(position):
+    """8 slots, no ring: the newest positions are what they hold, and memory behind them is nobody's business."""
+    q, k, v = torch.randn(1, 2, 1, 16), torch.randn(1, 1, 8, 16), torch.randn(1, 1, 8, 16)
+    result = decode_attention(q, k, v, torch.tensor([[position]]), 0.25)
+    everything = F.scaled_dot_product_attention(q, k, v, scale=0.25, enable_gqa=True)
+    torch.testing.assert_close(result, everything)
+
+
+def test_a_cache_of_another_dtype_is_refused():
+    """It overran the heap: a float32 model's keys in a bfloat16 cache."""
+    q = torch.ones(1, 4, 2, 16)
+    angles, position = torch.ones(1, 4, 8), torch.arange(4)[None]
+    k_cache, v_cache = torch.zeros(2, 1, 2, 9, 16, dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match="must share one dtype"):
+        rope_and_cache_write(q, q, q, angles, angles, k_cache, v_cache, position)
+    with pytest.raises(ValueError, match="must share one"):
+        decode_attention(q.transpose(1, 2), k_cache, v_cache, position, 0.25)
+
+
+def test_a_wrong_type_is_said_by_name():
+    x, weight = torch.ones(1, 8), torch.ones(4, 8)
+    for arguments, message in (
+        ((x, None), "linear: weight must be Tensor, got NoneType"),
+        ((x.numpy(), weight), "linear: x must be Tensor, got ndarray"),
+        ((x, weight.to_sparse()), "linear: weight must be a dense tensor"),
+        ((x, weight, 3), r"linear: bias must be .*Tensor.*, got int"),
+        ((x,), "missing a required argument: 'weight'"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            linear(*arguments)
+    with pytest.raises(ValueError, match="one device"):
+        linear(x, weight.to("meta"))

@@ -146,7 +146,7 @@ def test_arguments_that_do_not_fit_are_refused():
         (dict(cache_position=position[0]), "cache_position must be"),
         (dict(k=k.bfloat16()), "share one floating dtype"),
         (dict(v=torch.zeros(1, 2, 16, 8).transpose(2, 3)), "must be contiguous"),
-        (dict(window=0), "window must be at least 1"),
+        (dict(window=0), "window must be a whole number of at least 1"),
         (dict(softcap=0.0), "softcap must be positive"),
         (dict(alibi_slopes=torch.zeros(3)), "alibi_slopes must be"),
     ):

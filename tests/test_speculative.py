@@ -12,11 +12,12 @@ import pytest
 import torch
 from families import FAMILIES, make_model, prompt_ids, save_checkpoint
 
-from minillm import LLM, StaticCache, drafting, speculative
+from minillm import LLM, StaticCache, speculative
 from minillm.cli import main
 from minillm.drafting import DRAFT_STREAM, DraftModel, PromptLookup
 from minillm.errors import RequestError
 from minillm.faster.steps import Steps
+from minillm.model import Decoder
 from minillm.sampling import Sampling
 from minillm.speculative import DraftLength, verify
 
@@ -474,7 +475,8 @@ def test_rows_that_finish_at_different_times(targets, drafts, plain):
 def cheap_drafts(targets, monkeypatch):
     """Drafts as large as the target would make "auto" choose 1 for ever; let it believe they are a tenth."""
     large = [llm.model for llm in targets.values()]
-    monkeypatch.setattr(drafting, "_weight_bytes", lambda model: 10 if any(model is m for m in large) else 1)
+    cheap = property(lambda model: 10 if any(model is m for m in large) else 1)
+    monkeypatch.setattr(Decoder, "weight_bytes", cheap)
 
 
 def test_auto_equals_plain(targets, drafts, plain, cheap_drafts):

@@ -137,10 +137,12 @@ import torch
 from minillm_kernels import launch
 from minillm_kernels.gpu import int8_linear
 from minillm.cache import StaticCache
-from minillm.checkpoint import load_decoder
-from minillm.config import load_config
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import load_config
 from minillm.decode import prefill
-from minillm.quantize import Int4Linear, Int8Linear, Linear, dequantize_int4, dequantize_int8
+from minillm.linear import Int4Linear, Int8Linear, Linear
+from minillm.load.quantize import dequantize_int8
+from minillm_kernels.int4_linear import dequantize_int4
 
 torch.set_num_threads(1)
 folder, word = sys.argv[1:]

@@ -1,11 +1,11 @@
-"""The kernels of minillm: one op per file, each with a CPU implementation and a Triton CUDA one.
+"""The kernels of minillm: one op per file, each with a CPU implementation and most with a Triton one.
 
     linear          x W^T in fp32, bf16, fp16           decode_attention   a few tokens over a long cache
     int8_linear     one scale per output                flash_attention    causal prefill
-    int4_linear     one scale and zero point per group  norm_rope          RMSNorm, rotary + cache write
-    gated_mlp       act(x Wg^T) * (x Wu^T), any of the three weight formats
+    int4_linear     one scale and zero point per group  norm               RMSNorm, with the addition before it
+    gated_mlp       act(x Wg^T) * (x Wu^T),             rope               rotary embedding + cache write
+                    any of the three weight formats     op                 how an op is registered and called
 
-Every op is a `torch.library.custom_op` in the namespace `minillm`, so it stays one node of a compiled graph.
-`cpu/` holds the C that the matrix products run on CPU, `gpu/` the Triton kernels, `catalog.py` what each op
-must compute and how exactly. Importing this package builds nothing and asks no device anything.
+An op is one callable: C eagerly on a CPU, a node `minillm::name` of a compiled graph, Triton on a GPU. `cpu/` holds
+the C, `gpu/` the Triton kernels. Importing this package builds nothing and asks no device anything.
 """

@@ -49,8 +49,8 @@ def check_attention(
     largest = MAX_HEAD_DIM if q.is_cpu and not interpreting() else MAX_HEAD_DIM_TRITON
     if not 1 <= queries[3] <= largest:
         raise ValueError(f"{name}: head size {queries[3]} is not in 1 to {largest}, the largest supported")
-    if window is not None and window < 1:
-        raise ValueError(f"{name}: window must be at least 1 or None, got {window}")
+    if window is not None and (not isinstance(window, int | torch.SymInt) or window < 1):
+        raise ValueError(f"{name}: window must be a whole number of at least 1, or None, got {window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{name}: softcap must be positive or None, got {softcap}")
     check_devices(name, q, k, v, alibi_slopes, positions)
@@ -111,7 +111,7 @@ def decode_attention(
     the kernel is made for 1 to 16. Raises ValueError when shapes or dtypes do not fit together.
     """
     if not q.numel():
-        return torch.empty(q.shape, dtype=q.dtype)
+        return torch.empty(q.shape, dtype=q.dtype, device="cpu")
     if k.stride() == v.stride() and k.stride()[2] == q.shape[3] and cpu.available():
         return cpu.decode_attention(q, k, v, cache_position, scale, window, softcap, alibi_slopes)
     group = q.shape[1] // k.shape[1]

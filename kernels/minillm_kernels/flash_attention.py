@@ -64,7 +64,7 @@ def flash_attention(
     """
     starts = sequence_starts(cu_seqlens, q.shape[2])
     group, tokens = q.shape[1] // k.shape[1], q.shape[2]
-    token = torch.arange(tokens)
+    token = torch.arange(tokens, device=q.device)
     distance = token[:, None] - token[None, :]  # [T, T], query - key
     visible = distance >= 0
     if window is not None:

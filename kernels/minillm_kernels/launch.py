@@ -92,11 +92,13 @@ TABLE: dict[str, tuple[Launch, ...]] = {
 }
 
 
-@functools.cache
+_INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"  # looked up once, as Triton itself does
+
+
 def interpreting() -> bool:
     """True under TRITON_INTERPRET=1: CPU tensors then go through the Triton kernels, run by Triton's
-    interpreter, so a laptop without a GPU can test them. Looked up once, as Triton itself does."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+    interpreter, so a laptop without a GPU can test them."""
+    return _INTERPRETING
 
 
 @functools.cache

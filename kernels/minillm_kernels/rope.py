@@ -97,7 +97,7 @@ def rope_and_cache_write(
         return cpu.rope_and_cache_write(q, k, v, cos, sin, k_cache, v_cache, cache_position)
     slots = k_cache.shape[2] - 1
     slot = torch.where(cache_position < 0, slots, cache_position % slots)  # [B, T]
-    row = torch.arange(q.shape[0])[:, None]  # [B, 1]
+    row = torch.arange(q.shape[0], device=q.device)[:, None]  # [B, 1]
     k_cache[row, :, slot] = rotate(k, cos, sin)  # [B, T, KV, D]
     v_cache[row, :, slot] = v
     return rotate(q, cos, sin).transpose(1, 2).contiguous()  # [B, H, T, D]

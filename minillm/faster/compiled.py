@@ -119,9 +119,13 @@ def _unlike(config: ModelConfig) -> Iterator[int]:
 
 def artifact_folder() -> dict[str, str]:
     """The variable that says where PyTorch keeps what it compiles; nothing where the user says so, or it cannot be."""
+    from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # the compiler is slow to import
+
+    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():  # PyTorch sets it, too
+        return {}
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillm" / "compiled"
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
         return {}
-    return {} if "TORCHINDUCTOR_CACHE_DIR" in os.environ else {"TORCHINDUCTOR_CACHE_DIR": str(folder)}
+    return {"TORCHINDUCTOR_CACHE_DIR": str(folder)}

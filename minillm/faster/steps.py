@@ -45,7 +45,6 @@ class Steps:
         self.model, self.config, self.embedding = model, model.config, model.embedding
         self.compiled = CompiledWalk(model) if compile is True else None
         self.embed, self.logits, self.own_dtypes = model.embed, model.logits, model.own_dtypes
-        self.weight_bytes = model.weight_bytes
         self.walk: Callable[..., Tensor] = self.compiled or model.walk
         device = model.embedding.weight.device.type
         self._make: Callable | None = None  # records a step, where steps can be recorded
@@ -63,6 +62,10 @@ class Steps:
     def kind(self) -> str:
         """How steps run: "recorded", "compiled" or "eager"."""
         return "compiled" if self.compiled is not None else "eager" if self._make is None else "recorded"
+
+    @property
+    def weight_bytes(self) -> int:
+        return self.model.weight_bytes
 
     @torch.inference_mode()
     def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:

@@ -88,7 +88,7 @@ def product(
     weight = weight if weight.is_contiguous() else weight.contiguous()
     inputs = x.shape[-1]
     outputs = weight.shape[0] // 2 if gate else weight.shape[0]
-    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype)
+    y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device="cpu")
     packed = LINEAR.pack(
         FORMATS[weight.dtype], FORMATS[x.dtype], x.data_ptr(), y.numel() // max(outputs, 1), inputs,
         weight.data_ptr(), outputs, address(scale), address(zero), group_size, address(bias), y.data_ptr(),
@@ -107,10 +107,10 @@ def rms_norm(
     groups = _groups(x) if residual is None else None
     if groups is None:
         x, groups = x.contiguous(), (1, width)
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     total = None
     if residual is not None:
-        residual, total = residual.contiguous(), torch.empty(x.shape, dtype=x.dtype)
+        residual, total = residual.contiguous(), torch.empty(x.shape, dtype=x.dtype, device="cpu")
     packed = RMS_NORM.pack(
         x.data_ptr(), address(residual), address(weight), out.data_ptr(), address(total), x.numel() // width,
         width, FORMATS[x.dtype], multiply_in_fp32, torch.get_num_threads(), *groups, eps, offset,
@@ -137,7 +137,7 @@ def _groups(x: Tensor) -> tuple[int, int] | None:
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, two tensors of one shape and dtype."""
     x, y = x.contiguous(), y.contiguous()
-    out = torch.empty(x.shape, dtype=x.dtype)
+    out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     packed = ADD.pack(address(x), address(y), out.data_ptr(), out.numel(), FORMATS[x.dtype], torch.get_num_threads())
     _call(ADD, packed, x, y, out)
     return out
@@ -148,7 +148,7 @@ def rope_and_cache_write(q, k, v, cos, sin, k_cache, v_cache, cache_position) ->
     batch, tokens, heads, head_dim = q.shape
     q, k, v = (x if x.stride(2) == head_dim and x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
     cos, sin, cache_position = cos.contiguous(), sin.contiguous(), cache_position.contiguous()
-    out = torch.empty((batch, heads, tokens, head_dim), dtype=q.dtype)
+    out = torch.empty((batch, heads, tokens, head_dim), dtype=q.dtype, device="cpu")
     packed = ROPE.pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(), address(k_cache),
         address(v_cache), cache_position.data_ptr(), out.data_ptr(), batch, tokens, heads, k.shape[2], head_dim,
@@ -166,7 +166,7 @@ def decode_attention(q, k, v, cache_position, scale, window, softcap, alibi_slop
     """
     q, cache_position = q.contiguous(), cache_position.contiguous()
     batch, heads, tokens, head_dim = q.shape
-    out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype)
+    out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device="cpu")
     packed = ATTENTION.pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), cache_position.data_ptr(), address(alibi_slopes),
         out.data_ptr(), batch, heads, k.shape[1], tokens, head_dim, k.shape[2], k.stride(0), k.stride(1),

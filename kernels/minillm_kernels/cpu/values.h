@@ -19,7 +19,7 @@ INLINE float exp_negative(float x) {
     float r = x - n * 0.693145752f - n * 1.42860677e-6f; /* x = n ln 2 + r, ln 2 in two parts */
     float e = 0.041666667f + r * (0.0083333333f + r * 0.0013888889f);
     e = 1.0f + r * (1.0f + r * (0.5f + r * (0.16666667f + r * e)));
-    int32_t bits = ((int32_t)n + 127) << 23;
+    uint32_t bits = ((uint32_t)(int32_t)n + 127) << 23; /* unsigned: of a NaN it is nonsense, and multiplies a NaN */
     float power;
     memcpy(&power, &bits, 4);
     return e * power;
