@@ -26,7 +26,6 @@ from minillm.measure.memory import (
     model_sizes,
     parameter_count,
     score_bytes,
-    weight_bytes,
 )
 from minillm.model import empty_decoder
 
@@ -45,9 +44,9 @@ def allocated(model) -> int:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_weights_are_exactly_what_is_allocated(name, quantize, head, checkpoint):
     config = load_config(checkpoint(name))
-    predicted = weight_bytes(empty_decoder(config, torch.bfloat16, quantize=quantize, quantize_head=head))
+    predicted = empty_decoder(config, torch.bfloat16, quantize=quantize, quantize_head=head).weight_bytes
     model = load_decoder(checkpoint(name), config, torch.bfloat16, quantize=quantize, quantize_head=head)
-    assert predicted == weight_bytes(model) == allocated(model)
+    assert predicted == model.weight_bytes == allocated(model)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma3-nested"])  # has a vision tower
@@ -76,10 +75,10 @@ def test_sliding_layers_stop_growing():
 def test_published_figures():
     """Sizes people have printed for well-known models."""
     config = parse_config(LLAMA2_70B)
-    assert weight_bytes(empty_decoder(config, torch.bfloat16)) / 1e9 == pytest.approx(140, rel=0.02)
+    assert empty_decoder(config, torch.bfloat16).weight_bytes / 1e9 == pytest.approx(140, rel=0.02)
     mistral = parse_config(PUBLISHED["Mistral-7B-v0.1"])
-    bf16 = weight_bytes(empty_decoder(mistral, torch.bfloat16))
-    int8 = weight_bytes(empty_decoder(mistral, torch.bfloat16, quantize="int8", quantize_head=True))
+    bf16 = empty_decoder(mistral, torch.bfloat16).weight_bytes
+    int8 = empty_decoder(mistral, torch.bfloat16, quantize="int8", quantize_head=True).weight_bytes
     assert bf16 / 2**30 == pytest.approx(13.5, abs=0.05)
     assert int8 / bf16 == pytest.approx(0.5, abs=0.01)
     # The guides' example: 40 layers, 48 heads of 128 channels, 16,000 tokens.
@@ -223,7 +222,6 @@ import re, sys, torch
 from pathlib import Path
 from minillm.load.config_json import load_config
 from minillm.load.checkpoint import load_decoder
-from minillm.measure.memory import weight_bytes
 from minillm.linear import make_linear, parse_quantize
 from minillm.load.quantize import fill_rows
 folder, quantize = sys.argv[1], sys.argv[2] if sys.argv[2] != "none" else None
@@ -236,7 +234,7 @@ fill_rows(make_linear(64, 64, False, spec, torch.bfloat16), 0, torch.randn(64, 6
 config = load_config(folder)
 before = peak()
 model = load_decoder(folder, config, torch.bfloat16, quantize=quantize)
-print(weight_bytes(model), peak() - before)
+print(model.weight_bytes, peak() - before)
 """
 
 
