@@ -294,7 +294,7 @@ class StaticCache:
         self._check_turn()
         on_host = self.device.type == "cpu"
         ids, new, places = (self._ids.numpy(), input_ids.tolist(), cache_position.tolist()) if on_host else [()] * 3
-        self._check_values(new, places)
+        self._check_values(ids, new, places)
         try:
             self._free.pop()  # atomic: of two threads one gets it
         except IndexError:
@@ -313,7 +313,7 @@ class StaticCache:
                 self._ids[self._rows, cache_position] = input_ids
             for held, tokens, at in zip(ids, new, places, strict=True):
                 for token, place in zip(tokens, at, strict=True):
-                    if place == 0 or (place > 0 and held[place - 1] >= 0):  # what follows a gap never counts
+                    if place == 0 or (place > 0 and held[place - 1] >= 0):  # what follows a gap does not count
                         held[place] = token
         finally:
             self._free.append(True)
@@ -340,15 +340,20 @@ class StaticCache:
         if not 1 <= input_ids.shape[1] <= self.max_step:
             raise CacheError(f"a step of {input_ids.shape[1]} tokens exceeds the cache's max_step {self.max_step}")
 
-    def _check_values(self, ids: list[list[int]], places: list[list[int]]) -> None:
-        """Raise `CacheError` for ids that the model does not have, and positions that the cache does not have."""
-        for tokens, at in zip(ids, places, strict=True):
+    def _check_values(self, ids, new: list[list[int]], places: list[list[int]]) -> None:
+        """Raise `CacheError` for ids that the model does not have, and positions that do not continue their row."""
+        for row, (held, tokens, at) in enumerate(zip(ids, new, places, strict=True)):
             if max(at) >= self.max_cache_len:
                 raise CacheError(f"position {max(at)} is beyond the cache: max_cache_len is {self.max_cache_len}")
             if min(at) < -1:
                 raise CacheError(f"position {min(at)}: positions are 0 or more, and -1 for padding")
             if len(at) > 1 and any(b <= a for a, b in pairwise(place for place in at if place >= 0)):
                 raise CacheError(f"the positions of a row must ascend, not {at}")
+            first = next((place for place in at if place >= 0), 0)
+            if first > 0 and held[first - 1] < 0:
+                raise CacheError(f"position {first} leaves a gap: row {row} holds {self.lengths[row]} tokens")
+            if held[first] != _NEVER and not self.can_truncate(row, first):
+                raise CacheError(f"row {row} cannot go back to {first}, keys before it are overwritten: reset() it")
             if not (min(tokens) >= 0 and max(tokens) < self.config.vocab_size):
                 raise CacheError(f"input_ids must be from 0 to {self.config.vocab_size - 1}, the model's vocabulary")
 

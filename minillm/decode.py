@@ -170,12 +170,12 @@ def working(cache: StaticCache) -> Iterator[None]:
         yield
 
 
-def start(model: Decoder, cache: StaticCache, rows: list[Row]) -> Tensor:
-    """Feed what the cache does not hold yet of each prompt; the logits of the first new token, `[B, V]`."""
+def reuse(cache: StaticCache, rows: list[Row]) -> list[int]:
+    """Note what the cache holds already of each row's prompt; returns how many tokens. The clock starts."""
     started, held = time.perf_counter(), reuse_prefix(cache, [row.prompt for row in rows])
     for row, count in zip(rows, held, strict=True):
         row.started, row.reused = started, count
-    return prefill(model, cache, [row.prompt[n:] for row, n in zip(rows, held, strict=True)], held)
+    return held
 
 
 def run(
@@ -200,7 +200,8 @@ def run(
     look_every = look_every or (1 if device.type == "cpu" else _LOOK_EVERY)
     with cache.held_by(holder(rows)):
         with working(cache):
-            logits = start(model, cache, rows)  # [B, V]
+            held = reuse(cache, rows)
+            logits = prefill(model, cache, [row.prompt[row.reused :] for row in rows], held)  # [B, V]
             seen = seen_tokens(rows, logits, sampling)  # [B, V] or None
             position = torch.tensor([len(row.prompt) for row in rows], device=device)  # [B], of the next token
             last = torch.tensor([len(row.prompt) + row.max_new_tokens - 1 for row in rows], device=device)  # [B]

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.cache import StaticCache
-from minillm.decode import Row, check_finite, holder, seen_tokens, start, working
+from minillm.decode import Row, check_finite, holder, prefill, reuse, seen_tokens, working
 from minillm.drafting import Draft, Proposer, no_draft
 from minillm.model import Decoder
 from minillm.sampling import Sampling, distribution, penalized, sample, uniform
@@ -132,8 +132,10 @@ def run_speculative(
     with cache.held_by(holder(rows)):
         with working(cache):
             proposer.start(texts)
-            logits = start(model, cache, rows)[:, None]  # [B, 1, V]
-            seen = seen_tokens(rows, logits[:, 0], sampling)  # [B, V] or None
+            held = reuse(cache, rows)
+            logits = prefill(model, cache, [row.prompt[row.reused :] for row in rows], held)  # [B, V]
+            seen = seen_tokens(rows, logits, sampling)  # [B, V] or None
+            logits = logits[:, None]  # [B, 1, V]
         running = [True] * len(rows)
         while any(running):
             with working(cache):
