@@ -8,7 +8,6 @@ finished model plus one tensor. Pickle files (`.bin`, `.pt`) can run code when o
 
 import json
 import re
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +21,7 @@ from minillm.errors import BackendError, CheckpointError, first_line
 from minillm.linear import Linear, QuantizedLinear
 from minillm.load.quantize import fill_rows
 from minillm.model import Decoder, empty_decoder
+from minillm.progress import progress_bar
 
 # Where each tensor of the file goes: name in the file -> (name in Decoder, which part of a fused matrix).
 # {} stands for the layer number and the suffix weight/bias is carried over.
@@ -225,8 +225,7 @@ def plain_name(name: str, config: ModelConfig) -> str | None:
 
 def stream_tensors(folder: Path, files: dict[str, str], label: str) -> Iterator[tuple[str, Tensor]]:
     """Yield every tensor once, in file order, with a progress bar on stderr if it takes over a second."""
-    started, done, progress = time.monotonic(), 0, None
-    try:
+    with progress_bar(len(files), label, after=1.0) as advance:
         for shard in dict.fromkeys(files.values()):
             names = [name for name, file in files.items() if file == shard]
             while names:
@@ -239,24 +238,7 @@ def stream_tensors(folder: Path, files: dict[str, str], label: str) -> Iterator[
                         taken += tensor.nbytes
                         yield names.pop(0), tensor
                         del tensor
-                        done += 1
-                        if progress is None and time.monotonic() - started > 1:
-                            progress = _progress_bar()
-                            task = progress.add_task(label, total=len(files))
-                        if progress is not None:
-                            progress.update(task, completed=done)
-    finally:
-        if progress is not None:
-            progress.stop()
-
-
-def _progress_bar():
-    from rich.console import Console
-    from rich.progress import Progress
-
-    progress = Progress(console=Console(stderr=True), transient=True)
-    progress.start()
-    return progress
+                        advance()
 
 
 def _open(path: Path):
