@@ -212,6 +212,8 @@ def _chat_template(folder: Path, config: dict[str, Any]) -> ChatTemplate | None:
     if isinstance(template, list):  # several named templates: the plain one is called "default"
         named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
         template = named[0].get("template") if named else None
+    if isinstance(template, str) and len(template) > TEMPLATE_BYTES:
+        raise TokenizerError(f"{folder}: chat_template is larger than {TEMPLATE_BYTES} bytes, which no real one is")
     if template is not None and not isinstance(template, str):
         raise TokenizerError(
             f"{folder}: chat_template must be a string, or a list of named ones, not {shown(template)}"
