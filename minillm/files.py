@@ -18,7 +18,9 @@ _DEPTH = 64  # of objects and lists in each other; a config.json has 4
 TOKENIZER_BYTES = 2**27  # tokenizer.json is read in Rust, into a compact form: Gemma 3 has 33 MB
 TEMPLATE_BYTES = 2**16  # compiling a template costs 40 times what reading it does; the longest published: 17 kB
 
-shown = reprlib.repr  # a value from a file, in an error: short, one line, whatever a stranger wrote there
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxother = 100
+shown = _repr.repr  # a value from a file, in an error: short and one line, whatever a stranger wrote there
 
 
 def read_text(path: Path, error: type[MinillmError], most: int) -> str | None:
