@@ -100,12 +100,14 @@ def load_decoder(
         model = empty_decoder(config, dtype, attention, quantize, quantize_head, device)
     except (RuntimeError, AssertionError) as error:
         raise BackendError(f"device {str(device)!r}: {first_line(error)}") from error
+    # A tied head that is quantized is a matrix of its own, made from the embedding.
+    own_head = config.tie_word_embeddings and isinstance(model.head, QuantizedLinear) and config.quantization is None
     with torch.no_grad():
         for name, tensor in stream_tensors(folder, files, f"loading {folder.name}", check_finite):
             with naming(name):
                 _fill(model, plan[name], tensor)
-        if config.tie_word_embeddings and not isinstance(model.head, Linear) and config.quantization is None:
-            fill_rows(model.head, 0, model.embedding.weight)
+                if own_head and plan[name].module == "embedding":
+                    fill_rows(model.head, 0, tensor)
     return model.eval().requires_grad_(False)
 
 
