@@ -175,10 +175,7 @@ def _ropes(reader: "_Reader", family: Family, head_dim: int) -> tuple[RopeSpec, 
     partial = reader.number("partial_rotary_factor", default=1.0)
     local_theta = reader.number("rope_local_base_freq", default=1e4)
     scaling, newer = reader.get("rope_scaling"), reader.get("rope_parameters")
-    tables = {"rope_scaling": scaling, "rope_parameters": newer}
-    if isinstance(newer, dict) and family.local_rope and "full_attention" in newer:
-        tables |= {f"rope_parameters.{name}": newer.get(name, {}) for name in ("full_attention", "sliding_attention")}
-    for name, value in tables.items():
+    for name, value in (("rope_scaling", scaling), ("rope_parameters", newer)):
         if value is not None and not isinstance(value, dict):
             raise ConfigError(f"config.json: {name} must be an object, not {shown(value)}")
     common = dict(rope_theta=theta, partial_rotary_factor=partial, original_max_position_embeddings=original)
@@ -187,7 +184,10 @@ def _ropes(reader: "_Reader", family: Family, head_dim: int) -> tuple[RopeSpec, 
         if family.local_rope:
             tables.append(common | dict(rope_theta=local_theta))
     elif family.local_rope and "full_attention" in newer:
-        tables = [common | newer["full_attention"], common | newer.get("sliding_attention", {})]
+        by_layer = [newer["full_attention"], newer.get("sliding_attention", {})]
+        if not all(isinstance(table, dict) for table in by_layer):
+            raise ConfigError(f"config.json: rope_parameters must hold an object per layer type, not {shown(newer)}")
+        tables = [common | table for table in by_layer]
     else:
         if "rope_theta" in reader.raw and newer.get("rope_theta", theta) != theta:
             raise ConfigError(

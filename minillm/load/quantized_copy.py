@@ -13,7 +13,7 @@ from torch import Tensor
 
 from minillm.errors import CheckpointError, first_line
 from minillm.files import read_json
-from minillm.linear import QuantizedLinear, QuantizeSpec, make_linear, parse_quantize
+from minillm.linear import Int4Linear, QuantizedLinear, QuantizeSpec, make_linear
 from minillm.load.checkpoint import naming, plain_name, plan_loading, stream_tensors
 from minillm.load.config_json import load_config
 from minillm.load.hub import HUB_PATTERNS
@@ -61,11 +61,11 @@ def _write(source: Path, out: Path, quantize: str, quantize_head: bool) -> None:
         module, plain = modules[plan[name].module], plain_name(name, config)
         with naming(name):
             if plan[name].tensor == "weight" and isinstance(module, QuantizedLinear):
-                writer.add_quantized(plain.removesuffix(".weight"), tensor, parse_quantize(quantize), module)
+                writer.add_quantized(plain.removesuffix(".weight"), tensor, module)
             else:
                 writer.add(plain, tensor)
         if config.tie_word_embeddings and quantize_head and plan[name].module == "embedding":
-            writer.add_quantized("lm_head", tensor, parse_quantize("int8"), model.head)
+            writer.add_quantized("lm_head", tensor, model.head)
     writer.finish()
     for pattern in HUB_PATTERNS:
         if "safetensors" not in pattern and (source / pattern).exists():
@@ -87,9 +87,9 @@ class _ShardWriter:
         if self.size >= _SHARD_BYTES:
             self._write()
 
-    def add_quantized(self, name: str, weight: Tensor, spec: QuantizeSpec, like: QuantizedLinear) -> None:
-        outputs, inputs = weight.shape
-        layer = make_linear(inputs, outputs, False, spec, weight.dtype)
+    def add_quantized(self, name: str, weight: Tensor, like: QuantizedLinear) -> None:
+        spec = QuantizeSpec(4, like.group_size) if isinstance(like, Int4Linear) else QuantizeSpec(8)
+        layer = make_linear(weight.shape[1], weight.shape[0], False, spec, weight.dtype, "cpu")
         fill_rows(layer, 0, weight)
         for part in like.row_dimension:
             self.add(f"{name}.{part}", getattr(layer, part))
