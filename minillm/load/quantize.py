@@ -62,8 +62,8 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
     outputs, inputs = weight.shape
     check_groups(inputs, outputs, group_size)
     groups, device = inputs // group_size, weight.device
-    low, high = weight.aminmax()
-    if _finite(high.float().clamp(min=0) - low.float().clamp(max=0)) > _WIDEST:
+    low, high = (end.double() for end in weight.aminmax())
+    if _finite(high.clamp(min=0) - low.clamp(max=0)) > _WIDEST:
         raise CheckpointError(f'weights from {low:g} to {high:g} are too far apart for int4; use quantize="int8"')
     packed = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=device)
     scale = torch.empty(groups, outputs, dtype=torch.float16, device=device)
