@@ -60,7 +60,7 @@ class ChatTemplate:
         try:
             return self._template.render(messages=messages, **variables)
         except Exception as error:  # it may fail in any way
-            raise TokenizerError(f"the chat template refused these messages: {first_line(error)[:300]}") from None
+            raise TokenizerError(f"the chat template refused these messages: {first_line(error)}") from None
 
     @cached_property
     def _sandbox(self) -> "_Sandbox":
