@@ -5,7 +5,8 @@ other runtimes get wrong: the one BOS, the template that must not add a second, 
 never show half a character.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -38,10 +39,8 @@ class Tokenizer:
                 f"{path} does not exist. minillm reads only tokenizer.json; where a model ships another format, "
                 "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes one"
             )
-        try:
+        with _rust(f"{path} is not a readable tokenizer"):
             self._tokenizer = _Tokenizer.from_str(content)
-        except Exception as error:  # the Rust library raises bare Exception
-            raise TokenizerError(f"{path} is not a readable tokenizer: {first_line(error)}") from None
         # Some files ask for truncation or padding, which belonged to training.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
@@ -76,10 +75,8 @@ class Tokenizer:
         """Token ids of `text`, with the BOS that the checkpoint's own tokenizer would add, once."""
         if not _is_unicode(text):
             raise TokenizerError("the text cannot be tokenized: it is not valid Unicode (half a surrogate pair)")
-        try:
+        with _rust("the text cannot be tokenized"):
             ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except Exception as error:  # such as no token for an unknown word
-            raise TokenizerError(f"the text cannot be tokenized: {first_line(error)}") from None
         bos = self.bos_token_id
         if add_special_tokens and bos is not None and self._add_bos is not None:
             # tokenizer_config.json may overrule the template inside tokenizer.json, in either direction.
@@ -91,7 +88,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of these ids; ids outside the vocabulary (a padded embedding has some) give no text."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with _rust("the tokens cannot be made text"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def render_chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
         """Render `[{"role": ..., "content": ...}, ...]` with the checkpoint's chat template.
@@ -186,6 +184,17 @@ def _overlap(text: str, stop: str) -> int:
     """How many characters at the end of `text` could be the beginning of `stop`."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
+
+
+@contextmanager
+def _rust(problem: str) -> Iterator[None]:
+    """The `tokenizers` library raises bare Exception; or it panics, which Python hears as a BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise TokenizerError(f"{problem}: {first_line(error)}") from None
+        raise
 
 
 def _is_unicode(text: str) -> bool:

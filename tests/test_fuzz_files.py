@@ -33,11 +33,12 @@ ODD = st.one_of(
     st.recursive(st.sampled_from([None, 1, "full_attention"]), lambda x: st.lists(x, max_size=4), max_leaves=40),
     st.integers(),
     st.text(max_size=9),
-)
+).map(copy.deepcopy)  # they are changed later
 # What else a key of a config may hold: every value that some config has somewhere.
 WORDS = st.sampled_from(
     ["linear", "yarn", "longrope", "dynamic", "llama3", "gelu", "silu", "minillm", "int8", "gemma2"]
 )
+DULL = {"vocab", "merges"}  # thousands of places that are all alike
 LONG = [
     b"[" * 10**5,
     b'{"a":' * 10**5,
@@ -56,7 +57,7 @@ def bounded():
         yield
     except MinillmError as error:
         assert "\n" not in str(error)
-        assert len(str(error)) < 5000
+        assert len(str(error)) < 1000
     assert time.monotonic() - started < 5
     assert resident() - before < 200 * 2**20
 
@@ -81,7 +82,9 @@ def spoiled(draw, originals):
     """One of these JSON values with up to three values replaced, removed or added."""
     value = copy.deepcopy(draw(st.sampled_from(originals)))
     for _ in range(draw(st.integers(1, 3))):
-        *path, last = draw(st.sampled_from([path for path in places(value) if path] or [("x",)]))
+        *path, last = draw(
+            st.sampled_from([path for path in places(value) if path and not DULL & {*path[:-1]}] or [("x",)])
+        )
         inside = value
         for key in path:
             inside = inside[key]

@@ -343,6 +343,15 @@ def test_a_tokenizer_without_a_token_for_unknown_words(files, tmp_path):
         Tokenizer(folder).encode("b")
 
 
+def test_a_panic_of_the_library_is_our_error(files, tmp_path):
+    folder = altered(files, tmp_path)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["post_processor"]["special_tokens"] = {}  # what the template needs is not there
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(TokenizerError):
+        Tokenizer(folder).encode("The wolf")
+
+
 def test_a_literal_bos_in_the_text_is_the_users(metaspace_files, tmp_path):
     """Without a BOS of its own (add_bos_token false), the one that the user wrote stays; with one, none is doubled."""
     without = Tokenizer(altered(metaspace_files, tmp_path / "a", add_bos_token=False))

@@ -282,4 +282,4 @@ def _open(path: Path):
                 raise CheckpointError(f"{path} is not a readable safetensors file: its header is too large")
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+        raise CheckpointError(f"{path} is not a readable safetensors file: {first_line(error)}") from None
