@@ -82,7 +82,8 @@ class Tokenizer:
             # tokenizer_config.json may overrule the template inside tokenizer.json, in either direction.
             if self._add_bos and ids[:1] != [bos]:
                 return [bos, *ids]
-            if not self._add_bos and ids[:1] == [bos] and not text.startswith(self._special["bos_token"]):
+            plain = ids if self._add_bos else self.encode(text, add_special_tokens=False)
+            if not self._add_bos and ids[: len(plain) + 1] == [bos, *plain]:  # not one that the text begins with
                 return ids[1:]
         return ids
 

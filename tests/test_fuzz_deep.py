@@ -122,7 +122,9 @@ def damaged(draw, content: bytes):
 
 def cases(count):
     quiet = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large]
-    return settings(max_examples=count * 40, derandomize=False, database=None, deadline=None, suppress_health_check=[*quiet])
+    return settings(
+        max_examples=count * 40, derandomize=False, database=None, deadline=None, suppress_health_check=[*quiet]
+    )
 
 
 @given(raw=spoiled(CONFIGS))

@@ -353,12 +353,16 @@ def test_a_panic_of_the_library_is_our_error(files, tmp_path):
 
 
 def test_a_literal_bos_in_the_text_is_the_users(metaspace_files, tmp_path):
-    """Without a BOS of its own (add_bos_token false), the one that the user wrote stays; with one, none is doubled."""
-    without = Tokenizer(altered(metaspace_files, tmp_path / "a", add_bos_token=False))
-    assert without.encode("<s> wolf")[0] == without.bos_token_id
-    assert without.encode("wolf")[0] != without.bos_token_id
-    oracle = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "a" / "tokenizer")
-    assert without.encode("<s> wolf", add_special_tokens=False) == oracle.encode("<s> wolf", add_special_tokens=False)
+    """With add_bos_token false nothing is added, whatever tokenizer.json says, and nothing the user wrote is lost."""
+    raw = json.loads((metaspace_files.folder / "tokenizer.json").read_text())
+    for name, processor in (("adds", raw["post_processor"]), ("adds none", None)):
+        folder = altered(metaspace_files, tmp_path / name, add_bos_token=False)
+        (folder / "tokenizer.json").write_text(json.dumps(raw | {"post_processor": processor}))
+        tokenizer = Tokenizer(folder)
+        for text, count in (("wolf", 0), ("<s> wolf", 1), ("<s><s> wolf", 2), ("<s>", 1), ("", 0)):
+            ids = tokenizer.encode(text)
+            assert ids == tokenizer.encode(text, add_special_tokens=False)
+            assert ids.count(tokenizer.bos_token_id) == count
 
 
 def test_text_that_is_not_unicode(tokenizer):
