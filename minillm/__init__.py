@@ -15,6 +15,7 @@ from minillm.errors import (
     CheckpointError,
     ConfigError,
     MinillmError,
+    NumericalError,
     RequestError,
     TokenizerError,
 )
@@ -31,6 +32,7 @@ __all__ = [
     "Conversation",
     "GenerationConfig",
     "MinillmError",
+    "NumericalError",
     "RequestError",
     "Sampling",
     "StaticCache",

@@ -19,10 +19,11 @@ def run() -> int:
         return main()
     finally:
         _on_signals(lambda number, frame: os._exit(128 + number))  # all is done and said: only Python's end is left
-        try:
-            sys.stdout.flush()
-        except OSError:  # told already, or nobody reads on: what is left must not fail once more at the very end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        for stream in (sys.stdout, sys.stderr):
+            try:
+                stream.flush()
+            except OSError:  # told already, or nobody reads on: what is left must not fail once more at the very end
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _on_signals(handler) -> None:

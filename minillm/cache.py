@@ -24,7 +24,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -136,8 +135,9 @@ class StaticCache:
         self._ids = torch.full((batch_size, max_cache_len + 1), _NEVER, dtype=torch.int64, device=device)
         self._rows = torch.arange(batch_size, device=device)[:, None]  # [B, 1]
         self._model = None  # a weak reference to the embedding of the decoder that fills it
-        self._free = [True]  # what a forward pass takes, so that a second one finds none; see `writing`
-        self._holder: str | None = None  # the request that has it, and the thread in which that is at work
+        # Taken out by a forward pass and by a request while they last: `pop` is atomic, so of two threads one gets it.
+        self._free, self._vacant = [True], [True]
+        self._holder: str | None = None  # the request that has the cache, and the thread in which that is at work
         self._thread: int | None = None
         self._choose_rotary(max_cache_len if planned_length is None else planned_length)
 
@@ -148,6 +148,7 @@ class StaticCache:
     @torch.inference_mode(False)
     def plan(self, planned_length: int | Sequence[int]) -> None:
         """Choose the rotary tables for rows that will reach this length. Only an empty cache can be re-planned."""
+        self._check_turn()
         if any(self.lengths):
             raise CacheError("StaticCache: plan() on a cache that holds tokens; call reset() first")
         self._choose_rotary(planned_length)
@@ -182,7 +183,7 @@ class StaticCache:
         """Forget everything, the model too; the memory stays."""
         self._check_turn()
         self._ids.fill_(_NEVER)
-        self._model, self._free = None, [True]
+        self._model, self._free[:] = None, [True]
         for tensor in (*self.keys, *self.values):  # a NaN that a pass left behind would spoil what masks it
             tensor.zero_()
 
@@ -239,13 +240,15 @@ class StaticCache:
 
         Raises `CacheError` while another request holds it.
         """
-        if self._holder is not None:
-            raise CacheError(f"the cache is in use by {self._holder}: {_WAY_OUT}")
-        self._holder = holder
         try:
+            self._vacant.pop()
+        except IndexError:
+            raise CacheError(f"the cache is in use by {self._holder}: {_WAY_OUT}") from None
+        try:
+            self._holder = holder
             yield
         finally:
-            self._holder = None
+            self._holder, self._vacant[:] = None, [True]
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -293,30 +296,26 @@ class StaticCache:
             return
         self._check_turn()
         on_host = self.device.type == "cpu"
-        ids, new, places = (self._ids.numpy(), input_ids.tolist(), cache_position.tolist()) if on_host else [()] * 3
-        self._check_values(ids, new, places)
+        spans = self._check_values(input_ids.tolist(), cache_position.tolist()) if on_host else []
         try:
-            self._free.pop()  # atomic: of two threads one gets it
+            self._free.pop()
         except IndexError:
             raise CacheError(f"the cache is in use by another forward pass: {_WAY_OUT}") from None
         try:
             self._model = self._model or weakref.ref(model.embedding)
             if not on_host:
                 self._forget(cache_position)
-            for held, at in zip(ids, places, strict=True):
-                for place in at:
-                    if held[place] >= 0:  # written anew without `truncate`: what follows was computed from the old
-                        held[place:].clip(max=_LOST, out=held[place:])
-                    held[place] = _LOST
+            for ids, first, new in spans:
+                if ids[first] >= 0:  # written anew without `truncate`: what follows was computed from the old
+                    ids[first:].clip(max=_LOST, out=ids[first:])
+                ids[first : first + len(new)] = _LOST
             yield
             if not on_host:
                 self._ids[self._rows, cache_position] = input_ids
-            for held, tokens, at in zip(ids, new, places, strict=True):
-                for token, place in zip(tokens, at, strict=True):
-                    if place == 0 or (place > 0 and held[place - 1] >= 0):  # what follows a gap does not count
-                        held[place] = token
+            for ids, first, new in spans:
+                ids[first : first + len(new)] = new
         finally:
-            self._free.append(True)
+            self._free[:] = [True]
 
     def _forget(self, cache_position: Tensor) -> None:
         """Before a pass, where the host does not look: what stands at these positions and after them stops to count."""
@@ -340,22 +339,31 @@ class StaticCache:
         if not 1 <= input_ids.shape[1] <= self.max_step:
             raise CacheError(f"a step of {input_ids.shape[1]} tokens exceeds the cache's max_step {self.max_step}")
 
-    def _check_values(self, ids, new: list[list[int]], places: list[list[int]]) -> None:
-        """Raise `CacheError` for ids that the model does not have, and positions that do not continue their row."""
-        for row, (held, tokens, at) in enumerate(zip(ids, new, places, strict=True)):
-            if max(at) >= self.max_cache_len:
-                raise CacheError(f"position {max(at)} is beyond the cache: max_cache_len is {self.max_cache_len}")
-            if min(at) < -1:
-                raise CacheError(f"position {min(at)}: positions are 0 or more, and -1 for padding")
-            if len(at) > 1 and any(b <= a for a, b in pairwise(place for place in at if place >= 0)):
-                raise CacheError(f"the positions of a row must ascend, not {at}")
-            first = next((place for place in at if place >= 0), 0)
-            if first > 0 and held[first - 1] < 0:
-                raise CacheError(f"position {first} leaves a gap: row {row} holds {self.lengths[row]} tokens")
-            if held[first] != _NEVER and not self.can_truncate(row, first):
-                raise CacheError(f"row {row} cannot go back to {first}, keys before it are overwritten: reset() it")
+    def _check_values(self, input_ids: list[list[int]], cache_position: list[list[int]]) -> list[tuple]:
+        """For each row that a step feeds: where its ids are noted, the first position, and the new ids.
+
+        Raises `CacheError` for ids that the model does not have, and for positions that do not continue their row.
+        """
+        spans = []
+        for row, (ids, tokens, places) in enumerate(zip(self._ids.numpy(), input_ids, cache_position, strict=True)):
             if not (min(tokens) >= 0 and max(tokens) < self.config.vocab_size):
                 raise CacheError(f"input_ids must be from 0 to {self.config.vocab_size - 1}, the model's vocabulary")
+            if max(places) >= self.max_cache_len:
+                raise CacheError(f"position {max(places)} is beyond the cache: max_cache_len is {self.max_cache_len}")
+            if min(places) < 0:  # padding
+                tokens = [token for token, place in zip(tokens, places, strict=True) if place != -1]
+                places = [place for place in places if place != -1]
+                if not places:
+                    continue
+            first = places[0]
+            if first < 0 or (len(places) > 1 and places != list(range(first, first + len(places)))):
+                raise CacheError(f"positions are 0 or more, one after the other, and -1 for padding; not {places}")
+            if first > 0 and ids[first - 1] < 0:
+                raise CacheError(f"position {first} leaves a gap: row {row} holds {self.lengths[row]} tokens")
+            if ids[first] != _NEVER and not self.can_truncate(row, first):
+                raise CacheError(f"row {row} cannot go back to {first}, keys before it are overwritten: reset() it")
+            spans.append((ids, first, tokens))
+        return spans
 
     def view(
         self, cache_position: Tensor, window: int | None, bound: int | None = None, from_start: bool = False

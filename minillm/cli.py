@@ -13,7 +13,6 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -38,8 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except MinillmError as error:
         return _complain(error)
     except KeyboardInterrupt:
-        with suppress(OSError):
-            print(file=sys.stderr)
+        print(file=sys.stderr)
         return 130
     except BrokenPipeError:
         return 0  # whoever read our output (head, a pager) has enough
@@ -52,8 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _complain(error: MinillmError | str) -> int:
     text = " ".join(str(error).split())
-    with suppress(OSError):  # of a stderr that is full or closed: the status tells all the same
-        print("minillm:", text if len(text) <= 800 else f"{text[:400]} ... {text[-400:]}", file=sys.stderr)
+    print("minillm:", text if len(text) <= 800 else f"{text[:400]} ... {text[-400:]}", file=sys.stderr)
     return 1
 
 

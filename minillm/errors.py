@@ -39,4 +39,4 @@ class NumericalError(MinillmError):
 
 def first_line(error: Exception) -> str:
     """What a library's error says first: enough for one line of ours."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,24 +1,21 @@
 """Text to token ids and back: `tokenizer.json`, chat templates, and text as it streams.
 
-The `tokenizers` library does the tokenizing and `jinja2` the templates; what is here is the part that
+The `tokenizers` library does the tokenizing and `chat_template.py` the templates; what is here is the part that
 other runtimes get wrong: the one BOS, the template that must not add a second, and pieces of text that
 never show half a character.
 """
 
-import json
-from collections.abc import Sequence
-from datetime import datetime
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
-from jinja2.ext import LoopControlExtension
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer as _Tokenizer
 
-from minillm.errors import TokenizerError
-from minillm.files import read_json
+from minillm.chat_template import ChatTemplate
+from minillm.errors import TokenizerError, first_line
+from minillm.files import TEMPLATE_BYTES, TOKENIZER_BYTES, read_json, read_text, shown
 
 # How far back to look in a prompt for a token that ends on a whole character.
 _CONTEXT_TOKENS = 8
@@ -36,23 +33,24 @@ class Tokenizer:
     def __init__(self, folder: str | Path):
         folder = Path(folder)
         path = folder / "tokenizer.json"
-        if not path.exists():
+        content = read_text(path, TokenizerError, TOKENIZER_BYTES)
+        if content is None:
             raise TokenizerError(
                 f"{path} does not exist. minillm reads only tokenizer.json; where a model ships another format, "
                 "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes one"
             )
-        try:
-            self._tokenizer = _Tokenizer.from_file(str(path))
-        except Exception as error:  # the Rust library raises bare Exception
-            raise TokenizerError(f"{path} is not a readable tokenizer: {error}") from None
+        with _rust(f"{path} is not a readable tokenizer"):
+            self._tokenizer = _Tokenizer.from_str(content)
         # Some files ask for truncation or padding, which belonged to training.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        config = read_json(folder / "tokenizer_config.json", TokenizerError)
-        self._special = {
-            name: _content(config.get(name)) for name in ("bos_token", "eos_token", "unk_token", "pad_token")
-        }
+        path = folder / "tokenizer_config.json"
+        config = read_json(path, TokenizerError)
+        names = ("bos_token", "eos_token", "unk_token", "pad_token")
+        self._special = {name: _content(config.get(name), f"{path}: {name}") for name in names}
         self._add_bos: bool | None = config.get("add_bos_token")
+        if self._add_bos not in (None, True, False):
+            raise TokenizerError(f"{path}: add_bos_token must be true or false, not {shown(self._add_bos)}")
         self.chat_template = _chat_template(folder, config)
         self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
 
@@ -75,48 +73,38 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the BOS that the checkpoint's own tokenizer would add, once."""
-        try:
+        if not _is_unicode(text):
+            raise TokenizerError("the text cannot be tokenized: it is not valid Unicode (half a surrogate pair)")
+        with _rust("the text cannot be tokenized"):
             ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
-        except (UnicodeEncodeError, TypeError) as error:
-            raise TokenizerError(f"the text cannot be tokenized, it is not valid Unicode: {error}") from None
         bos = self.bos_token_id
         if add_special_tokens and bos is not None and self._add_bos is not None:
             # tokenizer_config.json may overrule the template inside tokenizer.json, in either direction.
             if self._add_bos and ids[:1] != [bos]:
                 return [bos, *ids]
-            if not self._add_bos and ids[:1] == [bos] and not text.startswith(self._special["bos_token"]):
+            plain = ids if self._add_bos else self.encode(text, add_special_tokens=False)
+            if not self._add_bos and ids[: len(plain) + 1] == [bos, *plain]:  # not one that the text begins with
                 return ids[1:]
         return ids
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of these ids; ids outside the vocabulary (a padded embedding has some) give no text."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
+        with _rust("the tokens cannot be made text"):
+            return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def render_chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
         """Render `[{"role": ..., "content": ...}, ...]` with the checkpoint's chat template.
 
-        The template runs in jinja2's immutable sandbox. Raises `TokenizerError` if there is none, or if it
-        refuses the messages (many templates insist on alternating roles).
+        Raises `TokenizerError` if there is none, or if it fails, refuses the messages or takes too much of time or
+        memory (see `chat_template.py`).
         """
         if self.chat_template is None:
             raise TokenizerError(
                 "this checkpoint has no chat template (chat_template in tokenizer_config.json, or "
                 "chat_template.jinja): it is a base model; use generate() on plain text"
             )
-        environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[LoopControlExtension]
-        )
-        # Templates expect JSON as json.dumps writes it, not with HTML escapes.
-        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        environment.globals["raise_exception"] = _refuse
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         special = {name: token or "" for name, token in self._special.items()}
-        try:
-            return environment.from_string(self.chat_template).render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **special
-            )
-        except Exception as error:  # a template is a program from the checkpoint: it may fail in any way
-            raise TokenizerError(f"the chat template refused these messages: {error}") from None
+        return self.chat_template.render(list(messages), add_generation_prompt=add_generation_prompt, **special)
 
     def encode_chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of the rendered chat. The template writes BOS itself, so none is added here."""
@@ -199,22 +187,45 @@ def _overlap(text: str, stop: str) -> int:
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
 
 
-def _refuse(message: str) -> None:
-    raise TemplateError(message)
+@contextmanager
+def _rust(problem: str) -> Iterator[None]:
+    """The `tokenizers` library raises bare Exception; or it panics, which Python hears as a BaseException."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise TokenizerError(f"{problem}: {first_line(error)}") from None
+        raise
 
 
-def _content(token: Any) -> str | None:
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _content(token: Any, where: str) -> str | None:
     """A special token is written as a string, or as an object with the string inside."""
-    return token.get("content") if isinstance(token, dict) else token
+    content = token.get("content") if isinstance(token, dict) else token
+    if content is not None and not (isinstance(content, str) and _is_unicode(content)):
+        raise TokenizerError(f"{where} must be a string, not {shown(token)}")
+    return content
 
 
-def _chat_template(folder: Path, config: dict[str, Any]) -> str | None:
-    separate = folder / "chat_template.jinja"
-    if separate.exists():
-        return separate.read_text(encoding="utf-8")
-    template = read_json(folder / "chat_template.json", TokenizerError).get("chat_template") or config.get(
-        "chat_template"
-    )
+def _chat_template(folder: Path, config: dict[str, Any]) -> ChatTemplate | None:
+    template = read_text(folder / "chat_template.jinja", TokenizerError, TEMPLATE_BYTES)
+    if template is None:
+        template = read_json(folder / "chat_template.json", TokenizerError).get("chat_template")
+    template = config.get("chat_template") if template is None else template
     if isinstance(template, list):  # several named templates: the plain one is called "default"
-        return next((entry["template"] for entry in template if entry.get("name") == "default"), None)
-    return template
+        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
+        template = named[0].get("template") if named else None
+    if isinstance(template, str) and len(template) > TEMPLATE_BYTES:
+        raise TokenizerError(f"{folder}: chat_template is larger than {TEMPLATE_BYTES} bytes, which no real one is")
+    if template is not None and not isinstance(template, str):
+        raise TokenizerError(
+            f"{folder}: chat_template must be a string, or a list of named ones, not {shown(template)}"
+        )
+    return ChatTemplate(template) if template else None

@@ -3,8 +3,10 @@
 import functools
 import json
 import math
+import os
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -17,7 +19,16 @@ from minillm.errors import RequestError
 from minillm.llm import LLM
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
-from minillm.measure.bench import Speeds, Spread, bytes_per_token, measure, memory_bandwidth, save_plot
+from minillm.measure.bench import (
+    Speeds,
+    Spread,
+    busy_process,
+    bytes_per_token,
+    measure,
+    memory_bandwidth,
+    processor_features,
+    save_plot,
+)
 from minillm.measure.perplexity import parse_format, read_documents, score_text, token_stream, windows
 
 DOCUMENTS = [
@@ -99,6 +110,63 @@ def test_spread():
     assert Spread.of([3.0, 1.0, 2.0, 10.0]) == Spread(2.5, 1.0, 10.0)
 
 
+def test_batches_and_a_busy_neighbour(llm):
+    speeds = measure(lambda: llm, [5], [], new_tokens=3, repeats=2, batches=[4, 1, 4], busy=True)
+    assert [one.rows for one in speeds.batch] == [1, 4]
+    alone = speeds.decode[0].tokens_per_second.median
+    for one in speeds.batch:
+        assert one.row_percent == pytest.approx(100 * one.tokens_per_second.median / one.rows / alone)
+    text = speeds.as_text()
+    assert "decode 4 rows, tokens/s" in text
+    assert f"{speeds.busy.median / alone:.2f} of quiet" in text
+    plain = measure(lambda: llm, [5], [], new_tokens=1, repeats=1)
+    assert (plain.batch, plain.busy) == ([], None) and "busy" not in plain.as_text()
+
+
+def test_all_rows_of_a_batch_decode_at_the_headlines_position(llm, monkeypatch):
+    asked = []
+    generate = llm.generate
+    monkeypatch.setattr(llm, "generate", lambda prompts, **rest: asked.append(prompts) or generate(prompts, **rest))
+    measure(lambda: llm, [6, 9], [], new_tokens=1, repeats=1, batches=[3])
+    assert [prompts for prompts in asked if len(prompts) == 3] == [[asked[0][0]] * 3] * 2
+    assert len(asked[0][0]) == 6
+
+
+def busy_children() -> list[str]:
+    found = subprocess.run(["pgrep", "-P", str(os.getpid()), "-f", "getppid"], capture_output=True, text=True)
+    return found.stdout.split()
+
+
+def test_the_busy_process_always_ends(llm, monkeypatch):
+    with pytest.raises(KeyboardInterrupt), busy_process():
+        assert len(busy_children()) == 1
+        raise KeyboardInterrupt
+    assert busy_children() == []
+    # Its parent killed without warning, it notices by itself.
+    code = "from minillm.measure.bench import busy_process\nwith busy_process() as p: print(p.pid, flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as parent:
+        child = int(parent.stdout.readline())
+        os.kill(child, 0)
+        parent.kill()
+    for _ in range(100):
+        try:
+            os.kill(child, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.05)
+    pytest.fail("the busy process outlived its parent")
+
+
+def test_what_a_processor_can_do_is_read_from_its_flags(tmp_path, speeds):
+    path = tmp_path / "cpuinfo"
+    path.write_text("flags\t\t: fpu avx512f avx512_vnni amx_int8\n")
+    assert processor_features(path) == ["AMX", "AVX-512 VNNI"]
+    path.write_text("Features\t: fp asimd asimddp\n")
+    assert processor_features(path) == ["NEON dot"]
+    assert processor_features(tmp_path / "nowhere") == []
+    assert f"processor: {', '.join(speeds.features)}" in speeds.as_text() or not speeds.features
+
+
 def file_sizes(folder) -> dict[str, int]:
     sizes = {}
     for path in folder.glob("*.safetensors"):
@@ -144,6 +212,10 @@ def test_a_quantized_head_is_read_beside_a_tied_embedding(checkpoint):
         ({"lengths": [30], "capacities": [20]}, "a cache of 20 is too small"),
         ({"new_tokens": 0}, "new_tokens"),
         ({"repeats": 0}, "repeats"),
+        ({"batches": [2, 0]}, "batch must be from 1"),
+        ({"batches": [10**6]}, "batch must be from 1 to 1024"),
+        ({"new_tokens": 600}, "leave no room"),
+        ({"capacities": [10**12]}, "no memory for a cache"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(arguments, message, llm):

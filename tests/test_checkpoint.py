@@ -179,6 +179,102 @@ def test_biases_the_config_does_not_know_are_unexpected(checkpoint, tmp_path):
         load(folder)
 
 
+def test_integers_where_floats_belong_are_refused(rewritten):
+    def spoil(tensors):
+        tensors["model.norm.weight"] = torch.ones(48, dtype=torch.int8)
+        tensors["model.layers.0.mlp.down_proj.weight"] = tensors["model.layers.0.mlp.down_proj.weight"].to(torch.uint8)
+        tensors["model.layers.1.mlp.down_proj.weight"] = tensors["model.layers.1.mlp.down_proj.weight"].double()
+
+    with pytest.raises(CheckpointError) as caught:
+        load(rewritten("llama3", spoil))
+    for said in (
+        "norm.weight is I8",
+        "0.mlp.down_proj.weight is U8",
+        "1.mlp.down_proj.weight is F64",
+        "F32, BF16 or F16",
+    ):
+        assert said in str(caught.value)
+
+
+def test_a_very_long_list_of_problems_is_cut(rewritten):
+    folder = rewritten("llama3", lambda tensors: tensors.update({f"extra{i}": torch.zeros(1) for i in range(5000)}))
+    with pytest.raises(CheckpointError, match="and 4980 more") as caught:
+        load(folder)
+    assert len(str(caught.value)) < 2000
+
+
+# -- values that cannot be right ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_found_and_named(dtype, wrong, rewritten):
+    name = "model.layers.1.self_attn.k_proj.weight"
+
+    def spoil(tensors):
+        for key in tensors:
+            tensors[key] = tensors[key].to(dtype)
+        tensors[name][-1, -1] = wrong
+
+    folder = rewritten("llama3", spoil)
+    for keywords in ({}, {"quantize": "int8"}):
+        with pytest.raises(CheckpointError, match=name.replace(".", r"\.") + ".*NaN or infinity.*check_finite"):
+            load(folder, **keywords)
+    weight = load(folder, check_finite=False).blocks[1].attention.qkv.weight
+    assert (~weight.isfinite()).sum() == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_largest_finite_weights_are_no_error(dtype, rewritten):
+    """Their sum would be infinite."""
+
+    def spoil(tensors):
+        tensors["model.norm.weight"] = torch.full((48,), torch.finfo(dtype).max, dtype=dtype)
+
+    assert load(rewritten("llama3", spoil), dtype).norm.weight.isfinite().all()
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_the_hosts_defaults_change_nothing(quantize, checkpoint):
+    """Default dtype, default device, grad mode: loading is its own master of all of them."""
+
+    def state():
+        return load(checkpoint("gemma"), torch.bfloat16, quantize=quantize, quantize_head=bool(quantize)).state_dict()
+
+    expected, scale = state(), load(checkpoint("gemma")).embedding_scale
+    for dtype in (torch.float16, torch.float64, torch.bfloat16):
+        torch.set_default_dtype(dtype)
+        try:
+            found = state()
+            assert load(checkpoint("gemma")).embedding_scale == scale
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert all(found[key].dtype == expected[key].dtype for key in expected)
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+    for context in (torch.device("meta"), torch.inference_mode(), torch.autocast("cpu", torch.bfloat16)):
+        with context:
+            found = state()
+        assert all(torch.equal(found[key], expected[key]) for key in expected)
+
+
+def test_a_tied_head_in_int8_gives_the_logits_of_the_dense_one(checkpoint, ours):
+    """The copy that a quantized head has of a tied embedding must be filled: off by a rounding, not by everything."""
+    for name in ("llama3.2", "gemma"):
+        quantized = load(checkpoint(name), quantize_head=True)
+        assert quantized.config.tie_word_embeddings
+        dense, found = logits(ours(name)), logits(quantized)
+        assert (found - dense).abs().max() < 0.05 * dense.std()
+
+
+def test_gemmas_embedding_scale_is_rounded_to_the_dtype(checkpoint):
+    """sqrt(48) is 6.9282; trained in bfloat16, the model has seen 6.9375."""
+    assert (
+        load(checkpoint("gemma"), torch.bfloat16).embedding_scale == torch.tensor(48**0.5).bfloat16().item() == 6.9375
+    )
+    assert load(checkpoint("gemma")).embedding_scale == torch.tensor(48**0.5).item()
+    assert load(checkpoint("llama3"), torch.bfloat16).embedding_scale == 1.0
+
+
 # -- files that are not opened -----------------------------------------------------------------
 
 
@@ -254,12 +350,16 @@ def test_damaged_files(copied):
     shards[1].write_bytes(kept)
     load(folder)
 
-    for content in ("{", "[]", '{"weight_map": 3}', "{}"):
+    listed = json.dumps({"weight_map": {"model.norm.weight": ["model.safetensors"]}})
+    for content in ("{", "[]", '{"weight_map": 3}', '{"weight_map": {}}', "{}", "[" * 10**5, " " * 2**23, listed):
         index.write_text(content)
         with pytest.raises(CheckpointError, match=r"index\.json"):
             load(folder)
     index.unlink()
     with pytest.raises(CheckpointError, match=r"model\.safetensors"):
+        load(folder)
+    (folder / "model.safetensors").write_bytes((2**27).to_bytes(8, "little") + b"{}")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors .*header is too large"):
         load(folder)
 
 

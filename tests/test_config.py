@@ -3,13 +3,18 @@
 import copy
 import dataclasses
 import json
+import os
+import sys
+import time
 
 import pytest
+import torch
 from families import FAMILIES, reference_config
 from published_configs import PUBLISHED
 
-from minillm.errors import ConfigError
-from minillm.load.config_json import load_config, parse_config
+from minillm.errors import ConfigError, MinillmError
+from minillm.load.config_json import generation_defaults, load_config, parse_config
+from minillm.model import empty_decoder
 
 CONFIGS = PUBLISHED | {f"tiny {name}": family.config for name, family in FAMILIES.items()}
 
@@ -146,6 +151,32 @@ REJECTED = [
     ({"layer_types": ["full_attention"]}, "layer_types"),
     ({"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
     ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "quantization_config"),
+    ({"quantization_config": [1]}, "quantization_config"),
+    ({"quantization_config": {"quant_method": "minillm", "format": ["int8"]}}, "format"),
+    ({"quantization_config": {"quant_method": "minillm", "format": "int3"}}, "int3"),
+    ({"quantization_config": {"quant_method": "minillm"}}, "format"),
+    # values of other types, and numbers beyond any model
+    ({"model_type": []}, "model_type"),
+    ({"layer_types": True}, "layer_types"),
+    ({"layer_types": [1, []]}, "layer_types"),
+    ({"hidden_act": [1]}, "hidden_act"),
+    ({"torch_dtype": ["float32"]}, "dtype"),
+    ({"rope_scaling": {"type": [1]}}, "rope_type"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0}, "rope_theta": 1}, "rope_theta"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "beta_fast": 1e308}}, "beta_fast"),
+    ({"rope_scaling": {"type": "yarn", "factor": 2.0, "truncate": "no"}}, "truncate"),
+    ({"rope_scaling": {"type": "linear", "factor": 1e300}}, "factor"),
+    ({"rope_scaling": {"type": "dynamic", "factor": 2.0}, "head_dim": 2}, "dynamic"),
+    ({"rope_scaling": {"type": "llama3", "factor": 8.0, "low_freq_factor": 4.0, "high_freq_factor": 4.0}}, "low_freq"),
+    ({"rope_scaling": {"type": "longrope", "original_max_position_embeddings": 1}}, "original_max_position"),
+    ({"rope_scaling": {"type": "longrope", "short_factor": ["x"] * 5, "long_factor": [1.0] * 5}}, r"short_factor\[0\]"),
+    ({"rope_scaling": {"type": "longrope", "short_factor": [1.0] * 5, "long_factor": [float("nan")] * 5}}, "long_fa"),
+    ({"num_hidden_layers": 10**5}, "num_hidden_layers"),
+    ({"vocab_size": 10**400}, "vocab_size"),
+    ({"rms_norm_eps": 10**400}, "rms_norm_eps"),
+    ({"num_attention_heads": 2**20, "num_key_value_heads": 2**20, "head_dim": 2**20}, "num_attention_heads"),
+    ({"eos_token_id": 2**63}, "eos_token_id"),
+    ({"key\nwith a\x1b[2J line": 1}, r"\\n.*\\x1b"),
 ]
 
 
@@ -189,13 +220,92 @@ def test_parsing_leaves_the_dictionary_alone():
         assert raw == before
 
 
+@pytest.mark.parametrize("value", [5, None, "x", []])
+def test_rope_parameters_of_a_layer_type_must_be_an_object(value):
+    raw = copy.deepcopy(FAMILIES["gemma3-nested"].config)["text_config"] | {"model_type": "gemma3_text"}
+    for name in ("full_attention", "sliding_attention"):
+        both = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}}
+        with pytest.raises(ConfigError, match=name):
+            parse_config(raw | {"rope_parameters": both | {name: value}})
+
+
+def test_an_error_is_one_short_line_whatever_the_file_holds():
+    deep = value = []
+    for _ in range(50):
+        value.append([[0] * 1000])
+        value = value[-1]
+    for raw in ({"model_type": "x\n" * 10**6}, {"model_type": deep}, LLAMA | {"x" * 10**6: 1, "vocab_size": 3}):
+        with pytest.raises(ConfigError) as caught:
+            parse_config(raw)
+        assert len(str(caught.value)) < 1000
+        assert "\n" not in str(caught.value)
+
+
 def test_file_errors(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.json"):
         load_config(tmp_path)
-    for content in ("{", "[1, 2]", ""):
+    deep = '{"a": ' * 100 + "1" + "}" * 100
+    long_number = json.dumps(LLAMA)[:-1] + ', "rope_theta": 1' + "0" * 5000 + "}"
+    for content in ("{", "[1, 2]", "", "{}", "[" * 10**6, '{"a":' * 10**5, deep, long_number, '"\\ud800"'):
         (tmp_path / "config.json").write_text(content)
         with pytest.raises(ConfigError, match=r"config\.json"):
             load_config(tmp_path)
-    (tmp_path / "config.json").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ConfigError, match=r"config\.json"):
+    for content in (b"\xff\xfe\x00", b" " * 2**23 + b"{}"):
+        (tmp_path / "config.json").write_bytes(content)
+        with pytest.raises(ConfigError, match=r"config\.json"):
+            load_config(tmp_path)
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "config.json").mkdir()
+    with pytest.raises(ConfigError, match=r"config\.json is not a file"):
         load_config(tmp_path)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pipes in folders")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(ConfigError, match=r"config\.json is not a file"):
+        load_config(tmp_path)
+
+
+def test_numbers_no_float_holds_are_refused(tmp_path):
+    for number in ("1e400", "-1e400", "NaN", "Infinity", "1" + "0" * 400):
+        (tmp_path / "config.json").write_text(json.dumps(LLAMA)[:-1] + f', "rms_norm_eps": {number}}}')
+        with pytest.raises(ConfigError, match="rms_norm_eps"):
+            load_config(tmp_path)
+
+
+def test_the_most_layers_a_config_may_name_are_built_in_a_second():
+    """What `minillm memory` and `inspect` do without weights at hand."""
+    config = parse_config(LLAMA | {"num_hidden_layers": 1024})
+    started = time.monotonic()
+    empty_decoder(config, torch.float32)
+    assert time.monotonic() - started < 2  # 0.4 s on a quiet machine
+
+
+@pytest.mark.parametrize(
+    "content", ["[", "[1]", '{"eos_token_id": [[1]]}', '{"temperature": 1e400}', '{"top_k": {}}', '{"x": ' * 100]
+)
+def test_generation_defaults_that_cannot_be_used(content, tmp_path):
+    (tmp_path / "generation_config.json").write_text(content)
+    with pytest.raises(MinillmError, match=r"generation_config\.json"):
+        generation_defaults(tmp_path, parse_config(LLAMA), None)
+
+
+def test_biases_of_mistral_are_refused_and_of_llama_obeyed():
+    assert parse_config(LLAMA | {"attention_bias": True, "mlp_bias": True}).mlp_bias
+    mistral = PUBLISHED["Mistral-7B-v0.1"]
+    for key in ("attention_bias", "mlp_bias"):
+        assert parse_config(mistral | {key: False}) == parse_config(mistral)
+        with pytest.raises(ConfigError, match=key):
+            parse_config(mistral | {key: True})
+
+
+def test_what_mistral_files_leave_out():
+    """The first release says nothing of its eight key/value heads, window or positions."""
+    left_out = ("sliding_window", "num_key_value_heads", "max_position_embeddings")
+    raw = {key: value for key, value in PUBLISHED["Mistral-7B-v0.1"].items() if key not in left_out}
+    config = parse_config(raw | {"num_attention_heads": 16, "head_dim": 8})
+    theirs = reference_config(raw | {"num_attention_heads": 16, "head_dim": 8})
+    assert config.num_kv_heads == theirs.num_key_value_heads == 8
+    assert {layer.window for layer in config.layers} == {theirs.sliding_window} == {4096}
+    assert config.max_positions == theirs.max_position_embeddings

@@ -7,9 +7,11 @@ client runs in a process of its own, because huggingface_hub reads its environme
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -42,6 +44,8 @@ class Hub:
         self.revisions: dict[str, tuple[str, Path]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.needs_token = False
+        self.faults: dict[str, list[str]] = {}  # file name -> what goes wrong at each GET of it: "cut", "short", "long"
+        self.when_asked_for: dict[str, Callable[[], None]] = {}  # file name -> what happens at its first GET
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), _handler_of(self))
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()
@@ -117,12 +121,31 @@ def _handler_of(hub: Hub):
                 return self.answer(404, b"", {"X-Error-Code": "EntryNotFound"})
             headers = {"ETag": f'"{_etag(folder / name)}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
             content = (folder / name).read_bytes()
+            if self.command == "GET" and name in hub.when_asked_for:
+                hub.when_asked_for.pop(name)()
+            if self.command == "GET" and hub.faults.get(name):
+                return self.fail(hub.faults[name].pop(), content, headers)
             if self.headers.get("Range") is None:
                 return self.answer(200, content, headers)
-            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
-            last = min(last, len(content) - 1)
+            first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+            first, last = int(first), min(int(last or len(content)), len(content) - 1)
             headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
             return self.answer(206, content[first : last + 1], headers)
+
+        def fail(self, fault, content, headers):
+            self.close_connection = True
+            if fault == "cut":  # the length is right, and half of it comes
+                self.send_response(200)
+                for name, value in {"Content-Length": str(len(content)), **headers}.items():
+                    self.send_header(name, value)
+                self.end_headers()
+                self.wfile.write(content[: len(content) // 2])
+                self.wfile.flush()
+                self.connection.shutdown(socket.SHUT_RDWR)
+            elif fault == "short":  # a whole answer, of half the file
+                self.answer(200, content[: len(content) // 2], headers)
+            else:
+                self.answer(200, content + content, headers)
 
     return Handler
 
@@ -294,3 +317,53 @@ def test_memory_of_a_hub_id_reads_headers_and_no_weights(hub, client, repository
     # The same from the cache, which holds config.json only.
     offline = client({"HF_HUB_OFFLINE": "1"}, command=["memory", REPO, "--json", "--local-files-only"])
     assert json.loads(offline["output"]) == report | {"stored": {}}
+
+
+# -- a bad day of the network ---------------------------------------------------------------------
+
+
+def a_shard(folder: Path) -> str:
+    return sorted(path.name for path in folder.glob("model-*.safetensors"))[1]
+
+
+def test_a_connection_cut_in_mid_shard_is_taken_up_again(hub, client, repository):
+    hub.faults[a_shard(repository[0])] = ["cut"]
+    assert client() == {"token_ids": expected_tokens(repository[0])}
+
+
+@pytest.mark.parametrize(
+    ("fault", "name"),
+    [("cut", "shard"), ("short", "shard"), ("long", "model.safetensors.index.json"), ("short", "tokenizer.json")],
+)
+def test_half_a_file_is_never_taken_for_whole_and_a_retry_works(fault, name, hub, client, repository):
+    """While the fault lasts: one error. Offline after that: one error, too. Once it is gone: the model."""
+    name = a_shard(repository[0]) if name == "shard" else name
+    expected = {"token_ids": expected_tokens(repository[0])}
+    hub.faults[name] = [fault] * 20
+    broken = client()
+    hub.faults.clear()
+    if broken != expected:  # (the client asks again by itself, for the rest alone, and may win)
+        assert broken["kind"] == "CheckpointError"
+        offline = client({"HF_HUB_OFFLINE": "1"})
+        assert offline["kind"] in ("CheckpointError", "TokenizerError")
+    assert client() == expected
+    assert client({"HF_HUB_OFFLINE": "1"}) == expected
+
+
+def test_a_server_that_goes_away_in_the_middle(hub, client, repository):
+    """Some files are here: without the server that is an error that says what is missing, not half a model."""
+    hub.faults[a_shard(repository[0])] = ["short"] * 20
+    assert client()["kind"] == "CheckpointError"
+    answer = client(endpoint="http://127.0.0.1:1")
+    assert answer["kind"] == "CheckpointError"
+    assert ".safetensors" in answer["error"] or REPO in answer["error"]
+
+
+def test_a_revision_that_moves_while_it_is_fetched(hub, client, repository):
+    """All files of the commit that "main" was when the download began; the next one sees the new."""
+    for name in ("config.json", a_shard(repository[0])):
+        hub.publish("main", repository[0])
+        hub.when_asked_for[name] = lambda: hub.revisions.update(main=hub.revisions["v2"])
+        assert client(home=name) == {"token_ids": expected_tokens(repository[0])}
+        assert name not in hub.when_asked_for  # it did move
+        assert client(home=name) == {"token_ids": expected_tokens(repository[1])}

@@ -1,8 +1,11 @@
 """`import minillm` is light: no device is asked, nothing heavy comes along, and it costs little over torch."""
 
+import ast
+import inspect
 import json
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -80,7 +83,53 @@ def test_import_adds_little_to_torch(measured):
     assert measured["cpu"] < 1.0
 
 
-def test_public_names():
-    assert {"LLM", "StaticCache", "GenerationConfig", "decode_one_token", "MinillmError"} <= set(minillm.__all__)
-    for name in minillm.__all__:
-        getattr(minillm, name)
+PUBLIC = """
+    LLM Completion Stats Conversation StaticCache GenerationConfig Sampling TextStream decode_one_token MinillmError
+    ConfigError CheckpointError TokenizerError RequestError CacheError BackendError NumericalError
+""".split()
+
+
+def test_public_names_are_there_and_documented():
+    assert sorted(PUBLIC) == sorted(minillm.__all__)
+    assert set(PUBLIC) <= set(dir(minillm))
+    for name in PUBLIC:
+        assert getattr(minillm, name).__name__ == name
+        assert inspect.getdoc(getattr(minillm, name))
+    errors = {name for name in vars(minillm.errors) if name.endswith("Error")}
+    assert errors <= set(PUBLIC)
+    with pytest.raises(AttributeError, match="'Transformer'"):
+        minillm.Transformer  # noqa: B018
+
+
+def test_public_names_are_known_to_type_checkers():
+    """What they read is what a process gets: each name imported under TYPE_CHECKING comes from its room."""
+    tree = ast.parse((ROOT / "minillm" / "__init__.py").read_text())
+    imports = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and "minillm" in node.module]
+    seen = {alias.name: node.module for node in imports for alias in node.names}
+    assert sorted(seen) == sorted(PUBLIC)
+    assert seen == {name: getattr(minillm, name).__module__ for name in PUBLIC}
+    assert (ROOT / "minillm" / "py.typed").exists()
+
+
+def test_a_name_that_needs_no_pytorch_brings_none():
+    python("import sys, minillm; minillm.GenerationConfig(top_k=3); dir(minillm); assert 'torch' not in sys.modules")
+
+
+def test_the_wheel_holds_every_package_and_file(tmp_path):
+    """Built without the network, from a copy: what git knows of the two packages is what is installed."""
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode or "minillm/__init__.py" not in listed.stdout:
+        pytest.skip("not a git checkout")
+    for name in listed.stdout.split():
+        (tmp_path / "copy" / name).parent.mkdir(parents=True, exist_ok=True)
+        if name.startswith(("minillm/", "kernels/", "pyproject.toml", "README.md", "LICENSE")):
+            (tmp_path / "copy" / name).write_bytes((ROOT / name).read_bytes())
+    build = "import os, sys, setuptools.build_meta as b; os.chdir(sys.argv[1]); b.build_wheel(sys.argv[2])"
+    done = subprocess.run([sys.executable, "-c", build, tmp_path / "copy", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.startswith(f"minillm-{minillm.__version__}-")
+    inside = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    wanted = {name for name in listed.stdout.split() if name.startswith("minillm/")}
+    wanted |= {name[8:] for name in listed.stdout.split() if name.startswith("kernels/minillm_kernels/")}
+    assert inside == wanted

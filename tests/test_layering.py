@@ -12,8 +12,8 @@ ROOT = Path(__file__).parent.parent
 # the road, and knows no other wing. A room that is not built yet may be missing; a file that is not listed has no
 # place in the house.
 ROAD = """
-    errors options progress files config rope cache attention linear model sampling tokenizer decode drafting
-    speculative request llm cli
+    errors options progress files config rope cache attention linear model sampling chat_template tokenizer decode
+    drafting speculative request llm cli
 """.split()
 WINGS = {
     "load": "families config_json hub quantize checkpoint quantized_copy".split(),

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from published_configs import PUBLISHED
 from safetensors.torch import save_file
 
 from minillm import StaticCache
+from minillm.attention import attend_sdpa
 from minillm.cli import main
 from minillm.errors import RequestError
 from minillm.load.checkpoint import load_decoder
@@ -24,7 +26,6 @@ from minillm.measure.memory import (
     model_sizes,
     parameter_count,
     score_bytes,
-    weight_bytes,
 )
 from minillm.model import empty_decoder
 
@@ -43,9 +44,9 @@ def allocated(model) -> int:
 @pytest.mark.parametrize("name", FAMILIES)
 def test_weights_are_exactly_what_is_allocated(name, quantize, head, checkpoint):
     config = load_config(checkpoint(name))
-    predicted = weight_bytes(empty_decoder(config, torch.bfloat16, quantize=quantize, quantize_head=head))
+    predicted = empty_decoder(config, torch.bfloat16, quantize=quantize, quantize_head=head).weight_bytes
     model = load_decoder(checkpoint(name), config, torch.bfloat16, quantize=quantize, quantize_head=head)
-    assert predicted == weight_bytes(model) == allocated(model)
+    assert predicted == model.weight_bytes == allocated(model)
 
 
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name != "gemma3-nested"])  # has a vision tower
@@ -74,10 +75,10 @@ def test_sliding_layers_stop_growing():
 def test_published_figures():
     """Sizes people have printed for well-known models."""
     config = parse_config(LLAMA2_70B)
-    assert weight_bytes(empty_decoder(config, torch.bfloat16)) / 1e9 == pytest.approx(140, rel=0.02)
+    assert empty_decoder(config, torch.bfloat16).weight_bytes / 1e9 == pytest.approx(140, rel=0.02)
     mistral = parse_config(PUBLISHED["Mistral-7B-v0.1"])
-    bf16 = weight_bytes(empty_decoder(mistral, torch.bfloat16))
-    int8 = weight_bytes(empty_decoder(mistral, torch.bfloat16, quantize="int8", quantize_head=True))
+    bf16 = empty_decoder(mistral, torch.bfloat16).weight_bytes
+    int8 = empty_decoder(mistral, torch.bfloat16, quantize="int8", quantize_head=True).weight_bytes
     assert bf16 / 2**30 == pytest.approx(13.5, abs=0.05)
     assert int8 / bf16 == pytest.approx(0.5, abs=0.01)
     # The guides' example: 40 layers, 48 heads of 128 channels, 16,000 tokens.
@@ -111,6 +112,50 @@ def test_the_activation_estimate_brackets_the_measured_peak(name):
             peak = max(peak, held)
     predicted, _ = activation_bytes(config, 1, 256, torch.float32)
     assert 0.66 < predicted / peak < 1.5
+
+
+def allocated_by(step) -> int:
+    """The most bytes that are held at once while `step` runs, beyond what was held before."""
+    with torch.inference_mode():
+        step()
+        with torch.profiler.profile(profile_memory=True) as profile:
+            kept = step()
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    del kept
+    return peak
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_long_context_costs_what_its_masks_do(dtype):
+    """Eight queries share a key, 8,000 keys and a narrow model: nearly all that is held are masks and their copies."""
+    config = parse_config(
+        FAMILIES["llama3"].config | dict(num_attention_heads=8, num_key_value_heads=1, max_position_embeddings=8192)
+    )
+    q = torch.randn(1, 256, 8, config.head_dim, dtype=dtype)
+    keys = torch.randn(1, 1, 8000, config.head_dim, dtype=dtype)
+    position = torch.arange(7744, 8000)[None]
+
+    def step():
+        mask = torch.arange(8000)[None, None] <= position[..., None]  # [1, T, S]
+        return attend_sdpa(q, keys, keys, SimpleNamespace(mask=mask, key_length=8000), config.layers[0])
+
+    predicted = activation_bytes(config, 1, 8000, dtype)[0] - activation_bytes(config, 1, 256, dtype)[0]
+    assert predicted == pytest.approx(allocated_by(step), rel=0.25)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_are_held_in_the_models_dtype_and_in_float32(dtype):
+    config = parse_config(FAMILIES["llama3"].config | dict(vocab_size=50_000, tie_word_embeddings=False))
+    model = empty_decoder(config, dtype).to_empty(device="cpu")
+    hidden = torch.zeros(3, config.hidden_size, dtype=dtype)
+    predicted = activation_bytes(config, 3, 300, dtype)[1]
+    held = allocated_by(lambda: model.logits(hidden))
+    # In float32 the two are one tensor: the estimate is an upper bound there.
+    assert held == pytest.approx(predicted if dtype != torch.float32 else predicted / 2, rel=0.01)
 
 
 def test_totals_add_up_and_say_where_they_fit():
@@ -177,7 +222,6 @@ import re, sys, torch
 from pathlib import Path
 from minillm.load.config_json import load_config
 from minillm.load.checkpoint import load_decoder
-from minillm.measure.memory import weight_bytes
 from minillm.linear import make_linear, parse_quantize
 from minillm.load.quantize import fill_rows
 folder, quantize = sys.argv[1], sys.argv[2] if sys.argv[2] != "none" else None
@@ -190,7 +234,7 @@ fill_rows(make_linear(64, 64, False, spec, torch.bfloat16), 0, torch.randn(64, 6
 config = load_config(folder)
 before = peak()
 model = load_decoder(folder, config, torch.bfloat16, quantize=quantize)
-print(weight_bytes(model), peak() - before)
+print(model.weight_bytes, peak() - before)
 """
 
 

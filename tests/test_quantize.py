@@ -218,6 +218,33 @@ def test_words():
 
 
 @pytest.mark.parametrize("in_c", [False, True])
+def test_int4_of_weights_further_apart_than_a_float16_scale_reaches(in_c, monkeypatch):
+    """15 steps of 65504 is the widest group there can be; beyond, 97 % of the values would be lost in silence."""
+    if not in_c:
+        monkeypatch.setattr(cpu, "available", lambda: False)
+    weight = torch.zeros(40, 64)
+    weight[39, 3], weight[39, 4] = 600_000.0, -380_000.0
+    result = dequantize_int4(*quantize_int4(weight, 64), 64)
+    assert (result - weight).abs().max() < 65504 * 0.6
+    for high, low in ((982_560.0 * 1.01, 0.0), (600_000.0, -400_000.0), (1e38, 0.0), (3e38, -3e38)):
+        weight[39, 3], weight[39, 4] = high, low
+        with pytest.raises(MinillmError, match=r'too far apart for int4; use quantize="int8"'):
+            quantize_int4(weight, 64)
+        codes, scale = quantize_int8(weight)
+        assert (dequantize_int8(codes, scale) - weight).abs().max() <= high / 254 * 1.01
+
+
+def test_int4_in_torch_clamps_both_ends(monkeypatch):
+    """A group all of whose weights are negative, or all positive, still has zero in its range: codes stay in 0..15."""
+    monkeypatch.setattr(cpu, "available", lambda: False)
+    for sign in (1, -1):
+        weight = sign * torch.linspace(5, 6, 64).repeat(4, 1)
+        packed, scale, zero = quantize_int4(weight, 32)
+        assert zero.eq(0 if sign > 0 else 15).all()
+        assert (dequantize_int4(packed, scale, zero, 32) - weight).abs().max() < 6 / 15
+
+
+@pytest.mark.parametrize("in_c", [False, True])
 def test_weights_that_are_not_finite_are_refused(in_c, monkeypatch):
     if not in_c:
         monkeypatch.setattr(cpu, "available", lambda: False)

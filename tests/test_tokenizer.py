@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import shutil
 
 import pytest
@@ -277,6 +278,91 @@ def test_file_errors(files, tmp_path):
     (folder / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
         Tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"bos_token": 5}, "bos_token"),
+        ({"bos_token": {"content": ["<s>"]}}, "bos_token"),
+        ({"eos_token": [["</s>"]]}, "eos_token"),
+        ({"eos_token": "\ud800"}, "eos_token"),
+        ({"add_bos_token": "yes"}, "add_bos_token"),
+        ({"add_bos_token": [1]}, "add_bos_token"),
+        ({"chat_template": 5}, "chat_template"),
+        ({"chat_template": {"default": "x"}}, "chat_template"),
+        ({"chat_template": [{"name": "default", "template": 5}]}, "chat_template"),
+        ({"chat_template": "x" * 100000}, "chat_template"),
+    ],
+    ids=str,
+)
+def test_values_of_other_types(change, named, files, tmp_path):
+    with pytest.raises(TokenizerError, match=named):
+        Tokenizer(altered(files, tmp_path, **change))
+
+
+@pytest.mark.parametrize("template", [[5], [{"name": ["default"]}], [{"name": "tool_use", "template": "x"}], [], ""])
+def test_no_template_among_the_named_ones(template, files, tmp_path):
+    with pytest.raises(TokenizerError, match="no chat template"):
+        Tokenizer(altered(files, tmp_path, chat_template=template)).render_chat(CHAT)
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "tokenizer_config.json", "chat_template.json", "chat_template.jinja"]
+)
+def test_files_that_hold_no_text(name, files, tmp_path):
+    folder = altered(files, tmp_path)
+    (folder / name).write_bytes(b"\xff\xfe{}")
+    with pytest.raises(TokenizerError, match=re.escape(name)):
+        Tokenizer(folder)
+    (folder / name).unlink()
+    (folder / name).mkdir()
+    with pytest.raises(TokenizerError, match=re.escape(name)):
+        Tokenizer(folder)
+
+
+def test_files_too_large_or_too_deep(files, tmp_path):
+    for name, content in [
+        ("chat_template.jinja", "x" * 100000),
+        ("chat_template.json", "[" * 100000),
+        ("tokenizer_config.json", '{"x": ' * 100 + "1" + "}" * 100),
+        ("tokenizer_config.json", " " * 2**23),
+        ("tokenizer.json", "[" * 100000),
+    ]:
+        folder = altered(files, tmp_path / name / str(len(content)))
+        (folder / name).write_text(content)
+        with pytest.raises(TokenizerError, match=re.escape(name)):
+            Tokenizer(folder)
+
+
+def test_a_tokenizer_without_a_token_for_unknown_words(files, tmp_path):
+    folder = altered(files, tmp_path)
+    model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
+    (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
+    with pytest.raises(TokenizerError, match="UNK"):
+        Tokenizer(folder).encode("b")
+
+
+def test_a_panic_of_the_library_is_our_error(files, tmp_path):
+    folder = altered(files, tmp_path)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["post_processor"]["special_tokens"] = {}  # what the template needs is not there
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    with pytest.raises(TokenizerError):
+        Tokenizer(folder).encode("The wolf")
+
+
+def test_a_literal_bos_in_the_text_is_the_users(metaspace_files, tmp_path):
+    """With add_bos_token false nothing is added, whatever tokenizer.json says, and nothing the user wrote is lost."""
+    raw = json.loads((metaspace_files.folder / "tokenizer.json").read_text())
+    for name, processor in (("adds", raw["post_processor"]), ("adds none", None)):
+        folder = altered(metaspace_files, tmp_path / name, add_bos_token=False)
+        (folder / "tokenizer.json").write_text(json.dumps(raw | {"post_processor": processor}))
+        tokenizer = Tokenizer(folder)
+        for text, count in (("wolf", 0), ("<s> wolf", 1), ("<s><s> wolf", 2), ("<s>", 1), ("", 0)):
+            ids = tokenizer.encode(text)
+            assert ids == tokenizer.encode(text, add_special_tokens=False)
+            assert ids.count(tokenizer.bos_token_id) == count
 
 
 def test_text_that_is_not_unicode(tokenizer):

@@ -6,10 +6,9 @@ one at a time from the file to their final dtype and device, so loading needs th
 finished model plus one tensor. Pickle files (`.bin`, `.pt`) can run code when opened and never are.
 """
 
-import json
 import re
-import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,9 +18,11 @@ from torch import Tensor, nn
 
 from minillm.config import ModelConfig
 from minillm.errors import BackendError, CheckpointError, first_line
+from minillm.files import read_json, shown
 from minillm.linear import Linear, QuantizedLinear
 from minillm.load.quantize import fill_rows
 from minillm.model import Decoder, empty_decoder
+from minillm.progress import progress_bar
 
 # Where each tensor of the file goes: name in the file -> (name in Decoder, which part of a fused matrix).
 # {} stands for the layer number and the suffix weight/bias is carried over.
@@ -60,11 +61,12 @@ _NORM_NAMES = {
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+_HEADER_BYTES = 2**22  # describes some 30,000 tensors; a shard of the largest supported models describes some 1,000
 _REOPEN_BYTES = 2**24  # read through one mapping of a file before it is closed and opened again
 
 
 @dataclass(frozen=True)
-class Slot:
+class Destination:
     """Where one tensor of the file goes: a slice of a tensor of one of the decoder's modules."""
 
     module: str
@@ -83,12 +85,13 @@ def load_decoder(
     attention: str = "auto",
     quantize: str | None = None,
     quantize_head: bool = False,
+    check_finite: bool = True,
 ) -> Decoder:
     """Build the decoder of `config` and fill it from the safetensors files in `folder`.
 
-    Raises `CheckpointError` listing every missing, unexpected and mis-shaped tensor at once, before any
-    weight is read; `BackendError` if `attention` cannot serve the model. `quantize` and `quantize_head` as
-    for `empty_decoder`.
+    Raises `CheckpointError` listing missing, unexpected and mis-shaped tensors (the first twenty) before any weight is
+    read, or naming one that holds NaN or infinity, unless `check_finite` is false (the look costs 0.1 s per GB);
+    `BackendError` if `attention` cannot serve the model. `quantize` and `quantize_head` as for `empty_decoder`.
     """
     folder = Path(folder)
     plan, files = plan_loading(folder, config, empty_decoder(config, dtype, attention, quantize, quantize_head))
@@ -97,24 +100,27 @@ def load_decoder(
         model = empty_decoder(config, dtype, attention, quantize, quantize_head, device)
     except (RuntimeError, AssertionError) as error:
         raise BackendError(f"device {str(device)!r}: {first_line(error)}") from error
+    # A tied head that is quantized is a matrix of its own, made from the embedding.
+    own_head = config.tie_word_embeddings and isinstance(model.head, QuantizedLinear) and config.quantization is None
     with torch.no_grad():
-        for name, tensor in stream_tensors(folder, files, f"loading {folder.name}"):
-            _fill(model, plan[name], tensor)
-        if config.tie_word_embeddings and not isinstance(model.head, Linear) and config.quantization is None:
-            fill_rows(model.head, 0, model.embedding.weight)
+        for name, tensor in stream_tensors(folder, files, f"loading {folder.name}", check_finite):
+            with naming(name):
+                _fill(model, plan[name], tensor)
+                if own_head and plan[name].module == "embedding":
+                    fill_rows(model.head, 0, tensor)
     return model.eval().requires_grad_(False)
 
 
-def _fill(model: Decoder, slot: Slot, tensor: Tensor) -> None:
-    module = model.get_submodule(slot.module)
-    if slot.tensor == "weight" and slot.dtype is None and isinstance(module, Linear | QuantizedLinear):
-        fill_rows(module, slot.start, tensor)
+def _fill(model: Decoder, place: Destination, tensor: Tensor) -> None:
+    module = model.get_submodule(place.module)
+    if place.tensor == "weight" and place.dtype is None and isinstance(module, Linear | QuantizedLinear):
+        fill_rows(module, place.start, tensor)
     else:
-        whole = getattr(module, slot.tensor)
-        whole.narrow(slot.dimension, slot.start, slot.shape[slot.dimension]).copy_(tensor)
+        whole = getattr(module, place.tensor)
+        whole.narrow(place.dimension, place.start, place.shape[place.dimension]).copy_(tensor)
 
 
-def tensor_slots(config: ModelConfig, model: Decoder) -> dict[str, Slot]:
+def destinations(config: ModelConfig, model: Decoder) -> dict[str, Destination]:
     """Every tensor a checkpoint of this config must hold (without the file's name prefix), and where it goes."""
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     parts = {"qkv": (q_rows, kv_rows, kv_rows), "gate_up": (config.intermediate_size,) * 2}
@@ -128,7 +134,7 @@ def tensor_slots(config: ModelConfig, model: Decoder) -> dict[str, Slot]:
     if not config.tie_word_embeddings or config.quantized_head:
         names["lm_head"] = ("head", 0)
     modules = dict(model.named_modules())
-    slots = {}
+    places = {}
     for old, (new, part) in names.items():
         for layer in range(config.num_layers) if "{}" in old else [0]:
             path = new.format(layer)
@@ -136,8 +142,8 @@ def tensor_slots(config: ModelConfig, model: Decoder) -> dict[str, Slot]:
                 rows = parts.get(path.rsplit(".", 1)[-1])
                 start, count = (sum(rows[:part]), rows[part]) if rows else (0, shape[dimension])
                 shape = (*shape[:dimension], count, *shape[dimension + 1 :])
-                slots[f"{old.format(layer)}.{tensor}"] = Slot(path, tensor, dimension, start, shape, dtype)
-    return slots
+                places[f"{old.format(layer)}.{tensor}"] = Destination(path, tensor, dimension, start, shape, dtype)
+    return places
 
 
 def _tensors(module: nn.Module | None, stored: bool) -> Iterator[tuple[str, int, tuple[int, ...], torch.dtype | None]]:
@@ -158,33 +164,34 @@ def _tensor_files(folder: Path) -> dict[str, str]:
     """Which file holds each tensor: from the index of a sharded checkpoint, or the one file there is."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
-        try:
-            files = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            shards = sorted(map(str, set(files.values())))
-        except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-            raise CheckpointError(f"{index} has no readable weight_map: {error!r}") from None
-        for shard in shards:
+        files = read_json(index, CheckpointError).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise CheckpointError(f"{index} has no weight_map that says which file holds each tensor")
+        for shard in files.values():
             # A path could point anywhere on the disk; a shard lies beside its index.
-            if not re.fullmatch(r"[\w.-]+\.safetensors", shard):
-                raise CheckpointError(f"{index} names {shard!r}: only bare .safetensors file names are opened")
-            if not (folder / shard).exists():
-                raise CheckpointError(f"{folder / shard} is missing: {index.name} lists it; download it again")
+            if not isinstance(shard, str) or not re.fullmatch(r"[\w.-]+\.safetensors", shard):
+                raise CheckpointError(f"{index} names {shown(shard)}: only bare .safetensors file names are opened")
         return files
     single = folder / "model.safetensors"
     if not single.exists():
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        hint = f"; {', '.join(pickles)} is pickle and is never opened: convert it to safetensors" if pickles else ""
-        raise CheckpointError(f"{folder} holds no model.safetensors and no model.safetensors.index.json{hint}")
+        hint = (
+            f"; {', '.join(pickles[:3])} is pickle and is never opened: transformers' AutoModelForCausalLM"
+            ".from_pretrained(...).save_pretrained(folder) writes safetensors"
+        )
+        raise CheckpointError(
+            f"{folder} holds no model.safetensors and no model.safetensors.index.json{hint * bool(pickles)}"
+        )
     with _open(single) as handle:
         return dict.fromkeys(handle.keys(), single.name)
 
 
-def plan_loading(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dict[str, Slot], dict[str, str]]:
-    """The slot and the file of every tensor to read, by its name there, or one error that lists all that is wrong."""
-    slots, files = tensor_slots(config, model), _tensor_files(folder)
+def plan_loading(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dict[str, Destination], dict[str, str]]:
+    """The place and the file of every tensor to read, by its name there, or one error that lists all that is wrong."""
+    places, files = destinations(config, model), _tensor_files(folder)
     renamed = {plain_name(name, config): name for name in files}
     renamed.pop(None, None)
-    if "lm_head.weight" not in slots:
+    if "lm_head.weight" not in places:
         renamed.pop("lm_head.weight", None)  # tied, but some files repeat the embedding under this name
     found = {}
     for shard in sorted({files[name] for name in renamed.values()}):
@@ -193,20 +200,21 @@ def plan_loading(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dic
                 if files.get(name) == shard:  # a tensor elsewhere than the index says counts as missing
                     header = handle.get_slice(name)
                     found[name] = tuple(header.get_shape()), header.get_dtype()
-    problems = [f"missing {name}" for name in slots if renamed.get(name) not in found]
+    problems = [f"missing {name}" for name in places if renamed.get(name) not in found]
     for name, original in renamed.items():
-        if name not in slots:
-            problems.append(f"unexpected {original}")
+        if name not in places:
+            problems.append(f"unexpected {shown(original)}")
         elif original in found:
-            slot, (shape, dtype) = slots[name], found[original]
-            if shape != slot.shape:
-                problems.append(f"{original} has shape {list(shape)}, expected {list(slot.shape)}")
-            if _DTYPES.get(dtype) not in ((slot.dtype,) if slot.dtype else _FLOATS):
-                problems.append(f"{original} is {dtype}, expected {slot.dtype or 'F32, BF16 or F16'}")
+            place, (shape, dtype) = places[name], found[original]
+            if shape != place.shape:
+                problems.append(f"{original} has shape {list(shape)}, expected {list(place.shape)}")
+            if _DTYPES.get(dtype) not in ((place.dtype,) if place.dtype else _FLOATS):
+                problems.append(f"{original} is {dtype}, expected {place.dtype or 'F32, BF16 or F16'}")
     if problems:
-        raise CheckpointError(f"{folder}: tensors do not match config.json: " + "; ".join(problems))
-    return {renamed[name]: slot for name, slot in slots.items()}, {
-        renamed[name]: files[renamed[name]] for name in slots
+        listed = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
+        raise CheckpointError(f"{folder}: tensors do not match config.json: {listed}")
+    return {renamed[name]: place for name, place in places.items()}, {
+        renamed[name]: files[renamed[name]] for name in places
     }
 
 
@@ -223,10 +231,14 @@ def plain_name(name: str, config: ModelConfig) -> str | None:
     return name
 
 
-def stream_tensors(folder: Path, files: dict[str, str], label: str) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor once, in file order, with a progress bar on stderr if it takes over a second."""
-    started, done, progress = time.monotonic(), 0, None
-    try:
+def stream_tensors(
+    folder: Path, files: dict[str, str], label: str, check_finite: bool = True
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor once, in file order, with a progress bar on stderr if it takes over a second.
+
+    Raises `CheckpointError` for one that holds NaN or infinity, unless `check_finite` is false.
+    """
+    with progress_bar(len(files), label, after=1.0) as advance:
         for shard in dict.fromkeys(files.values()):
             names = [name for name, file in files.items() if file == shard]
             while names:
@@ -237,30 +249,37 @@ def stream_tensors(folder: Path, files: dict[str, str], label: str) -> Iterator[
                     while names and taken < _REOPEN_BYTES:
                         tensor = handle.get_tensor(names[0])
                         taken += tensor.nbytes
+                        if check_finite and not _is_finite(tensor):
+                            raise CheckpointError(
+                                f"{folder / shard}: {names[0]} holds NaN or infinity, and so would every answer; "
+                                "get the file again (check_finite=False loads it all the same)"
+                            )
                         yield names.pop(0), tensor
                         del tensor
-                        done += 1
-                        if progress is None and time.monotonic() - started > 1:
-                            progress = _progress_bar()
-                            task = progress.add_task(label, total=len(files))
-                        if progress is not None:
-                            progress.update(task, completed=done)
-    finally:
-        if progress is not None:
-            progress.stop()
+                        advance()
 
 
-def _progress_bar():
-    from rich.console import Console
-    from rich.progress import Progress
+def _is_finite(tensor: Tensor) -> bool:
+    """Its smallest and largest are finite, which NaN makes NaN: 15 GB/s, where looking at each makes 0.3."""
+    return not tensor.is_floating_point() or bool(torch.stack(tensor.aminmax()).isfinite().all())
 
-    progress = Progress(console=Console(stderr=True), transient=True)
-    progress.start()
-    return progress
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Say of which tensor an error speaks."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise CheckpointError(f"{name}: {error}") from None
 
 
 def _open(path: Path):
     try:
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing: the checkpoint says it has it; download it again")
+        with path.open("rb") as file:
+            if int.from_bytes(file.read(8), "little") > _HEADER_BYTES:
+                raise CheckpointError(f"{path} is not a readable safetensors file: its header is too large")
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
+        raise CheckpointError(f"{path} is not a readable safetensors file: {first_line(error)}") from None

@@ -6,16 +6,21 @@ found in the wild (`rope_theta` + `rope_scaling`, or the newer `rope_parameters`
 is how a model ends up subtly worse than the one its authors trained.
 """
 
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from minillm.config import LayerSpec, ModelConfig, NormSpec, RopeSpec
 from minillm.errors import CheckpointError, ConfigError, RequestError
-from minillm.files import read_json
+from minillm.files import read_json, shown
 from minillm.load.families import FAMILIES, HARMLESS, NEUTRAL, Family
-from minillm.options import DTYPES, GenerationConfig
+from minillm.options import DTYPES, QUANTIZED_FORMATS, GenerationConfig
 
-_ROPE_KINDS = {"default", "linear", "dynamic", "llama3", "yarn", "longrope"}
+# Far above any published model, and small enough that every product of them is a size a tensor can have and that the
+# empty decoder of a config without its weights (`memory`, `inspect`) is built in a second.
+_LARGEST = 2**24
+_MOST_LAYERS = 1024
+_ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")  # Phi-3's first name of longrope
 _ROPE_KEYS = frozenset(
     """
     rope_theta rope_type type factor original_max_position_embeddings partial_rotary_factor low_freq_factor
@@ -28,9 +33,10 @@ _ROPE_KEYS = frozenset(
 def load_config(folder: str | Path, strict: bool = True) -> ModelConfig:
     """Read `folder/config.json`. See `parse_config`."""
     path = Path(folder) / "config.json"
-    if not path.exists():
-        raise ConfigError(f"{path} does not exist: a checkpoint folder holds a config.json")
-    return parse_config(read_json(path, ConfigError), strict=strict)
+    raw = read_json(path, ConfigError)
+    if not raw:
+        raise ConfigError(f"{path} does not exist or is empty: a checkpoint folder holds a config.json")
+    return parse_config(raw, strict=strict)
 
 
 def parse_config(raw: dict[str, Any], strict: bool = True) -> ModelConfig:
@@ -51,27 +57,25 @@ def parse_config(raw: dict[str, Any], strict: bool = True) -> ModelConfig:
         text["eos_token_id"] = ids
         if "quantization_config" in raw:
             text["quantization_config"] = raw["quantization_config"]
-    model_type = text.get("model_type")
-    family = FAMILIES.get(model_type)
-    if family is None:
-        raise ConfigError(f"config.json: model_type {model_type!r} is not supported; supported: {', '.join(FAMILIES)}")
+    model_type = _Reader(text, {}).one_of(FAMILIES, "model_type")
+    family = FAMILIES[model_type]
     reader = _Reader(text, family.defaults)
     config = _read(reader, model_type, family, nested)
     unread = sorted(set(text) - reader.seen - HARMLESS)
     for key in [key for key in unread if key in NEUTRAL]:
         if text[key] not in (None, NEUTRAL[key]):
-            raise ConfigError(f"config.json: {key} = {text[key]!r} is not supported for {model_type}")
+            raise ConfigError(f"config.json: {key} = {shown(text[key])} is not supported for {model_type}")
         unread.remove(key)
     if unread and strict:
         raise ConfigError(
-            f"config.json: not understood: {', '.join(unread)}. A key that changes the computation must not "
-            "be ignored; pass strict=False if you know these do not"
+            f"config.json: not understood: {', '.join(map(shown, unread[:20]))}. A key that changes the computation "
+            "must not be ignored; pass strict=False if you know these do not"
         )
     return config
 
 
 def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> ModelConfig:
-    num_layers = reader.integer("num_hidden_layers")
+    num_layers = reader.integer("num_hidden_layers", maximum=_MOST_LAYERS)
     hidden_size = reader.integer("hidden_size")
     num_heads = reader.integer("num_attention_heads")
     num_kv_heads = reader.integer("num_key_value_heads", optional=True) or num_heads
@@ -87,6 +91,8 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         raise ConfigError(
             f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
         )
+    if num_heads * head_dim > _LARGEST:
+        raise ConfigError(f"config.json: num_attention_heads {num_heads} of head_dim {head_dim} are over {_LARGEST}")
     windows = _windows(reader, family, num_layers)
     ropes = _ropes(reader, family, head_dim)
     scalar = reader.number("query_pre_attn_scalar", default=head_dim) if family.softcaps else head_dim
@@ -147,11 +153,14 @@ def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | N
             "pattern": lambda layer: (layer + 1) % pattern != 0,
         }[family.windows]
         return [window if slides(layer) else None for layer in range(num_layers)]
-    unknown = set(names) - {"full_attention", "sliding_attention"}
-    if unknown or len(names) != num_layers:
+    if (
+        not isinstance(names, list)
+        or len(names) != num_layers
+        or not all(name in ("full_attention", "sliding_attention") for name in names)
+    ):
         raise ConfigError(
             f"config.json: layer_types must name full_attention or sliding_attention for each of {num_layers} "
-            f"layers; it has {len(names)} entries" + (f", among them {sorted(unknown)}" if unknown else "")
+            f"layers, not {shown(names)}"
         )
     if "sliding_attention" in names and window is None:
         raise ConfigError("config.json: layer_types has sliding_attention but sliding_window is null")
@@ -168,18 +177,21 @@ def _ropes(reader: "_Reader", family: Family, head_dim: int) -> tuple[RopeSpec, 
     scaling, newer = reader.get("rope_scaling"), reader.get("rope_parameters")
     for name, value in (("rope_scaling", scaling), ("rope_parameters", newer)):
         if value is not None and not isinstance(value, dict):
-            raise ConfigError(f"config.json: {name} must be an object, not {value!r}")
+            raise ConfigError(f"config.json: {name} must be an object, not {shown(value)}")
     common = dict(rope_theta=theta, partial_rotary_factor=partial, original_max_position_embeddings=original)
     if newer is None:
         tables = [common | (scaling or {})]
         if family.local_rope:
             tables.append(common | dict(rope_theta=local_theta))
     elif family.local_rope and "full_attention" in newer:
-        tables = [common | newer["full_attention"], common | newer.get("sliding_attention", {})]
+        by_layer = [newer["full_attention"], newer.get("sliding_attention", {})]
+        if not all(isinstance(table, dict) for table in by_layer):
+            raise ConfigError(f"config.json: rope_parameters must hold an object per layer type, not {shown(newer)}")
+        tables = [common | table for table in by_layer]
     else:
         if "rope_theta" in reader.raw and newer.get("rope_theta", theta) != theta:
             raise ConfigError(
-                f"config.json: rope_theta {theta} contradicts rope_parameters.rope_theta {newer['rope_theta']}"
+                f"config.json: rope_theta {theta} contradicts rope_parameters.rope_theta {shown(newer['rope_theta'])}"
             )
         tables = [common | newer]
         if family.local_rope:
@@ -190,36 +202,42 @@ def _ropes(reader: "_Reader", family: Family, head_dim: int) -> tuple[RopeSpec, 
 def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
     unknown = sorted(set(table) - _ROPE_KEYS)
     if unknown:
-        raise ConfigError(f"config.json: RoPE parameters not understood: {', '.join(unknown)}")
+        raise ConfigError(f"config.json: RoPE parameters not understood: {', '.join(map(shown, unknown))}")
     values = _Reader(table, {}, where="RoPE parameters")
-    kind = values.get("rope_type", "type") or "default"
-    kind = {"su": "longrope"}.get(kind, kind)  # Phi-3's first files called it "su"
-    if kind not in _ROPE_KINDS:
-        raise ConfigError(f"config.json: RoPE type {kind!r} is not supported; supported: {sorted(_ROPE_KINDS)}")
+    kind = values.one_of(_ROPE_KINDS, "rope_type", "type", default="default")
+    kind = "longrope" if kind == "su" else kind
     dim = int(head_dim * values.number("partial_rotary_factor", default=1.0))
     if dim % 2 or not 0 < dim <= head_dim:
         raise ConfigError(f"config.json: {dim} rotary channels of a head of {head_dim}: must be even and fit")
-    original = values.integer("original_max_position_embeddings", optional=True) or max_positions
+    if kind == "dynamic" and dim == 2:
+        raise ConfigError("config.json: dynamic RoPE needs more than 2 rotary channels")
+    original = values.integer("original_max_position_embeddings", default=max_positions, minimum=2)
     # A file that stretches the context without saying how far means max / original.
     stretched = max_positions / original if kind in ("yarn", "longrope") else None
-    factor = values.number("factor", default=stretched if kind != "default" else 1.0)
+    factor = values.number("factor", default=stretched if kind != "default" else 1.0, maximum=1e6)
     lists = {}
     for name in ("short_factor", "long_factor") if kind == "longrope" else ():
         entries = values.get(name)
-        if not isinstance(entries, list) or len(entries) != dim // 2 or not all(e > 0 for e in entries):
+        if not isinstance(entries, list) or len(entries) != dim // 2:
             raise ConfigError(f"config.json: longrope {name} must list {dim // 2} positive numbers")
-        lists[name] = tuple(float(entry) for entry in entries)
+        each = _Reader({f"{name}[{i}]": entry for i, entry in enumerate(entries)}, {}, where="RoPE parameters")
+        lists[name] = tuple(each.number(entry) for entry in each.raw)
+    low_freq_factor = values.number("low_freq_factor", default=None if kind == "llama3" else 1.0)
+    high_freq_factor = values.number("high_freq_factor", default=None if kind == "llama3" else 4.0)
+    if kind == "llama3" and not low_freq_factor < high_freq_factor:
+        raise ConfigError(f"config.json: low_freq_factor {low_freq_factor} must be below high_freq_factor")
     return RopeSpec(
-        theta=values.number("rope_theta"),
+        # One clock for all channels, or one that runs backwards, was never trained.
+        theta=values.number("rope_theta", minimum=1.001),
         dim=dim,
         kind=kind,
         factor=factor,
         original_length=original,
-        low_freq_factor=values.number("low_freq_factor", default=None if kind == "llama3" else 1.0),
-        high_freq_factor=values.number("high_freq_factor", default=None if kind == "llama3" else 4.0),
+        low_freq_factor=low_freq_factor,
+        high_freq_factor=high_freq_factor,
         beta_fast=values.number("beta_fast", default=32.0),
         beta_slow=values.number("beta_slow", default=1.0),
-        truncate=values.get("truncate") is not False,
+        truncate=values.flag("truncate", default=True),
         mscale=values.number("mscale", optional=True, minimum=0.0),
         mscale_all_dim=values.number("mscale_all_dim", optional=True, minimum=0.0),
         attention_factor=values.number("attention_factor", optional=True),
@@ -236,14 +254,11 @@ def _max_positions(reader: "_Reader", rope: RopeSpec, family: Family) -> int:
 
 
 def _activation(reader: "_Reader", family: Family) -> str:
-    newer, older = reader.get("hidden_activation"), reader.get("hidden_act")  # Gemma renamed the key
-    name = newer or older or "silu"
     names = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
     if family.gelu_means_tanh:
         names["gelu"] = "gelu_tanh"  # Gemma's first files say "gelu"; the model was trained with tanh
-    if name not in names:
-        raise ConfigError(f"config.json: activation {name!r} is not supported; supported: {sorted(names)}")
-    return names[name]
+    older = reader.one_of(names, "hidden_act", default="silu")
+    return names[reader.one_of(names, "hidden_activation", default=older)]  # Gemma renamed the key
 
 
 def _quantization(reader: "_Reader") -> dict[str, Any]:
@@ -253,28 +268,23 @@ def _quantization(reader: "_Reader") -> dict[str, Any]:
     method = table.get("quant_method") if isinstance(table, dict) else table
     if method != "minillm":
         raise ConfigError(
-            f"config.json: quantization_config of {method!r} is not supported: give the unquantized checkpoint "
+            f"config.json: quantization_config of {shown(method)} is not supported: give the unquantized checkpoint "
             'and quantize it here (quantize="int8", or `minillm quantize`)'
         )
     values = _Reader(table, {}, where="quantization_config")
-    return dict(quantization=values.get("format"), quantized_head=values.flag("head"))
+    return dict(quantization=values.one_of(QUANTIZED_FORMATS, "format"), quantized_head=values.flag("head"))
 
 
 def _dtype(reader: "_Reader") -> str | None:
-    name = reader.get("dtype", "torch_dtype")
-    if name is None:
-        return None
-    name = str(name).removeprefix("torch.")
-    if name not in DTYPES:
-        raise ConfigError(f"config.json: dtype {name!r} is not one of {', '.join(DTYPES)}")
-    return name
+    names = {prefix + name: name for prefix in ("", "torch.") for name in DTYPES}
+    return names.get(reader.one_of(names, "dtype", "torch_dtype", optional=True))
 
 
 def token_ids(value: Any, where: str) -> tuple[int, ...]:
     """A token id, a list of them, or nothing, as a tuple; `where` names the source in the error."""
     ids = [] if value is None else value if isinstance(value, list | tuple) else [value]
-    if not all(type(token) is int and token >= 0 for token in ids):
-        raise ConfigError(f"{where} must be a token id or a list of them, not {value!r}")
+    if not all(type(token) is int and 0 <= token < 2**31 for token in ids):
+        raise ConfigError(f"{where} must be a token id or a list of them, not {shown(value)}")
     return tuple(ids)
 
 
@@ -308,28 +318,31 @@ class _Reader:
                     return source[name]
         return None
 
-    def integer(self, *names: str, default: int | None = None, optional: bool = False, minimum: int = 1):
-        """A whole number >= minimum. Absent or null: `default`; an error unless that or `optional` is given."""
+    def value(
+        self, names: tuple[str, ...], rule: str, fits: Callable[[Any], bool], default=None, optional=False
+    ) -> Any:
+        """A value that `fits`. Absent or null: `default`; an error that states the rule unless that or `optional`."""
         value = self.get(*names)
         value = default if value is None else value
-        if value is None and optional:
-            return None
-        if type(value) is not int or value < minimum:
-            raise ConfigError(f"{self.where}: {names[0]} must be a whole number >= {minimum}, not {value!r}")
+        if not (value is None and optional) and not fits(value):
+            raise ConfigError(f"{self.where}: {names[0]} must be {rule}, not {shown(value)}")
         return value
 
-    def number(self, *names: str, default: float | None = None, optional: bool = False, minimum: float = 1e-30):
-        """A finite number >= minimum (by default: positive), with the same rule for absence."""
-        value = self.get(*names)
-        value = default if value is None else value
-        if value is None and optional:
-            return None
-        if type(value) not in (int, float) or not minimum <= value < float("inf"):
-            raise ConfigError(f"{self.where}: {names[0]} must be a positive number, not {value!r}")
-        return float(value)
+    def integer(self, *names: str, minimum: int = 1, maximum: int = _LARGEST, **absent) -> int | None:
+        """A whole number within the bounds; `absent` as for `value`."""
+        rule = f"a whole number from {minimum} to {maximum}"
+        return self.value(names, rule, lambda value: type(value) is int and minimum <= value <= maximum, **absent)
 
-    def flag(self, name: str) -> bool:
-        value = self.get(name)
-        if value not in (None, True, False):
-            raise ConfigError(f"{self.where}: {name} must be true or false, not {value!r}")
-        return bool(value)
+    def number(self, *names: str, minimum: float = 1e-30, maximum: float = 1e30, **absent) -> float | None:
+        """A number within the bounds, by default positive and finite."""
+        rule = f"a number from {minimum:g} to {maximum:g}"
+        found = self.value(names, rule, lambda v: type(v) in (int, float) and minimum <= v <= maximum, **absent)
+        return None if found is None else float(found)
+
+    def one_of(self, words: Collection[str], *names: str, **absent) -> str | None:
+        """One of the supported words."""
+        rule = f"one of the supported {', '.join(words)}"
+        return self.value(names, rule, lambda value: isinstance(value, str) and value in words, **absent)
+
+    def flag(self, name: str, default: bool = False) -> bool:
+        return self.value((name,), "true or false", lambda value: isinstance(value, bool), default)

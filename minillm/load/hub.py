@@ -53,8 +53,8 @@ def find_checkpoint(
     # Imported here: a folder on disk should not pay for the network client.
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
-        HfHubHTTPError,
         HFValidationError,
+        HTTPError,  # of whichever client it uses: a connection that breaks
         LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
@@ -81,5 +81,7 @@ def find_checkpoint(
         ) from error
     except RevisionNotFoundError as error:
         raise CheckpointError(f"the Hub id {name} has no revision {revision!r}") from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise CheckpointError(f"the Hub id {name} cannot be downloaded: {first_line(error)}") from error
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"the Hub id {name} cannot be downloaded (another try resumes): {first_line(error)}"
+        ) from error

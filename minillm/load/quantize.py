@@ -11,6 +11,7 @@ from minillm.linear import Int4Linear, Int8Linear, Linear, QuantizedLinear, chec
 _PIECE = 1 << 18  # weights quantized at a time: temporaries stay in cache, and small beside the model
 _SHRINKS = (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1)  # ranges tried for a group, in units of its own
 _NOT_FINITE = "a weight to be quantized is infinite or not a number; load it without quantize=..."
+_WIDEST = 15 * torch.finfo(torch.float16).max  # 15 steps of the largest scale that int4 can store
 _SMALLEST_SCALE = 2.0**-24  # of float16; keeps a group of zeros from dividing by zero
 
 
@@ -55,21 +56,23 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
     nine ranges from 0.7 to 1.1 of its own, keeps the one with the least squared error, and then the scale
     that is best for the codes it got, if that is better still. On normally distributed weights the squared
     error falls by 9 % (group 32), 8 % (64) and 10 % (128); it never rises.
-    Raises CheckpointError when K is not a multiple of the group size or a weight is not finite.
+    Raises CheckpointError when K is not a multiple of the group size, a weight is not finite, or they lie further
+    apart than 15 steps of float16's largest number.
     """
     outputs, inputs = weight.shape
     check_groups(inputs, outputs, group_size)
     groups, device = inputs // group_size, weight.device
+    low, high = (end.double() for end in weight.aminmax())
+    if _finite(high.clamp(min=0) - low.clamp(max=0)) > _WIDEST:
+        raise CheckpointError(f'weights from {low:g} to {high:g} are too far apart for int4; use quantize="int8"')
     packed = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=device)
     scale = torch.empty(groups, outputs, dtype=torch.float16, device=device)
     zero = torch.empty(groups, outputs, dtype=torch.uint8, device=device)
     if weight.is_cpu and cpu.available():  # the same search and results as below, several times faster
-        if not cpu.quantize_int4(weight, group_size, packed, scale, zero):
-            raise CheckpointError(_NOT_FINITE)
+        cpu.quantize_int4(weight, group_size, packed, scale, zero)
         return packed, scale, zero
     for rows in _pieces(weight):
         grouped = weight[rows].float().view(-1, groups, group_size)  # [n, K/G, G]
-        _finite(grouped.abs().amax())
         piece_scale, piece_zero = _search(grouped)  # [n, K/G, 1] each
         codes = _round_to_codes(grouped, piece_scale, piece_zero).to(torch.uint8)
         low, high = codes.chunk(2, dim=2)  # [n, K/G, G/2] each

@@ -1,17 +1,20 @@
 """Write a quantized copy of a checkpoint."""
 
 import json
+import os
 import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from minillm.errors import CheckpointError
+from minillm.errors import CheckpointError, first_line
 from minillm.files import read_json
-from minillm.linear import QuantizedLinear, QuantizeSpec, make_linear, parse_quantize
-from minillm.load.checkpoint import plain_name, plan_loading, stream_tensors
+from minillm.linear import Int4Linear, QuantizedLinear, QuantizeSpec, make_linear
+from minillm.load.checkpoint import naming, plain_name, plan_loading, stream_tensors
 from minillm.load.config_json import load_config
 from minillm.load.hub import HUB_PATTERNS
 from minillm.load.quantize import fill_rows
@@ -29,41 +32,47 @@ def quantize_checkpoint(source: str | Path, out: str | Path, quantize: str, quan
     in int4 `x.packed`, `x.scale` and `x.zero` as described in `linear.py`. Loading it gives the very bits
     that quantizing while loading gives. At no time is more than one shard (1 GiB) in memory.
 
-    Raises `CheckpointError` if `out` exists and is not empty; nothing is left behind if writing fails.
+    Raises `CheckpointError` if `out` exists and is not an empty folder, or cannot be written. What is written stands in
+    a temporary folder beside it and is moved there when it is whole: nothing is left behind if that fails, and nothing
+    else is ever removed.
     """
-    source, out = Path(source), Path(out)
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise CheckpointError(f"{out} exists already: give a new folder, nothing is overwritten")
+    source, out = Path(source), Path(os.path.abspath(out))
+    try:
+        if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()) or out == Path.cwd())):
+            raise CheckpointError(f"{out} exists already: give a new folder, nothing is overwritten")
+        beside = next(folder for folder in out.parents if folder.exists())
+        with TemporaryDirectory(prefix=".minillm-", dir=beside, ignore_cleanup_errors=True) as temporary:
+            whole = Path(temporary) / "whole"  # which, unlike its parent, may have the usual permissions
+            whole.mkdir()
+            _write(source, whole, quantize, quantize_head)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            whole.rename(out)  # an error if another run was first; an empty folder gives way
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{out} cannot be written: {first_line(error)}") from error
+
+
+def _write(source: Path, out: Path, quantize: str, quantize_head: bool) -> None:
     config = load_config(source)
     # The dtype does not matter here: what is not quantized is written as it was read.
     model = empty_decoder(config, torch.float32, quantize=quantize, quantize_head=quantize_head)
     plan, files = plan_loading(source, config, model)
-    modules = dict(model.named_modules())
-    partial_out = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial_out, ignore_errors=True)
-    partial_out.mkdir(parents=True)
-    try:
-        writer = _ShardWriter(partial_out)
-        for name, tensor in stream_tensors(source, files, f"quantizing {source.name}"):
-            module, plain = modules[plan[name].module], plain_name(name, config)
+    modules, writer = dict(model.named_modules()), _ShardWriter(out)
+    for name, tensor in stream_tensors(source, files, f"quantizing {source.name}"):
+        module, plain = modules[plan[name].module], plain_name(name, config)
+        with naming(name):
             if plan[name].tensor == "weight" and isinstance(module, QuantizedLinear):
-                writer.add_quantized(plain.removesuffix(".weight"), tensor, parse_quantize(quantize), module)
+                writer.add_quantized(plain.removesuffix(".weight"), tensor, module)
             else:
                 writer.add(plain, tensor)
-            if config.tie_word_embeddings and quantize_head and plan[name].module == "embedding":
-                writer.add_quantized("lm_head", tensor, parse_quantize("int8"), model.head)
-        writer.finish()
-        for pattern in HUB_PATTERNS:
-            if "safetensors" not in pattern and (source / pattern).exists():
-                shutil.copy(source / pattern, partial_out)
-        raw = read_json(source / "config.json", CheckpointError)
-        raw["quantization_config"] = {"quant_method": "minillm", "format": quantize, "head": quantize_head}
-        (partial_out / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
-        if out.exists():
-            out.rmdir()
-        partial_out.rename(out)
-    finally:
-        shutil.rmtree(partial_out, ignore_errors=True)
+        if config.tie_word_embeddings and quantize_head and plan[name].module == "embedding":
+            writer.add_quantized("lm_head", tensor, model.head)
+    writer.finish()
+    for pattern in HUB_PATTERNS:
+        if "safetensors" not in pattern and (source / pattern).exists():
+            shutil.copy(source / pattern, out)
+    raw = read_json(source / "config.json", CheckpointError)
+    raw["quantization_config"] = {"quant_method": "minillm", "format": quantize, "head": quantize_head}
+    (out / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
 class _ShardWriter:
@@ -78,9 +87,9 @@ class _ShardWriter:
         if self.size >= _SHARD_BYTES:
             self._write()
 
-    def add_quantized(self, name: str, weight: Tensor, spec: QuantizeSpec, like: QuantizedLinear) -> None:
-        outputs, inputs = weight.shape
-        layer = make_linear(inputs, outputs, False, spec, weight.dtype)
+    def add_quantized(self, name: str, weight: Tensor, like: QuantizedLinear) -> None:
+        spec = QuantizeSpec(4, like.group_size) if isinstance(like, Int4Linear) else QuantizeSpec(8)
+        layer = make_linear(weight.shape[1], weight.shape[0], False, spec, weight.dtype, "cpu")
         fill_rows(layer, 0, weight)
         for part in like.row_dimension:
             self.add(f"{name}.{part}", getattr(layer, part))

@@ -23,7 +23,7 @@ from minillm.config import ModelConfig
 from minillm.errors import RequestError, first_line
 from minillm.linear import Int4Linear, QuantizedLinear
 from minillm.llm import LLM
-from minillm.measure.memory import format_bytes, weight_bytes
+from minillm.measure.memory import format_bytes
 from minillm.measure.plot import picture
 from minillm.model import Decoder
 from minillm.progress import progress_bar
@@ -172,11 +172,8 @@ def measure(
     Everything takes turns, the bandwidth too, so that a busy moment does not hit one number alone.
     Raises `RequestError` for a count below 1, or a length or cache that does not fit.
     """
-    for label, value, most in (
-        ("new_tokens", new_tokens, 10**6),
-        ("repeats", repeats, 10**6),
-        *(("batch", rows, 1024) for rows in batches),
-    ):
+    counts = [("new_tokens", new_tokens, 10**6), ("repeats", repeats, 10**6), *(("batch", n, 1024) for n in batches)]
+    for label, value, most in counts:
         if not 1 <= value <= most:
             raise RequestError(f"{label} must be from 1 to {most}, not {value}")
     before = _process_peak()
@@ -192,8 +189,8 @@ def measure(
     load_peak = peak()
     lengths, capacities = _sizes(llm.config, lengths, capacities, new_tokens)
     prompts = {length: _prompt(llm.tokenizer, length) for length in lengths}
-    first_request, _ = _request(llm, [prompts[lengths[0]]], 1)
-    _request(llm, [prompts[lengths[-1]]], new_tokens)  # warm up, and the peak
+    first_request, _ = _request(llm, ([prompts[lengths[0]]], None), 1)
+    _request(llm, ([prompts[lengths[-1]]], None), new_tokens)  # warm up, and the peak
     longest_peak = peak()
 
     def cache(rows: int, size: int) -> StaticCache:
@@ -202,44 +199,38 @@ def measure(
         except (RuntimeError, MemoryError) as error:
             raise RequestError(f"no memory for a cache of {rows} x {size} tokens: {first_line(error)}") from None
 
-    # What is timed, each in a cache of its own, and (seconds to the first token, seconds per token) of every round.
-    shortest, room = lengths[0], new_tokens + 1
-    timed = {("decode", n): ([prompts[n]], None) for n in lengths}
-    timed |= {("capacity", size): ([prompts[shortest]], cache(1, size)) for size in capacities}
-    timed |= {
-        ("batch", rows): ([prompts[shortest]] * rows, cache(rows, shortest + room)) for rows in sorted(set(batches))
-    }
-    times, bandwidths = {key: [] for key in timed}, []
-    for prompt, held in timed.values():
-        _request(llm, prompt, 1, held)
+    # What is timed: prompts and, but for plain decoding, a cache of their own.
+    lowest, room = lengths[0], new_tokens + 1
+    timed = {("decode", length): ([prompts[length]], None) for length in lengths}
+    timed |= {("capacity", size): ([prompts[lowest]], cache(1, size)) for size in capacities}
+    timed |= {("batch", rows): ([prompts[lowest]] * rows, cache(rows, lowest + room)) for rows in sorted({*batches})}
+    for what in timed.values():
+        _request(llm, what, 1)
+    bandwidths, times = [], {key: [] for key in timed}  # of every round: seconds to the first token, and per step
     with progress_bar(repeats * len(timed), "measuring") as advance:
         for _ in range(repeats):
             bandwidths.append(memory_bandwidth(llm.device))
-            for key, (prompt, held) in timed.items():
-                times[key].append(_request(llm, prompt, new_tokens, held))
+            for key, what in timed.items():
+                times[key].append(_request(llm, what, new_tokens))
                 advance()
     bandwidth = Spread.of(bandwidths)
-
-    def speed(kind: str, size: int, rows: int = 1) -> Spread:
-        return Spread.of([rows / step for _, step in times[kind, size]])
-
-    def decode(kind: str, size: int, position: int, capacity: int) -> Decode:
-        found, read = speed(kind, size), bytes_per_token(llm.model, position + room // 2)
-        return Decode(position, capacity, found, read, 100 * read * found.median / bandwidth.median)
+    speeds = {key: Spread.of([len(timed[key][0]) / step for _, step in rounds]) for key, rounds in times.items()}
+    beside = None
+    if busy:
+        with busy_process():
+            beside = Spread.of([1 / _request(llm, ([prompts[lowest]], None), new_tokens)[1] for _ in range(repeats)])
 
     def prefill(length: int) -> Prefill:
         firsts = [first for first, _ in times["decode", length]]
         return Prefill(length, Spread.of(firsts), Spread.of([length / first for first in firsts]))
 
-    def batch(rows: int) -> Batch:
-        found = speed("batch", rows, rows)
-        return Batch(rows, found, 100 * found.median / rows / speed("decode", shortest).median)
+    def decode(position: int, capacity: int, speed: Spread) -> Decode:
+        size = bytes_per_token(llm.model, position + room // 2)
+        return Decode(position, capacity, speed, size, 100 * size * speed.median / bandwidth.median)
 
-    beside = None
-    if busy:
-        with busy_process():
-            seconds = [_request(llm, [prompts[shortest]], new_tokens)[1] for _ in range(repeats)]
-        beside = Spread.of([1 / one for one in seconds])
+    def batch(rows: int, speed: Spread) -> Batch:
+        return Batch(rows, speed, 100 * speed.median / rows / speeds["decode", lowest].median)
+
     return Speeds(
         name=llm.name,
         format=format_name(llm),
@@ -249,7 +240,7 @@ def measure(
         torch=torch.__version__,
         new_tokens=new_tokens,
         repeats=repeats,
-        weight_bytes=weight_bytes(llm.model),
+        weight_bytes=llm.model.weight_bytes,
         steps=llm.steps.kind,
         load_seconds=load_seconds,
         compile_seconds=sum(seconds for _, seconds in compilations),
@@ -258,10 +249,10 @@ def measure(
         load_peak_bytes=load_peak,
         peak_bytes=longest_peak,
         bandwidth=bandwidth,
-        prefill=[prefill(n) for n in lengths],
-        decode=[decode("decode", n, n, n + room) for n in lengths],
-        capacity=[decode("capacity", size, shortest, size) for size in capacities],
-        batch=[batch(rows) for kind, rows in timed if kind == "batch"],
+        prefill=[prefill(length) for length in lengths],
+        decode=[decode(length, length + room, speeds["decode", length]) for length in lengths],
+        capacity=[decode(lowest, size, speeds["capacity", size]) for size in capacities],
+        batch=[batch(rows, speeds["batch", rows]) for rows in sorted({*batches})],
         busy=beside,
     )
 
@@ -272,7 +263,7 @@ def bytes_per_token(model: Decoder, position: int) -> int:
     Of the embedding only one row is read, unless the head is the same matrix.
     """
     config, embedding = model.config, model.embedding.weight
-    size = weight_bytes(model)
+    size = model.weight_bytes
     if getattr(model.head, "weight", None) is not embedding:
         size -= embedding.nbytes - embedding[0].nbytes
     per_key = 2 * config.num_kv_heads * config.head_dim * embedding.dtype.itemsize
@@ -306,22 +297,21 @@ def _prompt(tokenizer: Tokenizer, length: int) -> list[int]:
     return (ids * (length // len(ids) + 1))[:length]
 
 
-def _request(
-    llm: LLM, prompts: list[list[int]], new_tokens: int, cache: StaticCache | None = None
-) -> tuple[float, float]:
-    """(seconds to the first token, seconds per step of the `new_tokens` after it)."""
+def _request(llm: LLM, what: tuple[list[list[int]], StaticCache | None], new_tokens: int) -> tuple[float, float]:
+    """(seconds to the first token, seconds per step of the `new_tokens` after it) for prompts and their cache."""
+    prompts, cache = what
     started = time.perf_counter()
     stats = llm.generate(prompts, cache=cache, max_new_tokens=new_tokens + 1, **_PLAIN)[0].stats
     return time.perf_counter() - started - stats.decode_seconds, stats.decode_seconds / new_tokens
 
 
 @contextmanager
-def busy_process() -> Iterator[None]:
+def busy_process() -> Iterator[subprocess.Popen]:
     """A process beside this one that keeps one core busy; it ends with the block, or with us, however we end."""
     code = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(100_000))"
     with subprocess.Popen([sys.executable, "-IS", "-c", code, str(os.getpid())]) as process:
         try:
-            yield
+            yield process
         finally:
             process.kill()
 
@@ -371,9 +361,8 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
 
 
-def processor_features() -> list[str]:
-    """What the processor has for products of small numbers, by /proc/cpuinfo; nothing where there is no such file."""
-    path = Path("/proc/cpuinfo")
+def processor_features(path: Path = Path("/proc/cpuinfo")) -> list[str]:
+    """What the processor has for products of small numbers, by its flags; nothing where the system lists none."""
     words = set(path.read_text().split()) if path.exists() else set()
     return [name for flag, name in _FEATURES.items() if flag in words]
 

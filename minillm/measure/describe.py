@@ -20,7 +20,7 @@ from minillm.config import ModelConfig, RopeSpec
 from minillm.errors import RequestError
 from minillm.llm import LLM
 from minillm.measure.bench import device_name
-from minillm.measure.memory import format_bytes, parameter_count, weight_bytes
+from minillm.measure.memory import format_bytes, parameter_count
 from minillm.model import NoNorm, empty_decoder
 
 
@@ -59,7 +59,7 @@ def facts(
     rows += [
         ("EOS ids", ", ".join(map(str, config.eos_token_ids)) or "none"),
         ("parameters", f"{parameter_count(model):,} ({embedding:,} of them embedding)"),
-        ("weights", f"{format_bytes(weight_bytes(model))} in {held_as}"),
+        ("weights", f"{format_bytes(model.weight_bytes)} in {held_as}"),
         ("KV cache", f"{format_bytes(kv_bytes * config.num_layers)} per token (full layers)"),
     ]
     return rows

@@ -59,12 +59,7 @@ def estimate(
     full, sliding = cache_bytes(config, batch_size, context, dtype)
     activations, logits = activation_bytes(config, batch_size, context, dtype)
     model = empty_decoder(config, dtype, quantize=quantize, quantize_head=quantize_head)
-    return Estimate(weight_bytes(model), full, sliding, activations, logits)
-
-
-def weight_bytes(model: Decoder) -> int:
-    """Bytes of all parameters and buffers; a tied head counts once. Works on an empty decoder too."""
-    return sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    return Estimate(model.weight_bytes, full, sliding, activations, logits)
 
 
 def parameter_count(model: Decoder) -> int:

@@ -14,11 +14,11 @@ import torch
 import torch.nn.functional as F
 
 from minillm.cache import MAX_STEP, StaticCache
-from minillm.errors import ConfigError, RequestError
-from minillm.linear import parse_quantize
+from minillm.errors import RequestError
 from minillm.llm import LLM
 from minillm.measure.bench import format_name
-from minillm.measure.memory import format_bytes, weight_bytes
+from minillm.measure.memory import format_bytes
+from minillm.options import DTYPES, QUANTIZED_FORMATS
 from minillm.progress import progress_bar
 from minillm.tokenizer import Tokenizer
 
@@ -127,19 +127,17 @@ def score_text(llm: LLM, documents: Sequence[str]) -> Score:
             advance()
     size = sum(len(document.encode()) for document in documents)
     seconds = time.perf_counter() - started
-    return Score(format_name(llm), weight_bytes(llm.model), sum(predicted), size, bits, seconds)
+    return Score(format_name(llm), llm.model.weight_bytes, sum(predicted), size, bits, seconds)
 
 
 def parse_format(word: str, dtype: str) -> tuple[str, str | None]:
     """(dtype, quantize) for a word like "bf16", "float32", "int8" or "int4-g32"; what is not quantized is `dtype`."""
-    if word in _FLOATS or word in _FLOATS.values():
-        return _FLOATS.get(word, word), None
-    try:
-        parse_quantize(word)
-    except ConfigError:
-        known = ", ".join([*_FLOATS, "int8", "int4-g32", "int4-g64", "int4-g128"])
-        raise RequestError(f"format {word!r} is unknown; choose from {known}") from None
-    return dtype, word
+    if word in QUANTIZED_FORMATS:
+        return dtype, word
+    if word not in (*_FLOATS, *DTYPES):
+        known = ", ".join((*_FLOATS, *QUANTIZED_FORMATS))
+        raise RequestError(f"format {word!r} is unknown; choose from {known}")
+    return _FLOATS.get(word, word), None
 
 
 @dataclass(frozen=True)
