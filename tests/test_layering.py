@@ -13,10 +13,11 @@ ROOT = Path(__file__).parent.parent
 # place in the house.
 ROAD = """
     errors options progress files config rope cache attention linear model sampling chat_template tokenizer decode
-    drafting speculative request llm cli
+    drafting speculative request llm
 """.split()
 WINGS = {
     "load": "families config_json hub quantize checkpoint quantized_copy".split(),
+    "cli": "flags commands".split(),
     "faster": "compiled steps".split(),
     "measure": "plot memory bench perplexity describe".split(),
 }
@@ -35,13 +36,13 @@ def modules() -> dict[str, Path]:
 def may_import(room: str) -> set[str]:
     """The dotted names below the package that this room may import."""
     wing, _, name = room.rpartition(".")
+    rooms = {other: {f"{other}.{name}" for name in names} for other, names in WINGS.items()}
     if wing:
-        order = WINGS[wing]
-        return {*ROAD[: ROAD.index("cli")]} | {f"{wing}.{other}" for other in order[: order.index(name)]}
+        above = {*ROAD} | {f"{wing}.{other}" for other in WINGS[wing][: WINGS[wing].index(name)]}
+        # the command line calls every wing
+        return above.union(*(rooms[other] for other in rooms if other != "cli")) if wing == "cli" else above
     above = set(ROAD[: ROAD.index(room)])
-    # cli calls every wing; llm, where a model is made, those that make it
-    wings = WINGS if room == "cli" else {name: WINGS[name] for name in ("load", "faster")} if room == "llm" else {}
-    return above | {f"{wing}.{name}" for wing, names in wings.items() for name in names}
+    return above | rooms["load"] | rooms["faster"] if room == "llm" else above  # where a model is made
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:

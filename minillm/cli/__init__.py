@@ -1,0 +1,90 @@
+"""The `minillm` command: parse, call the library, print.
+
+Results go to stdout, progress and notices to stderr. Exit status 0: done; 1: a `MinillmError`, told in one line;
+2: the command line itself was wrong; 130: interrupted. `__main__.py` adds what a process of its own needs.
+"""
+
+import argparse
+import sys
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from minillm import __version__
+from minillm.cli import commands
+from minillm.cli.flags import count, counts, groups, text
+from minillm.errors import MinillmError
+from minillm.options import QUANTIZED_FORMATS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    try:
+        try:
+            options = _parser().parse_args(arguments)
+            options.command(options)
+        finally:
+            sys.stdout.flush()
+    except MinillmError as error:
+        return commands.complain(error)
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        return 0  # whoever read our output (head, a pager) has enough
+    except OSError as error:
+        if error.filename is not None:
+            raise  # a file's: what opens one answers for it
+        return commands.complain(f"standard input or output: {error.strerror}")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="minillm", description="A minimal decoder runtime for large language models.")
+    parser.add_argument("--version", action="version", version=f"minillm {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(run: Callable, *groups: argparse.ArgumentParser) -> Callable:
+        """A command named like `run` and told by its docstring; returns what adds a flag to those of the groups."""
+        name, told = run.__name__, textwrap.dedent(run.__doc__ or "")
+        made = subparsers.add_parser(name, parents=groups, help=told.partition("\n")[0], description=told)
+        made.set_defaults(command=run)
+        return made.add_argument
+
+    hub, dtype, model, generation, results = groups()
+    add = command(commands.generate, model, generation)
+    add("prompt", nargs="?", type=text, help="the text; without it (or with -) it is read from stdin")
+    add("--file", type=Path, metavar="F", help="read the prompt from this file instead")
+    add("--stream", action=argparse.BooleanOptionalAction, help="print pieces as they come (default on a terminal)")
+    marks = "mark the tokens that a draft guessed right: in colour on a terminal, else in [brackets]"
+    add("--show-draft", action="store_true", help=marks)
+
+    add = command(commands.chat, model, generation)
+    add("--system", type=text, metavar="TEXT", help="the system message")
+    add("--max-cache-len", type=count, metavar="N", help="tokens the conversation may hold")
+
+    add = command(commands.inspect, model)
+    add("--trace", type=text, metavar="TEXT", help="also walk one forward pass over this text")
+
+    add = command(commands.bench, model, results)
+    add("--lengths", type=counts, metavar="N,N", help="prompt lengths (default: 64,256,1024)")
+    sizes = "cache sizes to decode in (default: 128,1024,4096,16384)"
+    add("--capacities", type=counts, metavar="N,N", help=sizes)
+    add("--batch", type=counts, default=(), metavar="N,N", help="also decode so many rows at once, such as 1,2,4,8,16")
+    add("--busy", action="store_true", help="also decode beside a process that keeps one core busy")
+    add("--new-tokens", type=count, default=32, metavar="N", help="decoded per measurement (default: 32)")
+    add("--repeats", type=count, default=5, metavar="N", help="(default: 5)")
+    add("--perplexity", type=Path, metavar="FILE", help="bits per byte of this text instead of speed")
+    words = "with --perplexity: compare these, such as bf16,int8,int4-g32"
+    add("--formats", type=lambda text: text.split(","), metavar="F,F", help=words)
+
+    add = command(commands.memory, dtype, hub, results)
+    add("model", nargs="?", default="demo", metavar="M", help="demo, a folder or a Hub id")
+    add("--batch", type=count, default=1, metavar="B", help="rows (default: 1)")
+    add("--context", type=count, metavar="N", help="tokens per row (default: 4096, or all positions)")
+
+    add = command(commands.quantize, hub)
+    add("model", metavar="MODEL", help="demo, a folder or a Hub id")
+    add("out", type=Path, metavar="OUT", help="a new folder")
+    add("--to", required=True, metavar="FORMAT", help=", ".join(QUANTIZED_FORMATS))
+    add("--head", action="store_true", help="the output head too, in int8")
+    return parser
