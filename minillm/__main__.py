@@ -1,4 +1,4 @@
-"""`minillm`, or `python -m minillm`: cli.py, and what a process of its own owes its surroundings.
+"""`minillm`, or `python -m minillm`: cli/, and what a process of its own owes its surroundings.
 
 A stream that is closed, full or read no further, a character the terminal does not have, Ctrl-C at any moment:
 each ends in one line at most, never in a traceback.

@@ -184,6 +184,8 @@ class StaticCache:
         self._check_turn()
         self._ids.fill_(_NEVER)
         self._model, self._free[:] = None, [True]
+        if self._holder is None:  # an interrupt may strike between taking the cache and saying so
+            self._vacant[:] = [True]
         for tensor in (*self.keys, *self.values):  # a NaN that a pass left behind would spoil what masks it
             tensor.zero_()
 

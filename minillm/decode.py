@@ -1,4 +1,4 @@
-"""Prefill, decode_one_token, and when to stop.
+"""Prefill, decode_one_token, and when to stop. To begin with, read `generate_plain`: all of it on one screen.
 
 Generation has two phases with opposite bottlenecks. *Prefill* feeds the whole prompt at once: many
 tokens share each weight that is read, so it is bound by arithmetic. *Decoding* then adds one token per
@@ -21,7 +21,7 @@ from torch import Tensor
 from minillm.cache import StaticCache
 from minillm.errors import NumericalError
 from minillm.model import Decoder
-from minillm.options import GenerationConfig
+from minillm.options import GenerationConfig, as_list
 from minillm.sampling import Sampling, next_token
 from minillm.tokenizer import TextStream, Tokenizer
 
@@ -271,7 +271,7 @@ def holder(rows: list[Row]) -> str:
 def generate_plain(model: Decoder, tokenizer: Tokenizer, prompt: str, config: GenerationConfig) -> str:
     """All of it, for one prompt: what `LLM.generate` does, without batches, reuse, drafts, streams or statistics.
 
-    `config` sets `max_new_tokens` and, to sample, `seed`; `eos_token_id` as a list.
+    `config` sets `max_new_tokens` and, to sample, `seed`.
     """
     ids = tokenizer.encode(prompt)
     device = model.embedding.weight.device
@@ -284,7 +284,7 @@ def generate_plain(model: Decoder, tokenizer: Tokenizer, prompt: str, config: Ge
     for position in range(len(ids), len(ids) + config.max_new_tokens):
         place = torch.tensor([position], device=device)  # [1]
         token = next_token(logits, sampling, place, seen)  # [1]: 2. logits become a token
-        if token.item() in (config.eos_token_id or ()):  # 3. is this the end?
+        if token.item() in as_list(config.eos_token_id):  # 3. is this the end?
             break
         text += stream.push(token.item())  # 4. a token becomes text, perhaps a word later
         if stream.stopped:

@@ -22,11 +22,11 @@ class TokenizerError(MinillmError):
 
 
 class RequestError(MinillmError):
-    """An argument of `generate`, `stream` or `conversation` is unknown or out of range."""
+    """What was asked for is unknown, out of range or contradicts itself: an option, a prompt, a flag."""
 
 
 class CacheError(MinillmError):
-    """A StaticCache is too small, has the wrong shape, or cannot be rolled back that far."""
+    """A StaticCache does not fit the model or the step, is in use by another, or cannot be cut back that far."""
 
 
 class BackendError(MinillmError):

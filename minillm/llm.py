@@ -25,7 +25,7 @@ _DEFAULT_CONVERSATION = 4096  # tokens a conversation's cache holds unless told 
 class LLM:
     """A decoder, its tokenizer and its defaults. Make one with `LLM.from_pretrained`.
 
-    `model` is the decoder as it is written, `steps` the same made fast (see steps.py); both are called alike.
+    `model` is the decoder as it is written, `steps` the same made fast (see faster/steps.py); both are called alike.
     """
 
     def __init__(
@@ -55,6 +55,7 @@ class LLM:
         token: str | bool | None = None,
         local_files_only: bool = False,
         strict: bool = True,
+        check_finite: bool = True,
     ) -> "LLM":
         """Load "demo" (the embedded model), "demo-draft", a folder, or a Hugging Face Hub id.
 
@@ -65,9 +66,10 @@ class LLM:
             quantize: "int8", "int4" or "int4-g32", "int4-g64", "int4-g128": store the linear layers' weights in
                 this format, quantizing while they stream in. quantize_head: the output head too, in int8.
             compile: "auto": steps are recorded and replayed, with nothing to wait for; True: `torch.compile`, which
-                takes up to a minute now and seconds in the next process; False: neither. See steps.py.
+                takes up to a minute now and seconds in the next process; False: neither. See faster/steps.py.
             revision, token, local_files_only: for the Hub, as `huggingface_hub` understands them.
             strict: whether a key of config.json that is not understood is an error.
+            check_finite: look for NaN and infinity in the weights while they stream in, 0.1 s per GB.
 
         Raises a `MinillmError` that names the file or value at fault.
         """
@@ -80,7 +82,14 @@ class LLM:
             # As a node of a graph a C kernel of ours costs more than what the compiler makes around the library's.
             attention = choose_backend("auto", config).name
         model = load_decoder(
-            folder, config, choose_dtype(dtype, config), choose_device(device), attention, quantize, quantize_head
+            folder,
+            config,
+            choose_dtype(dtype, config),
+            choose_device(device),
+            attention,
+            quantize,
+            quantize_head,
+            check_finite,
         )
         llm = cls(model, tokenizer, config, defaults, str(name), compile)
         if llm.steps.compiled is not None:

@@ -159,18 +159,22 @@ def test_the_second_process_finds_what_the_first_compiled(tmp_path, text_tokeniz
     assert any(file.is_file() for file in (tmp_path / "cache" / "minillm" / "compiled").rglob("*"))
 
 
+def folder_used() -> str | None:
+    with compiled.artifact_folder():
+        return os.environ.get("TORCHINDUCTOR_CACHE_DIR")
+
+
 def test_a_folder_that_cannot_be_written_is_no_obstacle(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("where a folder should be")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
-    assert compiled.artifact_folder() == {}
+    assert folder_used() is None
 
 
 def test_a_folder_the_user_chose_is_left_alone(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
-    assert compiled.artifact_folder() == {}
-    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    folder = tmp_path / "cache" / "minillm" / "compiled"
-    assert compiled.artifact_folder() == {"TORCHINDUCTOR_CACHE_DIR": str(folder)}
-    assert folder.is_dir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
+    assert folder_used() == str(tmp_path / "mine") == os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    assert folder_used() == str(tmp_path / "cache" / "minillm" / "compiled")
+    assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

@@ -17,9 +17,9 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import count, islice
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 from torch import Tensor
@@ -99,7 +99,7 @@ class CompiledWalk:
         try:
             # A norm's epsilon is no size: left open, it costs a second compilation that finds that out.
             settings = torch._dynamo.config.patch(recompile_limit=64, specialize_float=True)
-            with settings, patch.dict(os.environ, artifact_folder()):
+            with settings, artifact_folder():
                 self._run(*self.model.embed(input_ids, position, cache), position, cache, bound, from_start)
         except RuntimeError as error:  # what PyTorch's compiler raises; its own message runs over pages
             reason = " ".join(str(error).strip().splitlines()[:2])
@@ -117,15 +117,24 @@ def _unlike(config: ModelConfig) -> Iterator[int]:
     return (size for size in count(17) if size not in taken)
 
 
-def artifact_folder() -> dict[str, str]:
-    """The variable that says where PyTorch keeps what it compiles; nothing where the user says so, or it cannot be."""
+@contextmanager
+def artifact_folder() -> Iterator[None]:
+    """While this lasts PyTorch keeps what it compiles in our folder; not where the user names one, or it cannot be."""
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # the compiler is slow to import
 
-    if os.environ.get("TORCHINDUCTOR_CACHE_DIR", default_cache_dir()) != default_cache_dir():  # PyTorch sets it, too
-        return {}
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillm" / "compiled"
+    name = "TORCHINDUCTOR_CACHE_DIR"
+    before, folder = os.environ.get(name), Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        (folder / "minillm" / "compiled").mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:
-        return {}
-    return {"TORCHINDUCTOR_CACHE_DIR": str(folder)}
+        before = "as it is"
+    if before not in (None, default_cache_dir()):  # PyTorch sets the variable to its default by itself
+        yield
+        return
+    os.environ[name] = str(folder / "minillm" / "compiled")
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before

@@ -1,6 +1,6 @@
 """The supported families, a row each: how a `model_type` differs from plain Llama.
 
-Adding a family that needs no new arithmetic means adding a row here. `config.py` combines the row with
+Adding a family that needs no new arithmetic means adding a row here. `config_json.py` combines the row with
 what the checkpoint's `config.json` says; nothing else in the package knows a family by name.
 """
 
