@@ -14,6 +14,7 @@ from minillm.faster.steps import Steps, check_compile
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import generation_defaults, load_config
 from minillm.load.hub import find_checkpoint
+from minillm.load.tokenizer import load_tokenizer
 from minillm.model import Decoder
 from minillm.options import DTYPES, GenerationConfig, merge_options
 from minillm.request import Completion, Prompt, Request, check_drafting
@@ -76,7 +77,7 @@ class LLM:
         check_compile(compile)  # now, not after the weights are read
         folder = find_checkpoint(name, revision=revision, token=token, local_files_only=local_files_only)
         config = load_config(folder, strict=strict)
-        tokenizer = Tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
         defaults = generation_defaults(folder, config, tokenizer.eos_token_id)
         if compile is True and attention == "auto":
             # As a node of a graph a C kernel of ours costs more than what the compiler makes around the library's.

@@ -1,58 +1,33 @@
-"""Text to token ids and back: `tokenizer.json`, chat templates, and text as it streams.
+"""Text to token ids and back, and text as it streams.
 
-The `tokenizers` library does the tokenizing and `chat_template.py` the templates; what is here is the part that
-other runtimes get wrong: the one BOS, the template that must not add a second, and pieces of text that
-never show half a character.
+The `tokenizers` library does the tokenizing; what is here is the part that other runtimes get wrong: the one BOS, the
+chat template that must not add a second, and pieces of text that never show half a character.
 """
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer as _Tokenizer
-
-from minillm.chat_template import ChatTemplate
 from minillm.errors import TokenizerError, first_line
-from minillm.files import TEMPLATE_BYTES, TOKENIZER_BYTES, read_json, read_text, shown
 
 # How far back to look in a prompt for a token that ends on a whole character.
 _CONTEXT_TOKENS = 8
 
 
 class Tokenizer:
-    """The tokenizer of a checkpoint folder.
+    """The tokenizer of a checkpoint; `load.tokenizer.load_tokenizer` makes one.
 
     Args:
-        folder: holds `tokenizer.json`, and may hold `tokenizer_config.json` and `chat_template.jinja`.
-
-    Raises `TokenizerError` if a file is missing or unreadable.
+        rust: the `tokenizers` library's, which does the tokenizing.
+        special: the tokens named "bos_token", "eos_token", ..., or None for those that there are not.
+        add_bos: whether `encode` begins with BOS; None: as `rust` does it.
+        chat_template: renders a conversation (`load.chat_template.ChatTemplate`); None where the checkpoint has none.
     """
 
-    def __init__(self, folder: str | Path):
-        folder = Path(folder)
-        path = folder / "tokenizer.json"
-        content = read_text(path, TokenizerError, TOKENIZER_BYTES)
-        if content is None:
-            raise TokenizerError(
-                f"{path} does not exist. minillm reads only tokenizer.json; where a model ships another format, "
-                "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes one"
-            )
-        with _rust(f"{path} is not a readable tokenizer"):
-            self._tokenizer = _Tokenizer.from_str(content)
-        # Some files ask for truncation or padding, which belonged to training.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        path = folder / "tokenizer_config.json"
-        config = read_json(path, TokenizerError)
-        names = ("bos_token", "eos_token", "unk_token", "pad_token")
-        self._special = {name: _content(config.get(name), f"{path}: {name}") for name in names}
-        self._add_bos: bool | None = config.get("add_bos_token")
-        if self._add_bos not in (None, True, False):
-            raise TokenizerError(f"{path}: add_bos_token must be true or false, not {shown(self._add_bos)}")
-        self.chat_template = _chat_template(folder, config)
-        self.vocab_size: int = self._tokenizer.get_vocab_size(with_added_tokens=True)
+    def __init__(self, rust, special: dict[str, str | None], add_bos: bool | None = None, chat_template=None):
+        self._tokenizer, self._special, self._add_bos, self.chat_template = rust, special, add_bos, chat_template
+        self.vocab_size: int = rust.get_vocab_size(with_added_tokens=True)
 
     @cached_property
     def vocabulary(self) -> dict[str, int]:
@@ -73,9 +48,9 @@ class Tokenizer:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """Token ids of `text`, with the BOS that the checkpoint's own tokenizer would add, once."""
-        if not _is_unicode(text):
+        if not is_unicode(text):
             raise TokenizerError("the text cannot be tokenized: it is not valid Unicode (half a surrogate pair)")
-        with _rust("the text cannot be tokenized"):
+        with in_rust("the text cannot be tokenized"):
             ids = self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
         bos = self.bos_token_id
         if add_special_tokens and bos is not None and self._add_bos is not None:
@@ -89,14 +64,14 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """The text of these ids; ids outside the vocabulary (a padded embedding has some) give no text."""
-        with _rust("the tokens cannot be made text"):
+        with in_rust("the tokens cannot be made text"):
             return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def render_chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> str:
         """Render `[{"role": ..., "content": ...}, ...]` with the checkpoint's chat template.
 
         Raises `TokenizerError` if there is none, or if it fails, refuses the messages or takes too much of time or
-        memory (see `chat_template.py`).
+        memory (see `load/chat_template.py`).
         """
         if self.chat_template is None:
             raise TokenizerError(
@@ -188,7 +163,7 @@ def _overlap(text: str, stop: str) -> int:
 
 
 @contextmanager
-def _rust(problem: str) -> Iterator[None]:
+def in_rust(problem: str) -> Iterator[None]:
     """The `tokenizers` library raises bare Exception; or it panics, which Python hears as a BaseException."""
     try:
         yield
@@ -198,34 +173,9 @@ def _rust(problem: str) -> Iterator[None]:
         raise
 
 
-def _is_unicode(text: str) -> bool:
+def is_unicode(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _content(token: Any, where: str) -> str | None:
-    """A special token is written as a string, or as an object with the string inside."""
-    content = token.get("content") if isinstance(token, dict) else token
-    if content is not None and not (isinstance(content, str) and _is_unicode(content)):
-        raise TokenizerError(f"{where} must be a string, not {shown(token)}")
-    return content
-
-
-def _chat_template(folder: Path, config: dict[str, Any]) -> ChatTemplate | None:
-    template = read_text(folder / "chat_template.jinja", TokenizerError, TEMPLATE_BYTES)
-    if template is None:
-        template = read_json(folder / "chat_template.json", TokenizerError).get("chat_template")
-    template = config.get("chat_template") if template is None else template
-    if isinstance(template, list):  # several named templates: the plain one is called "default"
-        named = [entry for entry in template if isinstance(entry, dict) and entry.get("name") == "default"]
-        template = named[0].get("template") if named else None
-    if isinstance(template, str) and len(template) > TEMPLATE_BYTES:
-        raise TokenizerError(f"{folder}: chat_template is larger than {TEMPLATE_BYTES} bytes, which no real one is")
-    if template is not None and not isinstance(template, str):
-        raise TokenizerError(
-            f"{folder}: chat_template must be a string, or a list of named ones, not {shown(template)}"
-        )
-    return ChatTemplate(template) if template else None

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 from tiny_tokenizers import CHATML, LLAMA2_CHAT
 
-from minillm.chat_template import ChatTemplate
 from minillm.errors import TokenizerError
+from minillm.load.chat_template import ChatTemplate
 
 CHAT = [{"role": "user", "content": "Hello"}]
 BIG = "{% set s = 'a' * 1000000 %}"  # the largest that is made without question is 8 MiB
@@ -89,7 +89,7 @@ HOSTILE = [
 
 RUN = """
 import json, sys, threading, time
-from minillm.chat_template import ChatTemplate
+from minillm.load.chat_template import ChatTemplate
 from minillm.errors import TokenizerError
 
 def peak():

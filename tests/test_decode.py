@@ -8,9 +8,9 @@ from rows import new_row
 from minillm.cache import StaticCache
 from minillm.decode import decode_one_token, prefill, run
 from minillm.errors import CacheError, RequestError
+from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig
 from minillm.sampling import Sampling, next_token
-from minillm.tokenizer import Tokenizer
 
 TOLERANCE = dict(rtol=0.0, atol=1e-4)  # against transformers, see test_families.py
 SAME = dict(rtol=0.0, atol=2e-5)  # against ourselves, see test_cache.py
@@ -18,7 +18,7 @@ SAME = dict(rtol=0.0, atol=2e-5)  # against ourselves, see test_cache.py
 
 @pytest.fixture(scope="module")
 def tokenizer(text_tokenizer_files):
-    return Tokenizer(text_tokenizer_files.folder)
+    return load_tokenizer(text_tokenizer_files.folder)
 
 
 @pytest.mark.parametrize("name", ["llama3", "mistral-v0.1", "gemma3"])

@@ -22,9 +22,9 @@ from published_configs import PUBLISHED
 from minillm.errors import MinillmError
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import generation_defaults, load_config, parse_config
+from minillm.load.tokenizer import load_tokenizer
 from minillm.model import empty_decoder
 from minillm.rope import attention_scale, inverse_frequencies
-from minillm.tokenizer import Tokenizer
 
 CONFIGS = list(PUBLISHED.values()) + [family.config for family in FAMILIES.values()]
 NUMBERS = [0, 1, -1, 2, 3, 2**31, 2**63, 10**400, 0.5, 1.0, 1e-45, 1e39, 1e308, float("inf"), float("nan"), 1e5]
@@ -215,7 +215,7 @@ def test_tokenizer_files(data, text_tokenizer_files, metaspace_files, tmp_path):
     else:
         path.write_bytes(data.draw(damaged(path.read_bytes())))
     with bounded():
-        tokenizer = Tokenizer(tmp_path)
+        tokenizer = load_tokenizer(tmp_path)
         ids = tokenizer.encode("The wolf 🚀 said <s>")
         tokenizer.decode(ids)
         tokenizer.bos_token_id, tokenizer.eos_token_id  # noqa: B018 (looked up)

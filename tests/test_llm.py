@@ -12,7 +12,7 @@ from families import FAMILIES, prompt_ids, reference_greedy, save_checkpoint
 from minillm import LLM, Completion, GenerationConfig, MinillmError, StaticCache
 from minillm.errors import BackendError, CacheError, CheckpointError, ConfigError, RequestError, TokenizerError
 from minillm.load.hub import find_checkpoint
-from minillm.tokenizer import Tokenizer
+from minillm.load.tokenizer import load_tokenizer
 
 PROMPTS = [
     "Once upon a time",
@@ -607,7 +607,7 @@ def test_conversation_with_a_template_that_writes_bos(metaspace_files, tmp_path)
     llm = load(folder)
     chat = llm.conversation(max_new_tokens=5, max_cache_len=300)
     first = chat.say("Hello")
-    ids = Tokenizer(folder).encode_chat([{"role": "user", "content": "Hello"}])
+    ids = load_tokenizer(folder).encode_chat([{"role": "user", "content": "Hello"}])
     assert ids.count(1) == 1
     assert first.stats.prompt_tokens == len(ids)
     assert first.token_ids == llm.generate(ids, max_new_tokens=5).token_ids

@@ -18,9 +18,9 @@ from minillm.errors import BackendError
 from minillm.faster.steps import RecordedStep, Steps
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
+from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig
 from minillm.sampling import Sampling
-from minillm.tokenizer import Tokenizer
 
 needs_c = pytest.mark.skipif(not cpu.available(), reason="steps are recorded from C calls: needs a C compiler")
 
@@ -191,7 +191,7 @@ def test_an_unknown_way_to_compile_is_refused(bad, llm):
 @pytest.mark.parametrize("look_every", [2, 3, 8, 50])
 def test_looking_seldom_changes_nothing(look_every, name, ours, text_tokenizer_files):
     """EOS, budgets, stop strings and the cache: the same, however many steps run unseen."""
-    model, tokenizer = ours(name), Tokenizer(text_tokenizer_files.folder)
+    model, tokenizer = ours(name), load_tokenizer(text_tokenizer_files.folder)
     prompts = [prompt_ids(n, seed=20 + n) for n in (3, 11, 26)]
 
     def texts(look, eos=(), stops=(), penalty=None):

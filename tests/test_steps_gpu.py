@@ -12,9 +12,9 @@ from minillm.decode import prefill, run
 from minillm.faster.steps import CapturedStep, Steps
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
+from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig
 from minillm.sampling import Sampling
-from minillm.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -57,7 +57,7 @@ def rows_of(tokenizer, prompts, budget=24):
 @pytest.mark.parametrize("sampled", [{}, dict(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2)])
 def test_the_host_waits_only_at_looks(sampled, checkpoint, text_tokenizer_files):
     """24 tokens are three looks of eight steps or six of four: the waits double, they do not follow the steps."""
-    steps, tokenizer = Steps(load(checkpoint, "llama3")), Tokenizer(text_tokenizer_files.folder)
+    steps, tokenizer = Steps(load(checkpoint, "llama3")), load_tokenizer(text_tokenizer_files.folder)
     sampling = Sampling.uniform_rows([1, 2], "cuda", **sampled)
     waits = {}
     for look_every in (8, 8, 4):  # the first time captures
@@ -78,7 +78,7 @@ def test_the_host_waits_only_at_looks(sampled, checkpoint, text_tokenizer_files)
 
 
 def test_text_equals_the_uncaptured_decoders(checkpoint, text_tokenizer_files):
-    model, tokenizer = load(checkpoint, "llama3"), Tokenizer(text_tokenizer_files.folder)
+    model, tokenizer = load(checkpoint, "llama3"), load_tokenizer(text_tokenizer_files.folder)
     prompts = [prompt_ids(5, seed=1), prompt_ids(11, seed=2)]
     said = []
     for runner in (model, Steps(model)):

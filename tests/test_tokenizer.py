@@ -10,7 +10,8 @@ import transformers
 from tiny_tokenizers import CHATML, LLAMA2_CHAT, TRICKY
 
 from minillm.errors import TokenizerError
-from minillm.tokenizer import TextStream, Tokenizer
+from minillm.load.tokenizer import load_tokenizer
+from minillm.tokenizer import TextStream
 
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -27,7 +28,7 @@ def files(request, text_tokenizer_files, metaspace_files):
 
 @pytest.fixture
 def tokenizer(files):
-    return Tokenizer(files.folder)
+    return load_tokenizer(files.folder)
 
 
 @pytest.fixture
@@ -63,16 +64,16 @@ def test_padding_ids_of_the_embedding_decode_to_nothing(tokenizer):
 
 def test_add_bos_in_the_config_overrules_the_file(files, tmp_path):
     text = "The wolf"
-    plain = Tokenizer(files.folder).encode(text)
-    without = Tokenizer(altered(files, tmp_path / "a", add_bos_token=False)).encode(text)
+    plain = load_tokenizer(files.folder).encode(text)
+    without = load_tokenizer(altered(files, tmp_path / "a", add_bos_token=False)).encode(text)
     assert without == plain[1:]
     raw = json.loads((files.folder / "tokenizer.json").read_text())
     folder = altered(files, tmp_path / "b", add_bos_token=True)
     (folder / "tokenizer.json").write_text(json.dumps(raw | {"post_processor": None}))
-    assert Tokenizer(folder).encode(text) == plain
+    assert load_tokenizer(folder).encode(text) == plain
     folder = altered(files, tmp_path / "c", add_bos_token=None)
     (folder / "tokenizer.json").write_text(json.dumps(raw | {"post_processor": None}))
-    assert Tokenizer(folder).encode(text) == plain[1:]  # Qwen: nobody asks for a BOS
+    assert load_tokenizer(folder).encode(text) == plain[1:]  # Qwen: nobody asks for a BOS
 
 
 def test_truncation_and_padding_left_over_from_training_are_ignored(files, tmp_path):
@@ -84,7 +85,7 @@ def test_truncation_and_padding_left_over_from_training_are_ignored(files, tmp_p
         "pad_id": 0, "pad_type_id": 0, "pad_token": "<pad>",
     }  # fmt: skip
     (folder / "tokenizer.json").write_text(json.dumps(raw))
-    assert Tokenizer(folder).encode(TRICKY[0]) == Tokenizer(files.folder).encode(TRICKY[0])
+    assert load_tokenizer(folder).encode(TRICKY[0]) == load_tokenizer(files.folder).encode(TRICKY[0])
 
 
 # -- chat ------------------------------------------------------------------------------------
@@ -101,7 +102,7 @@ def test_chat_agrees_with_transformers(messages, prompt, tokenizer, oracle):
 
 def test_no_second_bos(metaspace_files):
     """The Llama 2 template writes <s> itself; tokenizing it with specials again would double it."""
-    tokenizer = Tokenizer(metaspace_files.folder)
+    tokenizer = load_tokenizer(metaspace_files.folder)
     ids = tokenizer.encode_chat(CHAT[1:2])
     assert (ids[0], ids.count(1)) == (1, 1)
     assert tokenizer.encode(tokenizer.render_chat(CHAT[1:2])).count(1) == 2  # what the trap looks like
@@ -109,7 +110,7 @@ def test_no_second_bos(metaspace_files):
 
 def test_template_refusals_are_clear(metaspace_files):
     with pytest.raises(TokenizerError, match="must alternate"):
-        Tokenizer(metaspace_files.folder).render_chat([CHAT[1], CHAT[1]])
+        load_tokenizer(metaspace_files.folder).render_chat([CHAT[1], CHAT[1]])
 
 
 @pytest.mark.parametrize(
@@ -123,14 +124,14 @@ def test_template_refusals_are_clear(metaspace_files):
     ],
 )
 def test_templates_run_in_the_immutable_sandbox(template, files, tmp_path):
-    tokenizer = Tokenizer(altered(files, tmp_path, chat_template=template))
+    tokenizer = load_tokenizer(altered(files, tmp_path, chat_template=template))
     with pytest.raises(TokenizerError, match="chat template"):
         tokenizer.render_chat(CHAT)
 
 
 @pytest.mark.parametrize("template", ["{% for %}", "{{ 1 / 0 }}", "{{ messages[99].role.x.y }}", "{{ nothing() }}"])
 def test_broken_templates_are_tokenizer_errors(template, files, tmp_path):
-    tokenizer = Tokenizer(altered(files, tmp_path, chat_template=template))
+    tokenizer = load_tokenizer(altered(files, tmp_path, chat_template=template))
     with pytest.raises(TokenizerError):
         tokenizer.render_chat(CHAT)
 
@@ -141,7 +142,7 @@ def test_helpers_templates_rely_on(files, tmp_path):
         "{% for m in messages %}\n{% if m.role == 'system' %}{% continue %}{% endif %}\n"
         "    {% if true %}\n{{ {'t': m.content} | tojson }};{% endif %}{% endfor %}{{ strftime_now('%Y') | length }}"
     )
-    tokenizer = Tokenizer(altered(files, tmp_path, chat_template=template))
+    tokenizer = load_tokenizer(altered(files, tmp_path, chat_template=template))
     oracle = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "tokenizer")
     messages = [CHAT[0], CHAT[3], {"role": "user", "content": "Grüße & <b>"}]
     rendered = tokenizer.render_chat(messages)
@@ -153,13 +154,13 @@ def test_helpers_templates_rely_on(files, tmp_path):
 def test_where_the_template_is_found(files, tmp_path):
     folder = altered(files, tmp_path / "none", chat_template=None)
     with pytest.raises(TokenizerError, match="chat template"):
-        Tokenizer(folder).render_chat(CHAT)
+        load_tokenizer(folder).render_chat(CHAT)
     (folder / "chat_template.jinja").write_text(CHATML)
-    expected = Tokenizer(folder).render_chat(CHAT)
+    expected = load_tokenizer(folder).render_chat(CHAT)
     assert expected.startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
     named = [{"name": "tool_use", "template": LLAMA2_CHAT}, {"name": "default", "template": CHATML}]
     folder = altered(files, tmp_path / "named", chat_template=named)
-    assert Tokenizer(folder).render_chat(CHAT) == expected
+    assert load_tokenizer(folder).render_chat(CHAT) == expected
 
 
 # -- streaming ---------------------------------------------------------------------------------
@@ -193,7 +194,7 @@ def test_pieces_concatenate_to_the_text(text, before, tokenizer):
 
 def test_first_word_keeps_its_space(metaspace_files):
     """SentencePiece decoders drop the space that starts a text; an answer is not the start of a text."""
-    tokenizer = Tokenizer(metaspace_files.folder)
+    tokenizer = load_tokenizer(metaspace_files.folder)
     context, whole = tokenizer.encode("The wolf"), tokenizer.encode("The wolf a time")
     assert whole[: len(context)] == context
     assert "".join(stream(tokenizer, context, whole[len(context) :])[0]) == " a time"
@@ -215,7 +216,7 @@ def test_pieces_come_as_soon_as_they_can(tokenizer):
 @pytest.mark.parametrize("seed", range(30))
 def test_random_tokens(seed, text_tokenizer_files):
     """A model may produce any bytes. Every piece is final, and together they are the whole decode."""
-    tokenizer = Tokenizer(text_tokenizer_files.folder)
+    tokenizer = load_tokenizer(text_tokenizer_files.folder)
     random_ = random.Random(seed)
     ids = [random_.randrange(5, tokenizer.vocab_size) for _ in range(60)]
     context = [1, *(random_.randrange(5, 260) for _ in range(random_.randrange(8)))]
@@ -265,19 +266,19 @@ def test_stop_strings_property(seed, tokenizer):
 
 def test_file_errors(files, tmp_path):
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
-        Tokenizer(tmp_path)
+        load_tokenizer(tmp_path)
     folder = altered(files, tmp_path)
     (folder / "tokenizer_config.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"tokenizer_config\.json"):
-        Tokenizer(folder)
+        load_tokenizer(folder)
     (folder / "tokenizer_config.json").write_text("[]")
     with pytest.raises(TokenizerError, match=r"tokenizer_config\.json"):
-        Tokenizer(folder)
+        load_tokenizer(folder)
     (folder / "tokenizer_config.json").unlink()  # optional: raw text still works
-    assert Tokenizer(folder).encode("The wolf") == Tokenizer(files.folder).encode("The wolf")
+    assert load_tokenizer(folder).encode("The wolf") == load_tokenizer(files.folder).encode("The wolf")
     (folder / "tokenizer.json").write_text('{"model": 3}')
     with pytest.raises(TokenizerError, match=r"tokenizer\.json"):
-        Tokenizer(folder)
+        load_tokenizer(folder)
 
 
 @pytest.mark.parametrize(
@@ -298,13 +299,13 @@ def test_file_errors(files, tmp_path):
 )
 def test_values_of_other_types(change, named, files, tmp_path):
     with pytest.raises(TokenizerError, match=named):
-        Tokenizer(altered(files, tmp_path, **change))
+        load_tokenizer(altered(files, tmp_path, **change))
 
 
 @pytest.mark.parametrize("template", [[5], [{"name": ["default"]}], [{"name": "tool_use", "template": "x"}], [], ""])
 def test_no_template_among_the_named_ones(template, files, tmp_path):
     with pytest.raises(TokenizerError, match="no chat template"):
-        Tokenizer(altered(files, tmp_path, chat_template=template)).render_chat(CHAT)
+        load_tokenizer(altered(files, tmp_path, chat_template=template)).render_chat(CHAT)
 
 
 @pytest.mark.parametrize(
@@ -314,11 +315,11 @@ def test_files_that_hold_no_text(name, files, tmp_path):
     folder = altered(files, tmp_path)
     (folder / name).write_bytes(b"\xff\xfe{}")
     with pytest.raises(TokenizerError, match=re.escape(name)):
-        Tokenizer(folder)
+        load_tokenizer(folder)
     (folder / name).unlink()
     (folder / name).mkdir()
     with pytest.raises(TokenizerError, match=re.escape(name)):
-        Tokenizer(folder)
+        load_tokenizer(folder)
 
 
 def test_files_too_large_or_too_deep(files, tmp_path):
@@ -332,7 +333,7 @@ def test_files_too_large_or_too_deep(files, tmp_path):
         folder = altered(files, tmp_path / name / str(len(content)))
         (folder / name).write_text(content)
         with pytest.raises(TokenizerError, match=re.escape(name)):
-            Tokenizer(folder)
+            load_tokenizer(folder)
 
 
 def test_a_tokenizer_without_a_token_for_unknown_words(files, tmp_path):
@@ -340,7 +341,7 @@ def test_a_tokenizer_without_a_token_for_unknown_words(files, tmp_path):
     model = {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model, "added_tokens": []}))
     with pytest.raises(TokenizerError, match="UNK"):
-        Tokenizer(folder).encode("b")
+        load_tokenizer(folder).encode("b")
 
 
 def test_a_panic_of_the_library_is_our_error(files, tmp_path):
@@ -349,7 +350,7 @@ def test_a_panic_of_the_library_is_our_error(files, tmp_path):
     raw["post_processor"]["special_tokens"] = {}  # what the template needs is not there
     (folder / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(TokenizerError):
-        Tokenizer(folder).encode("The wolf")
+        load_tokenizer(folder).encode("The wolf")
 
 
 def test_a_literal_bos_in_the_text_is_the_users(metaspace_files, tmp_path):
@@ -358,7 +359,7 @@ def test_a_literal_bos_in_the_text_is_the_users(metaspace_files, tmp_path):
     for name, processor in (("adds", raw["post_processor"]), ("adds none", None)):
         folder = altered(metaspace_files, tmp_path / name, add_bos_token=False)
         (folder / "tokenizer.json").write_text(json.dumps(raw | {"post_processor": processor}))
-        tokenizer = Tokenizer(folder)
+        tokenizer = load_tokenizer(folder)
         for text, count in (("wolf", 0), ("<s> wolf", 1), ("<s><s> wolf", 2), ("<s>", 1), ("", 0)):
             ids = tokenizer.encode(text)
             assert ids == tokenizer.encode(text, add_special_tokens=False)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from minillm.config import ModelConfig
 from minillm.errors import BackendError, CheckpointError, first_line
-from minillm.files import read_json, shown
 from minillm.linear import Linear, QuantizedLinear
+from minillm.load.files import read_json, shown
 from minillm.load.quantize import fill_rows
 from minillm.model import Decoder, empty_decoder
 from minillm.progress import progress_bar

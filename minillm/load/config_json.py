@@ -12,8 +12,8 @@ from typing import Any
 
 from minillm.config import LayerSpec, ModelConfig, NormSpec, RopeSpec
 from minillm.errors import CheckpointError, ConfigError, RequestError
-from minillm.files import read_json, shown
 from minillm.load.families import FAMILIES, HARMLESS, NEUTRAL, Family
+from minillm.load.files import read_json, shown
 from minillm.options import DTYPES, QUANTIZED_FORMATS, GenerationConfig
 
 # Far above any published model, and small enough that every product of them is a size a tensor can have and that the

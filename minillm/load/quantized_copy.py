@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from minillm.errors import CheckpointError, first_line
-from minillm.files import read_json
 from minillm.linear import Int4Linear, QuantizedLinear, QuantizeSpec, make_linear
 from minillm.load.checkpoint import naming, plain_name, plan_loading, stream_tensors
 from minillm.load.config_json import load_config
+from minillm.load.files import read_json
 from minillm.load.hub import HUB_PATTERNS
 from minillm.load.quantize import fill_rows
 from minillm.model import empty_decoder
