@@ -17,7 +17,7 @@ from minillm.errors import TokenizerError
 from minillm.load.chat_template import ChatTemplate
 
 CHAT = [{"role": "user", "content": "Hello"}]
-BIG = "{% set s = 'a' * 1000000 %}"  # the largest that is made without question is 8 MiB
+BIG = "{% set s = 'a' * 1000000 %}"  # the largest that is made without question is 1 MiB
 NUMBERS = "range(99999)|map('string')"
 
 HOSTILE = [
@@ -32,7 +32,7 @@ HOSTILE = [
     "{{ range(99999)|select('in', range(99999)|list)|list }}",
     "{{ " + NUMBERS + "|map(attribute='" + ".".join("0" * 20000) + "')|list }}",
     "{{ " + NUMBERS + "|sort(attribute='" + ",".join("0" * 20000) + "')|list }}",
-    "{% set a = 'a' * 5000000 %}{% set b = 'a' * 5000000 %}" + "{{ a == b }}" * 4000,
+    "{% set a = 'a' * 900000 %}{% set b = 'a' * 900000 %}" + "{{ a == b }}" * 4000,
     # one operation
     "{{ 'a' * 8000000000 }}",
     "{{ 8000000000 * ['a'] }}",
@@ -50,7 +50,7 @@ HOSTILE = [
     "{{ 10 ** (10 ** 10) }}",
     "{{ 5|round(-1000000000) }}",
     "{{ lipsum(n=10**9) }}",
-    "{{ range(9)|list|tojson(indent='x' * 5000000) }}",
+    "{{ range(9)|list|tojson(indent='x' * 900000) }}",
     BIG + "{{ s|replace('a', s) }}",
     BIG + "{{ s.replace('a', s) }}",
     BIG + "{{ s|replace(new=s, old='a') }}",
@@ -59,8 +59,8 @@ HOSTILE = [
     BIG + "{{ " + NUMBERS + "|join(d=s) }}",
     BIG + "{{ (s|safe).join(range(99999)) }}",
     "{{ ('\n' * 1000000)|indent(10**9) }}",
-    "{{ ('€' * 2500000)|list }}",
-    "{{ ('a ' * 2000000).split() }}",
+    "{{ ('€' * 400000)|list }}",
+    "{{ ('a ' * 400000).split() }}",
     "{{ " + NUMBERS + "|map('list')|sum(start=[]) }}",
     "{{ [1]|batch(10**9, 1)|list }}",
     "{% macro m(a='x' * 9999999999) %}{% endmacro %}{{ m() }}",
@@ -79,12 +79,14 @@ HOSTILE = [
     BIG + "{% set l = [" + "s," * 20000 + "] %}{{ l }}",
     "{% set x %}" + "{{ 'a' * 1000000 }}" * 50 + "{% endset %}",
     "{% set l = [0] * 900000 %}" + "".join(f"{{% set a{i} = l.copy() %}}" for i in range(2000)),
+    # a text that would take minutes to tokenize
+    "{{ 'word ' * 200000 }}" * 2,
     # the caller's values, and Python
     "{{ dict.update(messages[0], {'role': 'x'}) }}",
     "{{ messages[0].update({'role': 'x'}) }}",
     "{{ {}.fromkeys(range(99999)) }}",
     "{{ environment.charge(-10**12) }}",
-    "{{ raise_exception('x' * 5000000) }}",
+    "{{ raise_exception('x' * 900000) }}",
 ]
 
 RUN = """
@@ -139,9 +141,16 @@ def test_hostile_templates_are_stopped_in_time_and_memory_and_the_next_call_is_f
 
 def test_a_template_that_went_over_its_account_starts_afresh():
     template = ChatTemplate("{% for i in range(messages[0].n) %}{{ 'x' * 999999 }}{% endfor %}ok")
-    with pytest.raises(TokenizerError, match="seconds"):
+    with pytest.raises(TokenizerError, match="than any conversation"):
         template.render([{"n": 99999}])
     assert template.render([{"n": 0}]) == "ok"
+
+
+def test_messages_that_hold_themselves():
+    message = {"role": "user", "content": "x"}
+    message["self"] = message
+    with pytest.raises(TokenizerError, match="larger"):
+        ChatTemplate(CHATML).render([message])
 
 
 def test_threads_have_an_account_each():

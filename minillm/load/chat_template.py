@@ -16,16 +16,16 @@ from functools import cached_property, wraps
 from typing import Any
 
 from jinja2 import TemplateError, nodes, pass_context
-from jinja2.compiler import CodeGenerator
 from jinja2.exceptions import SecurityError
 from jinja2.ext import LoopControlExtension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Namespace
+from jinja2.visitor import NodeTransformer
 
 from minillm.errors import TokenizerError, first_line
 
 _SECONDS = 1.5
-_BYTES, _LARGEST = 2**25, 2**23  # of all values ever made together; of one value, with what is in it
+_BYTES, _LARGEST = 2**25, 2**20  # of all values ever made together; of one value with what is in it, and of the text
 _STEP = 64  # bytes that any step costs, so that the account bounds their number too
 _BITS = 4096  # of a whole number
 
@@ -45,63 +45,49 @@ class ChatTemplate:
     """A chat template as it stands in a checkpoint; compiled when it is first used; for any number of threads."""
 
     def __init__(self, source: str):
-        self.source = source
+        self.source, self._sandbox = source, _Sandbox()
 
     def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
         """The text of a conversation `[{"role": ..., "content": ...}, ...]`.
 
-        Whatever the template does, it gets 2 seconds, and 32 MiB on top of 64 times what it is given. Raises
-        `TokenizerError` if that is not enough, or if it fails or refuses the messages (many insist on alternating
-        roles).
+        Whatever the template does, it gets 2 seconds, and 32 MiB (1 MiB of text) on top of some multiples of what it is
+        given. Raises `TokenizerError` if that is not enough, or if it fails or refuses the messages (many insist on
+        alternating roles).
         """
-        account, given = self._sandbox.account, _weigh((messages, variables), sys.maxsize)
-        account.bytes, account.largest = _BYTES + 64 * given, _LARGEST + 16 * given
-        account.deadline = time.monotonic() + _SECONDS
         try:
-            return self._template.render(messages=messages, **variables)
+            self._sandbox.open_account(_weigh((messages, variables), 2**28))
+            return self._sandbox.made(self._template.render(messages=messages, **variables))
         except Exception as error:  # it may fail in any way
             raise TokenizerError(f"the chat template refused these messages: {first_line(error)}") from None
-
-    @cached_property
-    def _sandbox(self) -> "_Sandbox":
-        return _Sandbox()
 
     @cached_property
     def _template(self):
         return self._sandbox.from_string(self.source)
 
 
-class _Generator(CodeGenerator):
-    """Writes a template as Python whose new values, and every turn of a loop, pass by the account."""
+class _Charged(NodeTransformer):
+    """Lets the new values of a parsed template, and every turn of its loops, pass by the account."""
 
-    def visit_For(self, node, frame):
+    def visit_made(self, node):
+        self.generic_visit(node)
+        is_index = isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Slice)
+        makes = not is_index and getattr(node, "ctx", "load") == "load"  # not looked up, not assigned to
+        return _call("made", [node]) if makes else node
+
+    visit_List = visit_Tuple = visit_Dict = visit_Compare = visit_Getitem = visit_made
+
+    def visit_Concat(self, node):
+        return _call("concatenate", self.generic_visit(node).nodes)
+
+    def visit_For(self, node):
         text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-        turn = _call("charge", [nodes.Const(_STEP + 4 * text)])
-        node.body.insert(0, nodes.ExprStmt(turn, lineno=node.lineno))
-        super().visit_For(node, frame)
-
-    def visit_Concat(self, node, frame):
-        self.visit(_call("concatenate", node.nodes), frame)
+        self.generic_visit(node)
+        node.body.insert(0, nodes.ExprStmt(_call("charge", [nodes.Const(_STEP + 4 * text)]), lineno=node.lineno))
+        return node
 
 
 def _call(name: str, arguments: list[nodes.Expr]) -> nodes.Call:
     return nodes.Call(nodes.EnvironmentAttribute(name), arguments, [], None, None)
-
-
-def _charged(visit):
-    def write(self, node, frame):
-        is_index = isinstance(node, nodes.Getitem) and not isinstance(node.arg, nodes.Slice)
-        if is_index or getattr(node, "ctx", "load") != "load":  # makes nothing: looked up, or assigned to
-            return visit(self, node, frame)
-        self.write("environment.made(")
-        visit(self, node, frame)
-        self.write(")")
-
-    return write
-
-
-for _name in ("visit_List", "visit_Tuple", "visit_Dict", "visit_Compare", "visit_Getitem"):
-    setattr(_Generator, _name, _charged(getattr(CodeGenerator, _name)))
 
 
 class _Namespace(Namespace):
@@ -110,14 +96,15 @@ class _Namespace(Namespace):
 
 
 class _Sandbox(ImmutableSandboxedEnvironment):
-    code_generator_class = _Generator
     intercepted_binops = frozenset(ImmutableSandboxedEnvironment.default_binop_table)
 
     def __init__(self):
         # optimized=False, finalize with a context: nothing is computed while compiling, without an account.
         finalize = pass_context(lambda context, value: self.made(value))
-        loops = [LoopControlExtension]
-        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=loops, finalize=finalize)
+        extensions = [LoopControlExtension]
+        super().__init__(
+            trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=extensions, finalize=finalize
+        )
         self.account = threading.local()
         self.filters = {name: self._guard(name, self.filters[name]) for name in _FILTERS}
         self.filters["tojson"] = self._to_json
@@ -130,11 +117,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
             strftime_now=lambda form: datetime.now().strftime(form[:99]),
         )
 
+    def open_account(self, given: int) -> None:
+        self.account.bytes, self.account.largest = _BYTES + 64 * given, _LARGEST + 16 * given
+        self.account.deadline = time.monotonic() + _SECONDS
+
     def charge(self, size: float) -> str:
         """Take `size` bytes from the account."""
         self.account.bytes -= size
         if self.account.bytes < 0 or time.monotonic() > self.account.deadline:
-            raise SecurityError(f"it needs more than {_SECONDS} seconds or {_BYTES >> 20} MiB")
+            raise SecurityError("it needs more time or memory than any conversation does")
         return ""
 
     def made(self, value: Any) -> Any:
@@ -147,12 +138,15 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def concatenate(self, *values: Any) -> str:
         return "".join([str(value) for value in map(self.made, values)])
 
+    def _parse(self, source, name, filename):
+        return _Charged().visit(super()._parse(source, name, filename))
+
     def getitem(self, obj, argument):
         self.charge(_STEP)
         return super().getitem(obj, argument)
 
     def call_binop(self, context, operator, left, right):
-        if operator == "*" and not (_is_number(left) and _is_number(right)):
+        if operator == "*" and not (isinstance(left, int | float) and isinstance(right, int | float)):
             self.charge(_size(left) * _size(right))
         elif operator == "**" and isinstance(left, int):
             self.charge(left.bit_length() * abs(right))
@@ -200,7 +194,7 @@ def _weigh(value: Any, most: int) -> int:
         one = waiting.pop()
         total += sys.getsizeof(one, _STEP)
         if total > most:
-            raise SecurityError(f"it makes a value of more than {_LARGEST >> 20} MiB")
+            raise SecurityError("it makes a value larger than any conversation needs")
         if isinstance(one, list | tuple | set | frozenset):
             waiting += one
         elif isinstance(one, dict):
@@ -225,10 +219,6 @@ def _growth(name: str, value: Any = None, *rest: Any) -> int:
 
 def _size(value: Any) -> int:
     return abs(value) if isinstance(value, int) else sys.getsizeof(value, _STEP)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
 
 
 def _refuse(message: str) -> None:
