@@ -369,3 +369,16 @@ def test_a_literal_bos_in_the_text_is_the_users(metaspace_files, tmp_path):
 def test_text_that_is_not_unicode(tokenizer):
     with pytest.raises(TokenizerError, match="Unicode"):
         tokenizer.encode("half a surrogate \ud83d")
+
+
+def test_replaces_that_multiply_are_refused(metaspace_files, tmp_path):
+    """Three of a thousand characters each made 16 GB of one letter, and the library aborts the process."""
+    for part, steps in (("normalizer", "normalizers"), ("decoder", "decoders")):
+        folder = tmp_path / part
+        shutil.copytree(metaspace_files.folder, folder)
+        content = json.loads((folder / "tokenizer.json").read_text())
+        bomb = {"type": "Replace", "pattern": {"String": "a"}, "content": "a" * 1000}
+        content[part] = {"type": "Sequence", steps: [bomb, {"type": "Sequence", steps: [bomb, bomb]}]}
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        with pytest.raises(TokenizerError, match="Replace steps may make a text over 1000 times as long"):
+            load_tokenizer(folder)

@@ -1,5 +1,7 @@
 """The tokenizer of a checkpoint folder: `tokenizer.json`, and what `tokenizer_config.json` and a chat template add."""
 
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ from minillm.errors import TokenizerError
 from minillm.load.chat_template import ChatTemplate
 from minillm.load.files import TEMPLATE_BYTES, TOKENIZER_BYTES, read_json, read_text, shown
 from minillm.tokenizer import Tokenizer, in_rust, is_unicode
+
+_MOST_GROWTH = 1000
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -23,6 +27,9 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
         )
     with in_rust(f"{path} is not a readable tokenizer"):
         rust = RustTokenizer.from_str(content)
+    for part in (rust.normalizer, rust.decoder):
+        if part is not None and _growth(json.loads(part.__getstate__())) > _MOST_GROWTH:
+            raise TokenizerError(f"{path}: its Replace steps may make a text over {_MOST_GROWTH} times as long")
     # Some files ask for truncation or padding, which belonged to training.
     rust.no_truncation()
     rust.no_padding()
@@ -34,6 +41,12 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     if add_bos not in (None, True, False):
         raise TokenizerError(f"{path}: add_bos_token must be true or false, not {shown(add_bos)}")
     return Tokenizer(rust, special, add_bos, _chat_template(folder, config))
+
+
+def _growth(step: dict[str, Any]) -> int:
+    """How many times longer than its input what a step of a normalizer or decoder makes can be, by its Replaces."""
+    growth = 1 + len(step["content"]) if step["type"] == "Replace" else 1
+    return math.prod(map(_growth, step.get("normalizers") or step.get("decoders") or []), start=growth)
 
 
 def _content(token: Any, where: str) -> str | None:
