@@ -19,8 +19,7 @@ slot s holds `last - (last - s) mod S`, negative if it was never written. That o
 layers, rings and rows that were rolled back.
 """
 
-import threading
-import weakref
+import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from torch import Tensor
 
 from minillm.config import ModelConfig
 from minillm.errors import CacheError
+from minillm.hold import Hold
 from minillm.rope import rotary_table
 
 MAX_STEP = 256  # tokens a single forward pass may add to a row, unless a cache is made for more or fewer
@@ -81,7 +81,6 @@ class KeyView:
 
 _NEVER, _LOST = -2, -1  # in the place of an id: nothing was ever written there; what was no longer counts
 _MOST = torch.iinfo(torch.int64).max
-_WAY_OUT = "let it end or close() it, or give each its own StaticCache"
 
 
 class StaticCache:
@@ -134,11 +133,7 @@ class StaticCache:
         # The id at every position, or _NEVER or _LOST; the last column is the bin, where position -1 leads.
         self._ids = torch.full((batch_size, max_cache_len + 1), _NEVER, dtype=torch.int64, device=device)
         self._rows = torch.arange(batch_size, device=device)[:, None]  # [B, 1]
-        self._model = None  # a weak reference to the embedding of the decoder that fills it
-        # Taken out by a forward pass and by a request while they last: `pop` is atomic, so of two threads one gets it.
-        self._free, self._vacant = [True], [True]
-        self._holder: str | None = None  # the request that has the cache, and the thread in which that is at work
-        self._thread: int | None = None
+        self.hold = Hold()
         self._choose_rotary(max_cache_len if planned_length is None else planned_length)
 
     def num_slots(self, window: int | None) -> int:
@@ -148,7 +143,7 @@ class StaticCache:
     @torch.inference_mode(False)
     def plan(self, planned_length: int | Sequence[int]) -> None:
         """Choose the rotary tables for rows that will reach this length. Only an empty cache can be re-planned."""
-        self._check_turn()
+        self.hold.check_turn()
         if any(self.lengths):
             raise CacheError("StaticCache: plan() on a cache that holds tokens; call reset() first")
         self._choose_rotary(planned_length)
@@ -161,6 +156,15 @@ class StaticCache:
                 f"{self.batch_size} rows, from 1 to max_cache_len {self.max_cache_len}"
             )
         self.rotary = tuple(rotary_table(spec, lengths, self.device) for spec in self.config.ropes)
+
+    def rows(self, start: int, stop: int) -> "StaticCache":
+        """Rows `start` to `stop` - 1 as a cache of their own, which shares memory, ids and holder with this one."""
+        part = copy.copy(self)
+        part.batch_size = stop - start
+        part.keys, part.values = [k[start:stop] for k in self.keys], [v[start:stop] for v in self.values]
+        part._ids, part._rows = self._ids[start:stop], self._rows[: stop - start]
+        part.rotary = tuple(table.rows(start, stop) for table in self.rotary)
+        return part
 
     # ---- what it holds ----
 
@@ -181,11 +185,8 @@ class StaticCache:
 
     def reset(self) -> None:
         """Forget everything, the model too; the memory stays."""
-        self._check_turn()
+        self.hold.forget()
         self._ids.fill_(_NEVER)
-        self._model, self._free[:] = None, [True]
-        if self._holder is None:  # an interrupt may strike between taking the cache and saying so
-            self._vacant[:] = [True]
         for tensor in (*self.keys, *self.values):  # a NaN that a pass left behind would spoil what masks it
             tensor.zero_()
 
@@ -195,7 +196,7 @@ class StaticCache:
         Raises `CacheError` if a row is shorter than that, or if a sliding-window ring has already
         overwritten keys that the shortened row would need; then nothing is changed.
         """
-        self._check_turn()
+        self.hold.check_turn()
         lengths = [length] * self.batch_size if isinstance(length, int) else list(length)
         if len(lengths) != self.batch_size:
             raise CacheError(f"truncate: {len(lengths)} lengths for {self.batch_size} rows")
@@ -236,36 +237,6 @@ class StaticCache:
 
     # ---- who may write ----
 
-    @contextmanager
-    def held_by(self, holder: str) -> Iterator[None]:
-        """Keep the cache for one request as long as it lives: others may not write, unless in a `turn` of it.
-
-        Raises `CacheError` while another request holds it.
-        """
-        try:
-            self._vacant.pop()
-        except IndexError:
-            raise CacheError(f"the cache is in use by {self._holder}: {_WAY_OUT}") from None
-        try:
-            self._holder = holder
-            yield
-        finally:
-            self._holder, self._vacant[:] = None, [True]
-
-    @contextmanager
-    def turn(self) -> Iterator[None]:
-        """While this lasts the holder itself is at work, in this thread. Between turns its caller is."""
-        self._thread = threading.get_ident()
-        try:
-            yield
-        finally:
-            self._thread = None
-
-    def _check_turn(self) -> None:
-        """Raise `CacheError` where a request holds the cache and this is not its turn."""
-        if self._holder is not None and self._thread != threading.get_ident():
-            raise CacheError(f"the cache is in use by {self._holder}: {_WAY_OUT}")
-
     def check_model(self, model, rows: int) -> None:
         """Raise `CacheError` unless the cache was made for such a model and so many rows, and holds no other's keys."""
         weight = model.embedding.weight
@@ -278,8 +249,7 @@ class StaticCache:
             )
         if self.batch_size != rows:
             raise CacheError(f"the cache has {self.batch_size} rows, the input {rows}")
-        if self._model is not None and self._model() is not model.embedding:
-            raise CacheError("the cache holds keys of another model: reset() it, or give each model its own")
+        self.hold.check_model(model.embedding)
 
     @contextmanager
     def writing(self, model, input_ids: Tensor, cache_position: Tensor) -> Iterator[None]:
@@ -296,28 +266,21 @@ class StaticCache:
             yield
             self._ids[self._rows, cache_position] = input_ids
             return
-        self._check_turn()
-        on_host = self.device.type == "cpu"
-        spans = self._check_values(input_ids.tolist(), cache_position.tolist()) if on_host else []
-        try:
-            self._free.pop()
-        except IndexError:
-            raise CacheError(f"the cache is in use by another forward pass: {_WAY_OUT}") from None
-        try:
-            self._model = self._model or weakref.ref(model.embedding)
-            if not on_host:
+        with self.hold.a_pass(model.embedding):
+            spans = []
+            if self.device.type == "cpu":
+                spans = self._check_values(input_ids.tolist(), cache_position.tolist())
+            else:
                 self._forget(cache_position)
             for ids, first, new in spans:
                 if ids[first] >= 0:  # written anew without `truncate`: what follows was computed from the old
                     ids[first:].clip(max=_LOST, out=ids[first:])
                 ids[first : first + len(new)] = _LOST
             yield
-            if not on_host:
+            if self.device.type != "cpu":
                 self._ids[self._rows, cache_position] = input_ids
             for ids, first, new in spans:
                 ids[first : first + len(new)] = new
-        finally:
-            self._free[:] = [True]
 
     def _forget(self, cache_position: Tensor) -> None:
         """Before a pass, where the host does not look: what stands at these positions and after them stops to count."""

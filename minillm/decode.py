@@ -82,36 +82,25 @@ class Row:
 def prefill(model: Decoder, cache: StaticCache, ids: Sequence[Sequence[int]], start: Sequence[int]) -> Tensor:
     """Feed row b the tokens `ids[b]` at positions `start[b]`, `start[b] + 1`, ... in chunks of `cache.max_step`.
 
-    Rows may differ in length; of a row without tokens the result means nothing. Returns the logits after each
-    row's last token, `[B, V]` float32. Only that one column goes through the head: with a vocabulary of 128,000
-    the logits of a whole prompt would be the largest tensor of all.
+    A row is fed by itself: so its bits do not depend on its neighbours, whose lengths would choose how the library
+    adds up, and nothing is spent on padding. Returns the logits after each row's last token, `[B, V]` float32 (of a row
+    without tokens they mean nothing). Only those go through the head: with a vocabulary of 128,000 the logits of a
+    whole prompt would be the largest tensor of all.
     """
     device, step = cache.device, cache.max_step
     last = torch.zeros(len(ids), model.config.hidden_size, device=device, dtype=cache.dtype)  # [B, d]
     with model.own_dtypes():
-        for begin in range(0, max(len(row) for row in ids), step):
-            input_ids, positions, bound = chunk_of(ids, start, begin, step, device)  # [B, T] twice
-            fresh = begin == 0 and not any(start)
-            with cache.writing(model, input_ids, positions):
-                x, rotary = model.embed(input_ids, positions, cache)
-                hidden = model.walk(x, rotary, positions, cache, bound, from_start=fresh)  # [B, T, d]
-            for b, row in enumerate(ids):
-                if begin < len(row) <= begin + step:
-                    last[b] = hidden[b, len(row) - begin - 1]
+        for b, tokens in enumerate(ids):
+            row = cache if cache.batch_size == 1 else cache.rows(b, b + 1)
+            for begin in range(0, len(tokens), step):
+                chunk = torch.tensor([tokens[begin : begin + step]], device=device)  # [1, T]
+                first, bound = start[b] + begin, start[b] + begin + chunk.shape[1]
+                position = torch.arange(first, bound, device=device)[None]  # [1, T]
+                with row.writing(model, chunk, position):
+                    x, rotary = model.embed(chunk, position, row)
+                    hidden = model.walk(x, rotary, position, row, bound, from_start=first == 0)  # [1, T, d]
+                last[b] = hidden[0, -1]
         return model.logits(last)
-
-
-def chunk_of(
-    ids: Sequence[Sequence[int]], start: Sequence[int], begin: int, size: int, device: torch.device
-) -> tuple[Tensor, Tensor, int]:
-    """Up to `size` tokens of every row from its `begin`-th on, with their positions, `[B, T]` int64 each, padded on
-    the right; and one more than the highest position."""
-    chunk = [list(row[begin : begin + size]) for row in ids]
-    width = max(map(len, chunk))
-    places = [list(range(s + begin, s + begin + len(row))) for row, s in zip(chunk, start, strict=True)]
-    bound = max(place[-1] for place in places if place) + 1
-    input_ids = torch.tensor([row + [0] * (width - len(row)) for row in chunk], device=device)
-    return input_ids, torch.tensor([place + [-1] * (width - len(place)) for place in places], device=device), bound
 
 
 @torch.no_grad()  # and not inference mode: this function may be compiled, with tensors from outside
@@ -166,7 +155,7 @@ def seen_tokens(rows: list[Row], logits: Tensor, sampling: Sampling) -> Tensor |
 @contextmanager
 def working(cache: StaticCache) -> Iterator[None]:
     """Around our own work between two yields: across one, a mode would leak into the caller's code."""
-    with torch.inference_mode(), cache.turn():
+    with torch.inference_mode(), cache.hold.turn():
         yield
 
 
@@ -198,7 +187,7 @@ def run(
     """
     device = cache.device
     look_every = look_every or (1 if device.type == "cpu" else _LOOK_EVERY)
-    with cache.held_by(holder(rows)):
+    with cache.hold.by(holder(rows)):
         with working(cache):
             held = reuse(cache, rows)
             logits = prefill(model, cache, [row.prompt[row.reused :] for row in rows], held)  # [B, V]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.cache import StaticCache
-from minillm.decode import chunk_of, prefill, reuse_prefix
+from minillm.decode import prefill, reuse_prefix
 from minillm.model import Decoder
 from minillm.sampling import Sampling, distribution, penalized, sample, uniform
 
@@ -149,11 +149,16 @@ class DraftModel:
     def _feed(self, missing: list[list[int]], held: list[int]) -> Tensor:
         """Logits after the tokens that the cache lacks of each row, `[B, V]`. One or two are fed as a step, which is
         recorded, and not as a prompt."""
-        if max(map(len, missing)) > 2:
+        width = max(map(len, missing))
+        if width > 2:
             return prefill(self.model, self.cache, missing, held)
-        input_ids, position, _ = chunk_of(missing, held, 0, 2, self.cache.device)  # [B, T] each
-        logits = self.model(input_ids, position, self.cache)  # [B, T, V]
-        return torch.stack([logits[b, len(row) - 1] for b, row in enumerate(missing)])
+        ids = [row + [0] * (width - len(row)) for row in missing]
+        places = [
+            [first + i if i < len(row) else -1 for i in range(width)] for row, first in zip(missing, held, strict=True)
+        ]
+        device = self.cache.device
+        logits = self.model(torch.tensor(ids, device=device), torch.tensor(places, device=device), self.cache)
+        return torch.stack([logits[b, len(row) - 1] for b, row in enumerate(missing)])  # of [B, T, V]
 
     def _known(self, ids: Sequence[int]) -> list[int]:
         """The ids as the draft can read them: one beyond its embedding becomes 0, which costs acceptance only."""

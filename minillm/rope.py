@@ -25,6 +25,11 @@ class RotaryTable:
     inverse_frequency: Tensor  # [B, dim / 2], or [1, dim / 2] where every row has the same; float32
     scale: float  # cos and sin are multiplied by this (yarn, longrope); 1 otherwise
 
+    def rows(self, start: int, stop: int) -> "RotaryTable":
+        """The clock of some of the rows."""
+        shared = len(self.inverse_frequency) == 1
+        return self if shared else RotaryTable(self.inverse_frequency[start:stop], self.scale)
+
 
 def rotary_table(spec: RopeSpec, planned_lengths: Sequence[int], device: torch.device | str) -> RotaryTable:
     """Build the table for rows that will grow to `planned_lengths` positions."""

@@ -129,7 +129,7 @@ def run_speculative(
     lengths = [DraftLength(proposer.num_tokens, proposer.cost, cache.max_step - 1) for _ in rows]
     texts = [list(row.prompt) for row in rows]
     draft = no_draft(len(rows), device)
-    with cache.held_by(holder(rows)):
+    with cache.hold.by(holder(rows)):
         with working(cache):
             proposer.start(texts)
             held = reuse(cache, rows)

@@ -111,7 +111,7 @@ class History:
             wrong()
 
     def held_by_another(self):
-        with self.cache.held_by("somebody"), pytest.raises(CacheError, match="somebody"):
+        with self.cache.hold.by("somebody"), pytest.raises(CacheError, match="somebody"):
             self.feed([[5], [6]], [0, 0])
 
     def check(self):

@@ -12,7 +12,7 @@ ROOT = Path(__file__).parent.parent
 # the road, and knows no other wing. A room that is not built yet may be missing; a file that is not listed has no
 # place in the house.
 ROAD = """
-    errors options progress config rope cache attention linear model sampling tokenizer decode
+    errors options progress config rope hold cache attention linear model sampling tokenizer decode
     drafting speculative request llm
 """.split()
 WINGS = {
