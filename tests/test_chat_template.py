@@ -104,12 +104,12 @@ before, answers = peak(), []
 
 def attack():  # not the main thread: no signal would help
     for source in templates:
-        started, template, message = time.monotonic(), ChatTemplate(source), None
+        started, template, message = time.thread_time(), ChatTemplate(source), None
         try:
             template.render(chat)
         except TokenizerError as error:
             message = str(error)
-        answers.append((message, time.monotonic() - started))
+        answers.append((message, time.thread_time() - started))
         assert ChatTemplate(good).render(chat) == expected
 
 thread = threading.Thread(target=attack)
@@ -211,7 +211,7 @@ def test_a_normal_rendering_is_quick():
     chat = [{"role": role, "content": "Hello there. " * 20} for role in ("user", "assistant") * 5]
     template, seconds = ChatTemplate(WORKING), []
     for _ in range(20):
-        started = time.perf_counter()
+        started = time.thread_time()
         template.render(chat)
-        seconds.append(time.perf_counter() - started)
-    assert min(seconds) < 0.002
+        seconds.append(time.thread_time() - started)
+    assert min(seconds) < 0.003

@@ -1,4 +1,4 @@
-"""Two thousand broken checkpoints: a MinillmError or a model, never anything else, within a second and 200 MB each.
+"""Two thousand broken checkpoints: a MinillmError or a model, never anything else, in a second and 200 MB each.
 
 What is put in place of a value is chosen for what it has broken before: other types, numbers at the edges, depth, text
 that is none. The cases are the same in every run.
@@ -51,14 +51,14 @@ LONG = [
 
 @contextlib.contextmanager
 def bounded():
-    """The only error that may pass is ours, in one line, within a second (on a busy machine: 5) and 200 MB."""
-    started, before = time.monotonic(), resident()
+    """The only error that may pass is ours, in one line, within a second and 200 MB."""
+    started, before = time.thread_time(), resident()
     try:
         yield
     except MinillmError as error:
         assert "\n" not in str(error)
         assert len(str(error)) < 1000
-    assert time.monotonic() - started < 5
+    assert time.thread_time() - started < 3  # a second on a quiet machine
     assert resident() - before < 200 * 2**20
 
 
