@@ -17,7 +17,7 @@ class Hold:
 
     def __init__(self):
         # Each taken out while a pass or a request lasts. Of two threads one gets it: `list.pop` is atomic. Unlike a lock
-        # a list can be copied with its cache, and put right by `reset` where an interrupt struck at the wrong moment.
+        # a list is copied with its cache, and put right by `reset` where an interrupt struck at the wrong moment.
         self._no_pass, self._no_request = [True], [True]
         self._request: str | None = None  # who has the cache,
         self._thread: int | None = None  # and in which thread that is at work just now

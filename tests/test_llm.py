@@ -650,3 +650,38 @@ def test_an_abandoned_answer_stays_in_the_history_and_a_failed_one_does_not(llm,
     assert chat.messages == kept
     monkeypatch.undo()
     assert chat.say("And then?").finish_reason is not None
+
+
+# -- a row's bits are its own ---------------------------------------------------------------------------
+
+LONG = [[(7 * i + row) % 300 + 5 for i in range(length)] for row, length in enumerate((300, 5, 61, 1, 17, 270))]
+
+
+@pytest.mark.parametrize("form", [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("float32", "int4-g32")])
+def test_a_row_gives_in_a_list_what_it_gives_alone_to_the_bit(form, tmp_path_factory, text_tokenizer_files):
+    """Prompts of one token and of several chunks; log-probabilities too, which show what a text may hide."""
+    dtype, quantize = form
+    folder = tmp_path_factory.mktemp("rows") / "llama"
+    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    config = FAMILIES["llama2"].with_changes(sizes | {"vocab_size": text_tokenizer_files.vocabulary})
+    save_checkpoint(folder, config, seed=7)
+    text_tokenizer_files.copy_to(folder)
+    llm = LLM.from_pretrained(folder, dtype=dtype, quantize=quantize, quantize_head=quantize is not None, device="cpu")
+    for options in (dict(temperature=0), dict(temperature=0.9, top_p=0.9, seed=3)):
+        options |= dict(max_new_tokens=8, eos_token_id=[], logprobs=True)
+        together = llm.generate(LONG, **options)
+        for prompt, out in zip(LONG, together, strict=True):
+            alone = llm.generate(prompt, **options)
+            assert (alone.token_ids, alone.logprobs) == (out.token_ids, out.logprobs)
+
+
+def test_rows_of_a_cache_share_its_memory_and_its_holder(any_llm):
+    cache = cache_for(any_llm, rows=3, length=32)
+    middle = cache.rows(1, 2)
+    with torch.inference_mode():
+        any_llm.model(torch.tensor([[5, 6, 7]]), torch.arange(3)[None], middle)
+    assert cache.token_ids == [[], [5, 6, 7], []]
+    middle.truncate(1)
+    assert cache.token_ids == [[], [5], []]
+    with cache.hold.by("somebody"), pytest.raises(CacheError, match="somebody"):
+        any_llm.model(torch.tensor([[5]]), torch.tensor([[1]]), middle)
