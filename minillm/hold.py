@@ -16,8 +16,8 @@ class Hold:
     """The state of it, shared by a `StaticCache` and the rows cut from it."""
 
     def __init__(self):
-        # Taken out while a pass or a request lasts; `list.pop` is atomic, so of two threads one gets it. Unlike a lock, a
-        # list is copied with its cache, and `reset` can put it back where an interrupt struck at the wrong moment.
+        # Taken out while a pass or a request lasts; `list.pop` is atomic, so of two threads one gets it. Unlike a
+        # lock, a list is copied with its cache, and `reset` can put it back where an interrupt struck badly.
         self._no_pass, self._no_request = [True], [True]
         self._request: str | None = None  # who has the cache,
         self._thread: int | None = None  # and in which thread that is at work just now
