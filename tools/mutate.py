@@ -1,0 +1,158 @@
+"""Does the suite see? Small plausible mistakes, put into a copy of the code one at a time, and who notices.
+
+    python tools/mutate.py                          all of them: some twenty seconds each
+    python tools/mutate.py --only 'cache|speculative'
+    python tools/mutate.py --list
+
+The mistakes stand in `mutations.toml`: a file, the old text, which must occur in it exactly once, the new text, and
+what that would cost whoever it reached. Each is made in a copy of the checkout (the working tree is only read), where
+the narrowest tests run until one fails: those of the mistake, else those of its file. Before a selection of tests is
+used for the first time it has to pass on the code as it is; a mistake may take three times as long, and a minute,
+before it counts as noticed.
+
+Results are kept in the folder of the copy. The next run skips what was noticed, and what was not unless its tests have
+changed; `--again` forgets them. Two runs at once need a `--folder` each.
+"""
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+MISTAKES = Path(__file__).with_name("mutations.toml")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillm" / "mutate"
+SPARE = 60.0  # seconds beyond three times what the tests took on the code as it is
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", metavar="REGEX", help="mistakes whose file, text or cost it is found in")
+    parser.add_argument("--list", action="store_true", help="print them and try none")
+    parser.add_argument("--again", action="store_true", help="forget former results")
+    parser.add_argument("--folder", type=Path, default=CACHE, help=f"for the copy and the results (default: {CACHE})")
+    arguments = parser.parse_args()
+    data = tomllib.loads(MISTAKES.read_text())
+    mistakes = [one for one in data["mistake"] if re.search(arguments.only, describe(one))]
+    if arguments.list:
+        print("\n".join(map(describe, mistakes)), f"\n{len(mistakes)} mistakes")
+        return 0
+    bench = Bench(arguments.folder, arguments.again)
+    outcomes = []
+    for mistake in mistakes:
+        outcome, seconds = bench.attempt(mistake, mistake.get("tests") or data["tests"][mistake["file"]])
+        outcomes.append(outcome)
+        print(f"{outcome:9} {seconds:4.0f} s  {describe(mistake)}", flush=True)
+    print(", ".join(f"{outcomes.count(kind)} {kind}" for kind in ("noticed", "harmless", "unnoticed", "invalid")))
+    return 1 if {"unnoticed", "invalid"} & set(outcomes) else 0
+
+
+def describe(mistake: dict) -> str:
+    old, new = (" ".join(mistake[key].split()) for key in ("old", "new"))
+    return f"{mistake['file']}: {old[:60]} -> {new[:60]}: {mistake.get('harmless') or mistake['cost']}"
+
+
+class Bench:
+    """A copy of the checkout in which mistakes are made and tests run, and what came of it so far."""
+
+    def __init__(self, folder: Path, again: bool):
+        folder = folder.resolve()
+        self.tree, self.results = folder / "tree", folder / "results.json"
+        shutil.rmtree(self.tree, ignore_errors=True)
+        listed = ["git", "-C", str(ROOT), "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+        for name in subprocess.check_output(listed, text=True).split("\0")[:-1]:
+            if (ROOT / name).is_file():
+                (self.tree / name).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(ROOT / name, self.tree / name)
+        self.known = json.loads(self.results.read_text()) if self.results.exists() and not again else {}
+        self.usual: dict[str, float] = {}  # seconds a selection of tests takes on the code as it is
+        os.environ["XDG_CACHE_HOME"] = str(folder / "cache")  # kernels with a mistake in them are nobody else's
+        os.environ["PYTHONPATH"] = f"{self.tree}{os.pathsep}{self.tree / 'kernels'}"  # also for tests' subprocesses
+        os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONDONTWRITEBYTECODE": "1"}
+
+    def attempt(self, mistake: dict, tests: str) -> tuple[str, float]:
+        """What became of a mistake ("noticed", "unnoticed", "harmless" or "invalid"), and after how many seconds."""
+        path = self.tree / mistake["file"]
+        text = path.read_text()
+        changed = text.replace(mistake["old"], mistake["new"])
+        if text.count(mistake["old"]) != 1 or not sound(path.suffix, changed):
+            return "invalid", 0.0
+        key = hashlib.sha256(repr([mistake[name] for name in ("file", "old", "new")]).encode()).hexdigest()[:16]
+        sources = [self.tree / word.partition("::")[0] for word in tests.split() if word.startswith("tests/")]
+        digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources) + tests.encode()).hexdigest()[:16]
+        former = self.known.get(key, {})
+        if former.get("outcome") == "noticed" or former.get("tests") == digest:
+            return former["outcome"], former["seconds"]
+        if tests not in self.usual:
+            passed, self.usual[tests] = self.run(tests, None)
+            if not passed:
+                raise SystemExit(f"without any mistake, {tests} fails:\n{(self.tree / 'output').read_text()[-4000:]}")
+        try:
+            path.write_text(changed)
+            passed, seconds = self.run(tests, 3 * self.usual[tests] + SPARE)
+        finally:
+            path.write_text(text)
+        outcome = "noticed" if not passed else "harmless" if "harmless" in mistake else "unnoticed"
+        self.known[key] = {"outcome": outcome, "seconds": round(seconds, 1), "tests": digest, "file": mistake["file"]}
+        self.results.write_text(json.dumps(self.known, indent=1))
+        return outcome, seconds
+
+    def run(self, tests: str, limit: float | None) -> tuple[bool, float]:
+        """Whether the tests pass within `limit` seconds, and how long they took."""
+        started = time.perf_counter()
+        process = multiprocessing.get_context("fork").Process(target=self._test, args=(tests,))
+        process.start()
+        process.join(limit)
+        if process.is_alive():
+            os.killpg(process.pid, signal.SIGKILL)
+            process.join()
+        return process.exitcode == 0, time.perf_counter() - started
+
+    def _test(self, tests: str) -> None:
+        """In a process of its own, which finds the slow imports done."""
+        import pytest
+
+        os.setsid()
+        with open(self.tree / "output", "w") as output:
+            os.dup2(output.fileno(), 1)
+            os.dup2(output.fileno(), 2)
+        os.chdir(self.tree)
+        sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
+        words = tests.split()
+        os.environ.update(word.split("=") for word in words if "=" in word)
+        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(word for word in words if "=" not in word)]))
+
+
+def sound(suffix: str, text: str) -> bool:
+    """Whether a changed file is a program at all: what does not compile is no mistake that anybody could overlook."""
+    if suffix != ".py":
+        return True  # a test of its own sees C that does not compile
+    try:
+        compile(text, "changed", "exec")
+    except SyntaxError:
+        return False
+    return True
+
+
+def import_slow_things() -> None:
+    """Everything the tests import that is not ours: once, here, and not in every process."""
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    import hypothesis  # noqa: F401
+    import torch  # noqa: F401
+    import transformers.models.gemma2.modeling_gemma2
+    import transformers.models.llama.modeling_llama  # noqa: F401
+
+
+if __name__ == "__main__":
+    if "--list" not in sys.argv:
+        import_slow_things()
+    sys.exit(main())
