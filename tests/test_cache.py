@@ -161,6 +161,27 @@ def test_full_layers_can_be_cut_anywhere(ours):
     torch.testing.assert_close(run(model, cache, [[9]], [3])[0], run(model, clean, [[9]], [3])[0], **SAME)
 
 
+@pytest.mark.parametrize("written", range(9))
+def test_cut_write_a_little_and_cut_deeper(written, ours):
+    """What a ring has overwritten it does not get back by being cut: after 30 tokens in steps of 8 nothing below 22 is
+    to be had, however few were written since the first cut."""
+    model, ids, new = ours("mistral-v0.1"), prompt_ids(30, seed=15), prompt_ids(9, seed=16)
+    for deeper in range(15, 23):
+        cache = cache_of(model, max_step=8)
+        feed(model, cache, ids, 8)
+        cache.truncate(22)
+        feed(model, cache, new[:written], 8, start=22)
+        assert cache.can_truncate(0, deeper) == (deeper == 22)
+        if deeper < 22:
+            with pytest.raises(CacheError, match="shortest exact cut is 22"):
+                cache.truncate(deeper)
+            assert cache.token_ids == [ids[:22] + new[:written]]
+            continue
+        cache.truncate(22)
+        expected = run(model, cache_of(model), [[*ids[:22], 9]], [0])[0][-1:]
+        torch.testing.assert_close(run(model, cache, [[9]], [22])[0], expected, **SAME)
+
+
 @pytest.mark.parametrize("seed", range(12))
 @pytest.mark.parametrize("name", ["mistral-v0.1", "gemma3"])
 def test_random_walks_around_the_wrap(name, seed, ours):

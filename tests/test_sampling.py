@@ -83,6 +83,13 @@ def test_exact_ties_at_the_border_of_top_p():
         assert (theirs(torch.zeros(1, 4), 1.0, None, top_p, None) > 0).sum() == kept
 
 
+def test_min_p_of_one_keeps_the_likeliest_and_its_equals():
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0]])
+    for top_k in (None, column(3)):
+        kept = probabilities(logits, torch.ones(1), top_k, None, column(1.0))
+        assert kept.tolist() == [[0.0, 0.5, 0.0, 0.5]]
+
+
 def test_large_logits_stay_finite():
     for logits in (torch.tensor([[1e4, -1e4, 9.9e3]]), torch.tensor([[0.0, float("-inf"), 1.0]])):
         for temperature in (0.0, 1e-2, 1.0):

@@ -231,6 +231,13 @@ def test_auto_drafts_more_where_drafts_are_accepted():
     assert DraftLength("auto", cost=1.0, longest=255).choose() == 1  # a draft as slow as its target
     assert DraftLength("auto", cost=0.0, longest=3).choose() == 2  # the cache's step has room for no more
     assert DraftLength(5, cost=1.0, longest=255).choose() == 5
+    # One rejection a step at most: what follows it continues a wrong text and tells nothing.
+    late, early = (DraftLength("auto", cost=0.1, longest=255) for _ in range(2))
+    late.learn(2, 1)
+    early.learn(8, 1)
+    assert (late.accepted, late.rejected) == (early.accepted, early.rejected) == pytest.approx((3.7, 1.9))
+    early.learn(0, 0)  # a step without drafts tells nothing either
+    assert (late.accepted, late.rejected) == (early.accepted, early.rejected)
 
 
 # -- greedy: token for token ---------------------------------------------------------------------

@@ -20,6 +20,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -49,9 +50,10 @@ def main() -> int:
     bench = Bench(arguments.folder, arguments.again)
     outcomes = []
     for mistake in mistakes:
-        outcome, seconds = bench.attempt(mistake, mistake.get("tests") or data["tests"][mistake["file"]])
+        tests = mistake.get("tests") or data["tests"][mistake["file"]]
+        outcome, seconds, by = bench.attempt(mistake, tests)
         outcomes.append(outcome)
-        print(f"{outcome:9} {seconds:4.0f} s  {describe(mistake)}", flush=True)
+        print(f"{outcome:9} {seconds:4.0f} s  {describe(mistake)}{by and f' ({by})'}", flush=True)
     print(", ".join(f"{outcomes.count(kind)} {kind}" for kind in ("noticed", "harmless", "unnoticed", "invalid")))
     return 1 if {"unnoticed", "invalid"} & set(outcomes) else 0
 
@@ -79,19 +81,20 @@ class Bench:
         os.environ["PYTHONPATH"] = f"{self.tree}{os.pathsep}{self.tree / 'kernels'}"  # also for tests' subprocesses
         os.environ |= {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error", "PYTHONDONTWRITEBYTECODE": "1"}
 
-    def attempt(self, mistake: dict, tests: str) -> tuple[str, float]:
-        """What became of a mistake ("noticed", "unnoticed", "harmless" or "invalid"), and after how many seconds."""
+    def attempt(self, mistake: dict, tests: str) -> tuple[str, float, str]:
+        """What became of a mistake ("noticed", "unnoticed", "harmless" or "invalid"), after how many seconds, and which
+        test noticed it."""
         path = self.tree / mistake["file"]
         text = path.read_text()
         changed = text.replace(mistake["old"], mistake["new"])
         if text.count(mistake["old"]) != 1 or not sound(path.suffix, changed):
-            return "invalid", 0.0
+            return "invalid", 0.0, ""
         key = hashlib.sha256(repr([mistake[name] for name in ("file", "old", "new")]).encode()).hexdigest()[:16]
         sources = [self.tree / word.partition("::")[0] for word in tests.split() if word.startswith("tests/")]
         digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources) + tests.encode()).hexdigest()[:16]
         former = self.known.get(key, {})
         if former.get("outcome") == "noticed" or former.get("tests") == digest:
-            return former["outcome"], former["seconds"]
+            return former["outcome"], former["seconds"], former.get("by", "")
         if tests not in self.usual:
             passed, self.usual[tests] = self.run(tests, None)
             if not passed:
@@ -102,9 +105,10 @@ class Bench:
         finally:
             path.write_text(text)
         outcome = "noticed" if not passed else "harmless" if "harmless" in mistake else "unnoticed"
-        self.known[key] = {"outcome": outcome, "seconds": round(seconds, 1), "tests": digest, "file": mistake["file"]}
+        by = "" if passed else self.failed()
+        self.known[key] = {"outcome": outcome, "seconds": round(seconds, 1), "tests": digest, "by": by}
         self.results.write_text(json.dumps(self.known, indent=1))
-        return outcome, seconds
+        return outcome, seconds, by
 
     def run(self, tests: str, limit: float | None) -> tuple[bool, float]:
         """Whether the tests pass within `limit` seconds, and how long they took."""
@@ -117,6 +121,10 @@ class Bench:
             process.join()
         return process.exitcode == 0, time.perf_counter() - started
 
+    def failed(self) -> str:
+        """The test that failed last, as pytest names it."""
+        return "".join(re.findall(r"^(?:FAILED|ERROR) (\S+)", (self.tree / "output").read_text(), re.MULTILINE)[-1:])
+
     def _test(self, tests: str) -> None:
         """In a process of its own, which finds the slow imports done."""
         import pytest
@@ -127,7 +135,7 @@ class Bench:
             os.dup2(output.fileno(), 2)
         os.chdir(self.tree)
         sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
-        words = tests.split()
+        words = shlex.split(tests)
         os.environ.update(word.split("=") for word in words if "=" in word)
         os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(word for word in words if "=" not in word)]))
 
