@@ -87,7 +87,7 @@ class History:
         row = self.random.randrange(ROWS)
         chunks, starts = [[]] * ROWS, [0] * ROWS
         chunks[row], starts[row] = self.tokens(1), len(self.held[row]) + self.random.randint(1, 3)
-        with pytest.raises(CacheError, match="gap|beyond"):
+        with pytest.raises(CacheError, match=r"gap|beyond"):
             self.feed(chunks, starts)
 
     def reset(self):

@@ -57,8 +57,8 @@ def test_generate_beyond_a_chunk(name, backend, checkpoint, prompts, expected, t
         answers = llm.generate(prompts, cache=cache, **options)
         assert [answer.token_ids for answer in answers] == expected(name), options
         # Cut back into the first chunk where no ring forbids it, and again over what is held.
-        again = llm.generate([ids[:-3] + [7, 8, 9] for ids in prompts], cache=cache, **options)
-        fresh = llm.generate([ids[:-3] + [7, 8, 9] for ids in prompts], **options)
+        again = llm.generate([[*ids[:-3], 7, 8, 9] for ids in prompts], cache=cache, **options)
+        fresh = llm.generate([[*ids[:-3], 7, 8, 9] for ids in prompts], **options)
         assert [answer.token_ids for answer in again] == [answer.token_ids for answer in fresh], options
         assert [answer.stats.reused_tokens for answer in again] == [len(ids) - 3 for ids in prompts]
 

@@ -109,7 +109,9 @@ ENTRY = Entry(
             positions=[[390], [201]], heads=2, kv_heads=1, head_dim=16, slots=400, window=300
         ),
         **{
-            f"window {n}": dict(positions=[[110, 111], [n - 1, n]], heads=2, kv_heads=1, head_dim=16, slots=n + 2, window=n)
+            f"window {n}": dict(
+                positions=[[110, 111], [n - 1, n]], heads=2, kv_heads=1, head_dim=16, slots=n + 2, window=n
+            )
             for n in (47, 48, 63)
         },
         "softcap": dict(positions=[[40], [77]], heads=4, kv_heads=2, head_dim=32, slots=80, softcap=5.0),
