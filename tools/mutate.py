@@ -120,7 +120,7 @@ class Bench:
             os.killpg(process.pid, signal.SIGKILL)
             process.join()
         if process.exitcode in (3, 4, 5):  # pytest's own
-            raise SystemExit(f"pytest {' '.join(words)}: nothing was tested\n{(self.tree / 'output').read_text()[-4000:]}")
+            raise SystemExit(f"pytest {' '.join(words)}:\n{(self.tree / 'output').read_text()[-4000:]}")
         failed = re.search(r"^(?:FAILED|ERROR) (.+?)(?: - |$)", (self.tree / "output").read_text(), re.MULTILINE)
         return process.exitcode == 0, time.perf_counter() - started, failed[1] if failed else ""
 
@@ -135,8 +135,11 @@ class Bench:
         os.chdir(self.tree)
         sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
         settings = [word for word in words if re.match("[A-Z_]+=", word)]
-        os.environ.update(word.split("=") for word in settings)
-        os._exit(pytest.main(["-x", "-q", "-p", "no:cacheprovider", *(word for word in words if word not in settings)]))
+        command = ["-x", "-q", "-p", "no:cacheprovider", *(word for word in words if word not in settings)]
+        if settings:  # looked at during imports
+            os.environ.update(word.split("=") for word in settings)
+            os.execv(sys.executable, [sys.executable, "-m", "pytest", *command])
+        os._exit(pytest.main(command))
 
 
 def sound(suffix: str, text: str) -> bool:
