@@ -175,6 +175,17 @@ def test_one_hot_distributions_give_the_argmax():
         assert torch.equal(following, best.gather(1, right[:, None])[:, 0])
 
 
+def test_the_token_after_the_drafts_draws_the_number_of_its_own_place():
+    """Whether drafts of a model or of the text: a place's number decides there, however many drafts stand before it."""
+    even = torch.full((3, 3, 4), 0.25)
+    drafts, lengths = torch.tensor([[1, 2], [1, 2], [3, 3]]), torch.tensor([2, 1, 0])
+    fresh = torch.tensor([[0.3, 0.6, 0.9], [0.3, 0.9, 0.1], [0.9, 0.1, 0.1]], dtype=torch.float64)  # tokens by quarters
+    accept = torch.full((3, 2), 0.5, dtype=torch.float64)
+    for q in (even[:, :2], None):
+        accepted, token = verify(drafts, q, even, lengths, accept, fresh)
+        assert (accepted.tolist(), token.tolist()) == ([2, 1, 0], [3, 3, 3])
+
+
 def test_a_residual_that_rounds_to_nothing():
     """p and q equal up to rounding, q the larger everywhere: a rejection falls back to p, and no NaN appears."""
     p = torch.tensor([[[0.75, 0.25, 0.0]] * 2])
