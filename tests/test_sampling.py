@@ -110,6 +110,14 @@ def test_sample_by_enumeration():
     assert (counts[probs[0] == 0] == 0).all()
 
 
+def test_sample_finds_every_one_of_many_tokens():
+    """100,003 equally likely tokens: a running sum in float32 is off by several of them towards the end."""
+    count = 100_003
+    tokens = torch.tensor([0, 1, 50_000, 99_000, count - 2, count - 1])
+    u = (tokens.double() + 0.5) / count
+    assert sample(torch.full((1, count), 1.0).softmax(-1).expand(len(u), count), u).tolist() == tokens.tolist()
+
+
 @pytest.mark.parametrize("u", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
 def test_sample_never_returns_an_impossible_token(u):
     """Also at both ends of [0, 1), with zeros at the ends and probabilities that do not add up to 1."""

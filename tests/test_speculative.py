@@ -229,6 +229,26 @@ def test_prompt_lookup_indexes_as_the_text_grows():
         assert draft.tokens.tolist() == look_up([text[:end]], [5])
 
 
+def test_prompt_lookup_reads_each_token_once():
+    """A step costs what is new, not what the text is long: nothing but the last few words is looked at again."""
+
+    class Watched(list):
+        first = 0
+
+        def __getitem__(self, place):
+            start = place.start if isinstance(place, slice) else place
+            assert start is None or start < 0 or start >= self.first, f"token {start} of {len(self)} was read again"
+            return super().__getitem__(place)
+
+    text, lookup = list(range(200)), PromptLookup(3, torch.device("cpu"))  # nothing is said twice: nothing is copied
+    lookup.start([text[:150]])
+    sampling = Sampling.uniform_rows([0], "cpu")
+    for end in (150, 151, 160):
+        watched = Watched(text[:end])
+        watched.first = 0 if end == 150 else 150 - 3
+        lookup.propose([watched], [3], sampling, None)
+
+
 def test_auto_drafts_more_where_drafts_are_accepted():
     lucky, unlucky = DraftLength("auto", cost=0.1, longest=255), DraftLength("auto", cost=0.1, longest=255)
     for _ in range(20):
@@ -504,6 +524,14 @@ def test_auto_equals_plain(targets, drafts, plain, cheap_drafts):
         same(out, plain(target))
         if who == "noise":  # the lengths do vary
             assert len({o.stats.drafted for o in out}) > 1
+
+
+def test_auto_learns_in_the_loop(llm, cheap_drafts):
+    """A draft that is never right is soon asked for one token a step; one that always is, for more."""
+    options = dict(max_new_tokens=40, eos_token_id=[], temperature=0)
+    for scale, low, high in ((0.0, 4, 8), (5.0, 0, 1.3)):
+        for out in llm.generate(PROMPTS, assistant_model=noisy(llm, scale), **options):
+            assert low <= out.stats.drafted / out.stats.target_steps <= high
 
 
 def test_repetition_penalty_knows_the_drafts(targets, drafts):
