@@ -6,8 +6,11 @@ import pytest
 import torch
 from families import prompt_ids
 
+from minillm.attention import BACKENDS
 from minillm.cache import StaticCache
 from minillm.errors import CacheError, MinillmError
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import load_config
 
 # Families that differ in how they use the cache: full layers, windows everywhere, windows on some.
 MODELS = ["llama3", "mistral-v0.1", "qwen2-window", "gemma2", "gemma3", "phi3"]
@@ -83,19 +86,28 @@ def test_padded_equals_unpadded(name, side, ours):
     torch.testing.assert_close(step, run(model, plain_cache, [[6]], [20])[0], rtol=0.0, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama3", "mistral-v0.1"])
-def test_a_row_of_padding_is_left_as_it_was(name, ours):
-    """A finished row rides along as padding: its neighbours do not notice, and it can go on later."""
-    model, ids = ours(name), prompt_ids(30, seed=5)
-    cache, alone = cache_of(model, rows=2, max_step=16), cache_of(model, max_step=16)
+def test_a_row_of_padding_is_left_as_it_was(name, backend, checkpoint):
+    """A finished row rides along as padding: its neighbours do not notice, and it can go on later. Its slots are all in
+    use, the last one too: a ring of 24 after 30 tokens."""
+    model = load_decoder(checkpoint(name), load_config(checkpoint(name)), torch.float32, "cpu", attention=backend)
+    ids = prompt_ids(30, seed=5)
+    cache, alone = (cache_of(model, rows=n, length=42, max_step=16) for n in (2, 1))
     for start in (0, 15):
         run(model, cache, [ids[start : start + 15]] * 2, [start] * 2)
         run(model, alone, [ids[start : start + 15]], [start])
     for i in range(12):
         run(model, cache, [[20 + i], []], [30 + i, 0], width=1)
     assert cache.lengths == [42, 30]
-    late = run(model, cache, [[], [9]], [0, 30], width=1)[1]
-    torch.testing.assert_close(late, run(model, alone, [[9]], [30])[0], **SAME)
+    for place in range(30, 42):  # up to the last slot
+        late = run(model, cache, [[], [9]], [0, place], width=1)[1]
+        torch.testing.assert_close(late, run(model, alone, [[9]], [place])[0], **SAME)
+    run(model, cache, [[], []], [0, 0], width=1)
+    cache.truncate([42, 41])
+    alone.truncate(41)
+    late = run(model, cache, [[], [7]], [0, 41], width=1)[1]
+    torch.testing.assert_close(late, run(model, alone, [[7]], [41])[0], **SAME)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -339,3 +351,18 @@ def test_key_length_bound_does_not_change_the_result(ours):
             x, rotary = model.embed(torch.tensor([ids]), position, cache)
             logits = model.logits(model.walk(x, rotary, position, cache, bound))
             torch.testing.assert_close(logits, expected, **SAME)
+
+
+@pytest.mark.parametrize("places", [[[2], [-1]], [[-1], [3]], [[5], [0]], [[-1, 4, 5], [3, 4, -1]], [[0, 1], [1, -1]]])
+def test_the_books_are_kept_alike_where_nobody_looks(places, ours):
+    """On a GPU, and in a compiled graph, tensor operations do what loops over the rows do on a CPU."""
+    model, position = ours("llama3"), torch.tensor(places)
+    looked, blind = (cache_of(model, rows=2) for _ in range(2))
+    for cache in (looked, blind):
+        run(model, cache, [prompt_ids(5, seed=1), prompt_ids(3, seed=2)], [0, 0])
+    ids = torch.full_like(position, 9)
+    with looked.writing(model, ids, position):
+        blind._forget(position)
+        assert blind.token_ids == looked.token_ids
+    blind._ids[blind._rows, position] = ids
+    assert blind.token_ids == looked.token_ids

@@ -7,6 +7,7 @@ Oracles: plain decoding (itself tested against transformers) for greedy text, ex
 import copy
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
@@ -639,6 +640,17 @@ def test_a_conversation_keeps_both_caches(llm, drafts, monkeypatch):
         assert out.stats.drafted > 0
         assert (min(fed) == 0) == (turn == 0)  # only the first turn reads the text from its beginning
     assert chat.messages == expected.messages
+
+
+def test_the_draft_turns_by_the_clock_of_the_target(checkpoint, text_tokenizer_files, tmp_path):
+    """longrope, beside a cache of one's own: its tables are those for the whole cache, not for this prompt's length."""
+    folder = shutil.copytree(checkpoint("phi3"), tmp_path / "phi3")
+    text_tokenizer_files.copy_to(folder)
+    phi = LLM.from_pretrained(folder, dtype="float32", device="cpu")
+    options = dict(max_new_tokens=20, eos_token_id=[], temperature=0, assistant_model=phi, num_assistant_tokens=3)
+    for length in (40, 200):  # within and beyond the original 64 positions
+        out = phi.generate(list(range(5, 20)), cache=StaticCache(phi.config, 1, length), **options)
+        assert out.stats.acceptance_rate == 1
 
 
 def test_a_cache_of_ones_own_is_continued(window_llm, drafts):
