@@ -6,8 +6,11 @@ import pytest
 import torch
 from families import prompt_ids
 
+from minillm.attention import BACKENDS
 from minillm.cache import StaticCache
 from minillm.errors import CacheError, MinillmError
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import load_config
 
 # Families that differ in how they use the cache: full layers, windows everywhere, windows on some.
 MODELS = ["llama3", "mistral-v0.1", "qwen2-window", "gemma2", "gemma3", "phi3"]
@@ -83,19 +86,23 @@ def test_padded_equals_unpadded(name, side, ours):
     torch.testing.assert_close(step, run(model, plain_cache, [[6]], [20])[0], rtol=0.0, atol=1e-5)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama3", "mistral-v0.1"])
-def test_a_row_of_padding_is_left_as_it_was(name, ours):
-    """A finished row rides along as padding: its neighbours do not notice, and it can go on later."""
-    model, ids = ours(name), prompt_ids(30, seed=5)
-    cache, alone = cache_of(model, rows=2, max_step=16), cache_of(model, max_step=16)
+def test_a_row_of_padding_is_left_as_it_was(name, backend, checkpoint):
+    """A finished row rides along as padding: its neighbours do not notice, and it can go on later. Every slot of its ring
+    (24 after 30 tokens) is in use, the last one too."""
+    model = load_decoder(checkpoint(name), load_config(checkpoint(name)), torch.float32, "cpu", attention=backend)
+    ids = prompt_ids(30, seed=5)
+    cache, alone = (cache_of(model, rows=n, length=42, max_step=16) for n in (2, 1))
     for start in (0, 15):
         run(model, cache, [ids[start : start + 15]] * 2, [start] * 2)
         run(model, alone, [ids[start : start + 15]], [start])
     for i in range(12):
         run(model, cache, [[20 + i], []], [30 + i, 0], width=1)
     assert cache.lengths == [42, 30]
-    late = run(model, cache, [[], [9]], [0, 30], width=1)[1]
-    torch.testing.assert_close(late, run(model, alone, [[9]], [30])[0], **SAME)
+    for place in range(30, 42):  # up to the last slot
+        late = run(model, cache, [[], [9]], [0, place], width=1)[1]
+        torch.testing.assert_close(late, run(model, alone, [[9]], [place])[0], **SAME)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -159,6 +166,27 @@ def test_full_layers_can_be_cut_anywhere(ours):
     cache.truncate(3)
     feed(model, clean, ids[:3], 4)
     torch.testing.assert_close(run(model, cache, [[9]], [3])[0], run(model, clean, [[9]], [3])[0], **SAME)
+
+
+@pytest.mark.parametrize("written", range(9))
+def test_cut_write_a_little_and_cut_deeper(written, ours):
+    """What a ring has overwritten it does not get back by being cut: after 30 tokens in steps of 8 nothing below 22 is
+    to be had, however few were written since the first cut."""
+    model, ids, new = ours("mistral-v0.1"), prompt_ids(30, seed=15), prompt_ids(9, seed=16)
+    for deeper in range(15, 23):
+        cache = cache_of(model, max_step=8)
+        feed(model, cache, ids, 8)
+        cache.truncate(22)
+        feed(model, cache, new[:written], 8, start=22)
+        assert cache.can_truncate(0, deeper) == (deeper == 22)
+        if deeper < 22:
+            with pytest.raises(CacheError, match="shortest exact cut is 22"):
+                cache.truncate(deeper)
+            assert cache.token_ids == [ids[:22] + new[:written]]
+            continue
+        cache.truncate(22)
+        expected = run(model, cache_of(model), [[*ids[:22], 9]], [0])[0][-1:]
+        torch.testing.assert_close(run(model, cache, [[9]], [22])[0], expected, **SAME)
 
 
 @pytest.mark.parametrize("seed", range(12))
@@ -318,3 +346,18 @@ def test_key_length_bound_does_not_change_the_result(ours):
             x, rotary = model.embed(torch.tensor([ids]), position, cache)
             logits = model.logits(model.walk(x, rotary, position, cache, bound))
             torch.testing.assert_close(logits, expected, **SAME)
+
+
+@pytest.mark.parametrize("places", [[[2], [-1]], [[-1], [3]], [[5], [0]], [[-1, 4, 5], [3, 4, -1]], [[0, 1], [1, -1]]])
+def test_the_books_are_kept_alike_where_nobody_looks(places, ours):
+    """On a GPU, and in a compiled graph, tensor operations do what loops over the rows do on a CPU."""
+    model, position = ours("llama3"), torch.tensor(places)
+    looked, blind = (cache_of(model, rows=2) for _ in range(2))
+    for cache in (looked, blind):
+        run(model, cache, [prompt_ids(5, seed=1), prompt_ids(3, seed=2)], [0, 0])
+    ids = torch.full_like(position, 9)
+    with looked.writing(model, ids, position):
+        blind._forget(position)
+        assert blind.token_ids == looked.token_ids
+    blind._ids[blind._rows, position] = ids
+    assert blind.token_ids == looked.token_ids

@@ -9,7 +9,7 @@ from minillm.cache import StaticCache
 from minillm.decode import decode_one_token, prefill, run
 from minillm.errors import CacheError, RequestError
 from minillm.load.tokenizer import load_tokenizer
-from minillm.options import GenerationConfig
+from minillm.options import GenerationConfig, merge_options
 from minillm.sampling import Sampling, next_token
 
 TOLERANCE = dict(rtol=0.0, atol=1e-4)  # against transformers, see test_families.py
@@ -249,4 +249,15 @@ def test_bad_options_name_themselves(bad):
 def test_do_sample_defaults_to_what_is_asked_for(options, samples):
     config = GenerationConfig(**options)
     assert config.samples == samples
+    # The same for a caller of a checkpoint that says do_sample=false: only who asks for nothing gets that.
+    merged = merge_options(GenerationConfig(do_sample=False), None, options)
+    assert merged.samples == samples
     assert (Sampling.of(config, [1], "cpu").temperature is not None) == samples
+
+
+def test_none_as_a_keyword_hides_nothing():
+    """None is "not set": neither the caller's object nor the checkpoint's file is overruled by it."""
+    file, given = GenerationConfig(eos_token_id=2, top_k=50), GenerationConfig(eos_token_id=[7], temperature=0.5)
+    merged = merge_options(file, given, dict(eos_token_id=None, temperature=None, top_k=None))
+    assert (merged.eos_token_id, merged.temperature, merged.top_k) == ([7], 0.5, 50)
+    assert merge_options(file, GenerationConfig(), dict(top_k=None)) == file

@@ -591,6 +591,9 @@ def test_conversation_options_and_errors(llm, text_checkpoint, tmp_path):
         llm.conversation(max_cache_len=60, tempo=3).say("Hi")
     assert chat.messages == before  # a turn that fails leaves the history as it was
     assert chat.say("Again").text is not None
+    # A turn's options win over the conversation's, for that turn.
+    chat = llm.conversation(max_cache_len=300, max_new_tokens=4, eos_token_id=[])
+    assert [chat.say("Hi", max_new_tokens=n).stats.new_tokens for n in (2, None, 5)] == [2, 4, 5]
 
     config = json.loads((text_checkpoint / "tokenizer_config.json").read_text())
     config.pop("chat_template")

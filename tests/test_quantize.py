@@ -8,6 +8,8 @@ from minillm_kernels.int4_linear import dequantize_int4
 
 from minillm.errors import MinillmError
 from minillm.linear import Int4Linear, Int8Linear, Linear, QuantizeSpec, make_linear, parse_quantize
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import load_config
 from minillm.load.quantize import dequantize_int8, fill_rows, quantize_int4, quantize_int8
 
 WORDS = (None, "int8", "int4-g32", "int4-g64", "int4-g128")
@@ -203,6 +205,23 @@ def test_layers_hold_exactly_the_bytes_of_the_format():
 
     assert size(make_linear(256, 100, False, parse_quantize("int8"), torch.bfloat16)) == 100 * 256 + 100 * 4
     assert size(make_linear(256, 100, True, parse_quantize("int4-g32"), torch.bfloat16)) == 100 * (128 + 8 * 3 + 2)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_the_quantized_head_of_a_tied_model_gives_its_embeddings_logits(quantize, checkpoint):
+    """It has codes of its own, made of the embedding: each weight within half a step of its row's largest / 127."""
+    folder = checkpoint("llama3.2")
+    config = load_config(folder)
+    assert config.tie_word_embeddings
+    model = load_decoder(folder, config, torch.float32, "cpu", quantize=quantize, quantize_head=True)
+    hidden = torch.randn(5, config.hidden_size, generator=torch.Generator().manual_seed(3))
+    with torch.inference_mode():
+        weight = model.embedding.weight.double()  # [V, d]
+        logits, exact = model.logits(hidden).double(), hidden.double() @ weight.t()
+    half_step = weight.abs().amax(1) / 254  # [V]
+    # The activations are rounded to int16 besides, and sums of 48 are float32: together far below 1 % of the former.
+    assert ((logits - exact).abs() <= 1.01 * half_step * hidden.abs().sum(1, keepdim=True).double()).all()
+    assert exact.std() > 0.5
 
 
 def test_words():

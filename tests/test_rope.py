@@ -107,7 +107,7 @@ def reference_frequencies(config, seq_len: int, layer_type: str | None = None):
 
 
 @pytest.mark.parametrize("length", LENGTHS)
-@pytest.mark.parametrize("theta", [1000.0, 500000.0])
+@pytest.mark.parametrize("theta", [2.0, 1000.0, 500000.0])  # at 2 yarn's ramp would end beyond the last channel
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_variants_agree_with_transformers(variant, theta, length):
     raw = llama_with(VARIANTS[variant], theta)
@@ -189,13 +189,14 @@ def test_partial_rotation_leaves_the_rest_alone():
     torch.testing.assert_close(rotated[..., :12].norm(dim=-1), expected)
 
 
-def test_rows_have_their_own_clock():
-    """dynamic: two rows planned for different lengths get different frequencies, each its own."""
-    (spec,) = parse_config(llama_with(VARIANTS["dynamic"])).ropes
-    table = rotary_table(spec, [50, 400], "cpu")
+@pytest.mark.parametrize("variant", ["dynamic", "longrope"])
+def test_rows_have_their_own_clock(variant):
+    """Two rows planned for different lengths get different frequencies, each its own."""
+    (spec,) = parse_config(llama_with(VARIANTS[variant])).ropes
+    table = rotary_table(spec, [20, 400], "cpu")
     position = torch.tensor([[7], [7]])
     cos, _ = cos_sin(table, position)
-    for row, length in enumerate((50, 400)):
+    for row, length in enumerate((20, 400)):
         alone = rotary_table(spec, [length], "cpu")
         torch.testing.assert_close(cos[row : row + 1], cos_sin(alone, position[:1])[0])
     assert not torch.allclose(cos[0], cos[1])

@@ -83,6 +83,13 @@ def test_exact_ties_at_the_border_of_top_p():
         assert (theirs(torch.zeros(1, 4), 1.0, None, top_p, None) > 0).sum() == kept
 
 
+def test_min_p_of_one_keeps_the_likeliest_and_its_equals():
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0]])
+    for top_k in (None, column(3)):
+        kept = probabilities(logits, torch.ones(1), top_k, None, column(1.0))
+        assert kept.tolist() == [[0.0, 0.5, 0.0, 0.5]]
+
+
 def test_large_logits_stay_finite():
     for logits in (torch.tensor([[1e4, -1e4, 9.9e3]]), torch.tensor([[0.0, float("-inf"), 1.0]])):
         for temperature in (0.0, 1e-2, 1.0):
@@ -101,6 +108,14 @@ def test_sample_by_enumeration():
     counts = torch.bincount(tokens, minlength=V)
     assert ((counts - probs[0].double() * count).abs() <= 1.0).all()
     assert (counts[probs[0] == 0] == 0).all()
+
+
+def test_sample_finds_every_one_of_many_tokens():
+    """100,003 equally likely tokens: a running sum in float32 is off by several of them towards the end."""
+    count = 100_003
+    tokens = torch.tensor([0, 1, 50_000, 99_000, count - 2, count - 1])
+    u = (tokens.double() + 0.5) / count
+    assert sample(torch.full((1, count), 1.0).softmax(-1).expand(len(u), count), u).tolist() == tokens.tolist()
 
 
 @pytest.mark.parametrize("u", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])

@@ -7,6 +7,7 @@ Oracles: plain decoding (itself tested against transformers) for greedy text, ex
 import copy
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
@@ -175,6 +176,17 @@ def test_one_hot_distributions_give_the_argmax():
         assert torch.equal(following, best.gather(1, right[:, None])[:, 0])
 
 
+def test_the_token_after_the_drafts_draws_the_number_of_its_own_place():
+    """Whether drafts of a model or of the text: a place's number decides there, however many drafts stand before it."""
+    even = torch.full((3, 3, 4), 0.25)
+    drafts, lengths = torch.tensor([[1, 2], [1, 2], [3, 3]]), torch.tensor([2, 1, 0])
+    fresh = torch.tensor([[0.3, 0.6, 0.9], [0.3, 0.9, 0.1], [0.9, 0.1, 0.1]], dtype=torch.float64)  # tokens by quarters
+    accept = torch.full((3, 2), 0.5, dtype=torch.float64)
+    for q in (even[:, :2], None):
+        accepted, token = verify(drafts, q, even, lengths, accept, fresh)
+        assert (accepted.tolist(), token.tolist()) == ([2, 1, 0], [3, 3, 3])
+
+
 def test_a_residual_that_rounds_to_nothing():
     """p and q equal up to rounding, q the larger everywhere: a rejection falls back to p, and no NaN appears."""
     p = torch.tensor([[[0.75, 0.25, 0.0]] * 2])
@@ -218,6 +230,26 @@ def test_prompt_lookup_indexes_as_the_text_grows():
         assert draft.tokens.tolist() == look_up([text[:end]], [5])
 
 
+def test_prompt_lookup_reads_each_token_once():
+    """A step costs what is new, not what the text is long: nothing but the last few words is looked at again."""
+
+    class Watched(list):
+        first = 0
+
+        def __getitem__(self, place):
+            start = place.start if isinstance(place, slice) else place
+            assert start is None or start < 0 or start >= self.first, f"token {start} of {len(self)} was read again"
+            return super().__getitem__(place)
+
+    text, lookup = list(range(200)), PromptLookup(3, torch.device("cpu"))  # nothing is said twice: nothing is copied
+    lookup.start([text[:150]])
+    sampling = Sampling.uniform_rows([0], "cpu")
+    for end in (150, 151, 160):
+        watched = Watched(text[:end])
+        watched.first = 0 if end == 150 else 150 - 3
+        lookup.propose([watched], [3], sampling, None)
+
+
 def test_auto_drafts_more_where_drafts_are_accepted():
     lucky, unlucky = DraftLength("auto", cost=0.1, longest=255), DraftLength("auto", cost=0.1, longest=255)
     for _ in range(20):
@@ -231,6 +263,13 @@ def test_auto_drafts_more_where_drafts_are_accepted():
     assert DraftLength("auto", cost=1.0, longest=255).choose() == 1  # a draft as slow as its target
     assert DraftLength("auto", cost=0.0, longest=3).choose() == 2  # the cache's step has room for no more
     assert DraftLength(5, cost=1.0, longest=255).choose() == 5
+    # One rejection a step at most: what follows it continues a wrong text and tells nothing.
+    late, early = (DraftLength("auto", cost=0.1, longest=255) for _ in range(2))
+    late.learn(2, 1)
+    early.learn(8, 1)
+    assert (late.accepted, late.rejected) == (early.accepted, early.rejected) == pytest.approx((3.7, 1.9))
+    early.learn(0, 0)  # a step without drafts tells nothing either
+    assert (late.accepted, late.rejected) == (early.accepted, early.rejected)
 
 
 # -- greedy: token for token ---------------------------------------------------------------------
@@ -488,6 +527,14 @@ def test_auto_equals_plain(targets, drafts, plain, cheap_drafts):
             assert len({o.stats.drafted for o in out}) > 1
 
 
+def test_auto_learns_in_the_loop(llm, cheap_drafts):
+    """A draft that is never right is soon asked for one token a step; one that always is, for more."""
+    options = dict(max_new_tokens=40, eos_token_id=[], temperature=0)
+    for scale, low, high in ((0.0, 4, 8), (5.0, 0, 1.3)):
+        for out in llm.generate(PROMPTS, assistant_model=noisy(llm, scale), **options):
+            assert low <= out.stats.drafted / out.stats.target_steps <= high
+
+
 def test_repetition_penalty_knows_the_drafts(targets, drafts):
     options = dict(max_new_tokens=40, eos_token_id=[], temperature=0, repetition_penalty=1.5)
     for target, who in (("full", "same"), ("full", "noise"), ("window", "unrelated")):
@@ -593,6 +640,17 @@ def test_a_conversation_keeps_both_caches(llm, drafts, monkeypatch):
         assert out.stats.drafted > 0
         assert (min(fed) == 0) == (turn == 0)  # only the first turn reads the text from its beginning
     assert chat.messages == expected.messages
+
+
+def test_the_draft_turns_by_the_clock_of_the_target(checkpoint, text_tokenizer_files, tmp_path):
+    """longrope, beside a cache of one's own: its tables are those for the whole cache, not for this prompt's length."""
+    folder = shutil.copytree(checkpoint("phi3"), tmp_path / "phi3")
+    text_tokenizer_files.copy_to(folder)
+    phi = LLM.from_pretrained(folder, dtype="float32", device="cpu")
+    options = dict(max_new_tokens=20, eos_token_id=[], temperature=0, assistant_model=phi, num_assistant_tokens=3)
+    for length in (40, 200):  # within and beyond the original 64 positions
+        out = phi.generate(list(range(5, 20)), cache=StaticCache(phi.config, 1, length), **options)
+        assert out.stats.acceptance_rate == 1
 
 
 def test_a_cache_of_ones_own_is_continued(window_llm, drafts):

@@ -90,6 +90,9 @@ def test_what_a_backend_lacks_is_said_by_name():
     with pytest.raises(BackendError, match="flesh"):
         choose_backend("flesh", wide)
     assert choose_backend("auto", wide) is BACKENDS["sdpa"]
+    gemma = parse_config(FAMILIES["gemma"].config | {"head_dim": 256})  # the widest that there is
+    assert choose_backend("kernels", gemma) is choose_backend("auto", gemma, "cuda") is BACKENDS["kernels"]
+    assert choose_backend("auto", wide, "cuda") is BACKENDS["sdpa"]
 
 
 def counting(name: str, op, calls: dict[str, int]):

@@ -108,6 +108,12 @@ ENTRY = Entry(
         "window over several splits": dict(
             positions=[[390], [201]], heads=2, kv_heads=1, head_dim=16, slots=400, window=300
         ),
+        **{
+            f"window {n}": dict(
+                positions=[[110, 111], [n - 1, n]], heads=2, kv_heads=1, head_dim=16, slots=n + 2, window=n
+            )
+            for n in (47, 48, 63)
+        },
         "softcap": dict(positions=[[40], [77]], heads=4, kv_heads=2, head_dim=32, slots=80, softcap=5.0),
         "alibi": dict(positions=[[40, 41]], heads=4, kv_heads=4, head_dim=32, slots=50, alibi=True),
         "everything": dict(

@@ -77,6 +77,8 @@ ENTRY = Entry(
         "odd head size": flash_case([40], 2, 1, 80),
         "window": flash_case([150], 2, 1, 16, window=20),
         "wide window": flash_case([150], 1, 1, 16, window=100),
+        # Where a window begins or ends on the edge of a tile (of 16, 32 and 64 keys), or a token beside it
+        **{f"window {n}": flash_case([130], 1, 1, 16, window=n) for n in (47, 48, 50, 63)},
         "softcap": flash_case([70], 2, 1, 32, softcap=5.0),
         "alibi": flash_case([70], 4, 2, 32, alibi=True),
         "packed": flash_case([70, 1, 3, 40, 33], 2, 1, 32, packed=True),

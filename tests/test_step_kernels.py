@@ -1,0 +1,162 @@
+"""The C between the products (norms, rotation, attention): the same bits from one thread and from five, and in 16 bits
+the bits of PyTorch's code, which the families were trained with."""
+
+import copy
+
+import pytest
+import torch
+from families import prompt_ids
+from minillm_kernels import cpu
+from minillm_kernels.decode_attention import decode_attention
+from minillm_kernels.norm import add, add_rms_norm, rms_norm
+from minillm_kernels.rope import rope_and_cache_write
+
+from minillm import StaticCache, attention
+from minillm.config import NormSpec
+from minillm.load.checkpoint import load_decoder
+from minillm.load.config_json import load_config
+
+pytestmark = pytest.mark.skipif(not cpu.available(), reason="no C compiler")
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def with_threads(count, call):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        return call()
+    finally:
+        torch.set_num_threads(before)
+
+
+def same_with_any_threads(call):
+    alone = with_threads(1, call)
+    for count in (2, 3, 4, 5):
+        for one, other in zip(alone, with_threads(count, call), strict=True):
+            assert torch.equal(one, other), count
+
+
+# Sizes above the work at which threads are woken at all, and rows that no number of threads divides.
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "tokens"), [(6, 1, 1), (7, 1, 3), (6, 2, 1), (5, 5, 2), (1, 1, 1)])
+@pytest.mark.parametrize("window", [None, 200])
+def test_attention_with_any_number_of_threads(heads, kv_heads, tokens, window):
+    seed = torch.seed()
+    q = torch.randn(1, heads, tokens, 64)
+    k, v = torch.randn(2, 1, kv_heads, 700, 64)
+    position = torch.arange(650, 650 + tokens)[None]
+    assert q.numel() * 200 > 1 << 15 or heads == 1, "too little work to be shared"
+    alone = with_threads(1, lambda: decode_attention(q, k, v, position, 0.125, window))
+    for count in (2, 3, 4, 5):
+        shared = with_threads(count, lambda: decode_attention(q, k, v, position, 0.125, window))
+        assert torch.equal(shared, alone), f"{count} threads, seed {seed}"
+
+
+def test_norms_additions_and_rotation_with_any_number_of_threads():
+    torch.manual_seed(0)
+    x, y, weight = torch.randn(37, 1000), torch.randn(37, 1000), torch.randn(1000)
+    same_with_any_threads(lambda: [rms_norm(x, weight, 1e-5, 0.0, False)])
+    same_with_any_threads(lambda: add_rms_norm(x, y, weight, 1e-5, 1.0, True))
+    same_with_any_threads(lambda: [add(x, y)])
+    qkv = torch.randn(2, 33, 8, 64)
+    angles, position = torch.randn(2, 2, 33, 32), torch.arange(7, 40).repeat(2, 1)
+
+    def turn():
+        k_cache, v_cache = torch.zeros(2, 2, 2, 41, 64)
+        q, k, v = qkv.split((4, 2, 2), dim=2)
+        return rope_and_cache_write(q, k, v, *angles, k_cache, v_cache, position), k_cache, v_cache
+
+    same_with_any_threads(turn)
+
+
+# ---- 16 bits ----
+
+
+def whole(*shape, largest):
+    """Whole numbers: their squares add up without rounding, whoever adds them in whatever order."""
+    return torch.randint(-largest, largest + 1, shape).float()
+
+
+NORMS = [NormSpec(1e-6, 0.0, False), NormSpec(1e-6, 1.0, True), NormSpec(1e-6, 0.0, True)]  # Llama, Gemma, OLMo 2
+
+
+@pytest.mark.parametrize("spec", NORMS, ids=["Llama", "Gemma", "OLMo 2"])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_norms_round_where_pytorch_rounds(spec, dtype, monkeypatch):
+    """C, the ops without a compiler and the decoder's own PyTorch code: not near one another, but equal.
+
+    Of 64 whole numbers below 400 every sum of squares is exact in float32 (under 2^24), so that no order of adding
+    shows; sums of two are beyond bfloat16's 8 bits and have to be rounded before they are normed.
+    """
+    torch.manual_seed(1)
+    x, residual = (whole(50, 64, largest=200).to(dtype) for _ in range(2))
+    weight = torch.randn(64).to(dtype)
+    alone = attention.norm(x, weight, spec)
+    normed, total = attention.add_norm(x, residual, weight, spec)
+    exact = x.float() + residual.float()
+    assert (dtype == torch.float16) or not torch.equal(total.float(), exact)  # the rounding is there to be seen
+    for compiled in (True, False):
+        if not compiled:
+            monkeypatch.setattr(cpu, "library", lambda: None)
+        assert torch.equal(attention.norm_kernel(x, weight, spec), alone)
+        ours = attention.add_norm_kernel(x, residual, weight, spec)
+        assert torch.equal(ours[1], total)
+        assert torch.equal(ours[0], normed)
+    # And each of the three is a norm of its own: none could stand in for another unnoticed.
+    others = [attention.norm(x, weight, other) for other in NORMS if other != spec]
+    assert not any(torch.equal(alone, other) for other in others)
+
+
+@pytest.mark.parametrize("name", ["llama3", "gemma", "gemma3", "olmo2"])
+def test_a_familys_norm_and_embeddings_are_transformers_own_in_bfloat16(name, checkpoint, reference):
+    """To the last bit: the embeddings that the first layer sees, Gemma's factor rounded as in training, and a norm of
+    whole numbers (see above) by each backend."""
+    theirs = copy.deepcopy(reference(name)).to(torch.bfloat16)
+    config = load_config(checkpoint(name))
+    ids = torch.tensor([prompt_ids(40, seed=3)])
+    with torch.no_grad():
+        expected = theirs(ids, output_hidden_states=True).hidden_states[0]
+    torch.manual_seed(2)
+    norm = theirs.model.norm
+    size = 16  # of its own: the sum of a power of two of squares is divided exactly
+    x = whole(20, size, largest=100).bfloat16()
+    norm.weight.data = norm.weight.data[:size].clone()
+    for backend in ("math", "kernels"):
+        model = load_decoder(checkpoint(name), config, torch.bfloat16, "cpu", attention=backend)
+        with torch.inference_mode():
+            embedded, _ = model.embed(ids, torch.arange(40)[None], StaticCache(config, 1, 40, dtype=torch.bfloat16))
+            ours = model.backend.norm(x, norm.weight, config.norm)
+            assert torch.equal(embedded, expected)
+            assert torch.equal(ours, norm(x)), backend
+
+
+def test_a_norm_of_rows_that_are_not_evenly_spaced():
+    """Parts of a wider tensor, cut along every dimension in turn: what the strides of one do not tell of the others."""
+    torch.manual_seed(3)
+    weight = torch.randn(16)
+    wide = torch.randn(3, 5, 4, 48)
+    for x in (
+        wide[:, :3, :, :16],
+        wide[:, ::2, :2, 16:32],
+        wide[::2, :, ::2, :16],
+        wide[:, :, 0, :16],
+        wide[:2, 1:4, 2, 32:],
+        wide[..., ::3],
+        wide.view(3, 5, 12, 16)[:, :2, 3:7],
+        wide.transpose(0, 1)[..., :16],
+    ):
+        expected = rms_norm(x.contiguous(), weight, 1e-6, 0.0, False)
+        assert torch.equal(rms_norm(x, weight, 1e-6, 0.0, False), expected), x.stride()
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_positions_that_are_a_view(tokens):
+    """Every other column of a wider tensor, as `position[:, ::2]` gives."""
+    q = torch.randn(2, 2, tokens, 16)
+    k, v = torch.randn(2, 2, 1, 30, 16)
+    position = torch.tensor([[9, 10, 11], [20, 21, 22]])[:, :tokens]
+    view = position.repeat_interleave(2, dim=1)[:, ::2]
+    assert tokens == 1 or not view.is_contiguous()
+    expected = decode_attention(q, k, v, position.contiguous(), 0.25)
+    assert torch.equal(decode_attention(q, k, v, view, 0.25), expected)
