@@ -89,8 +89,10 @@ def test_padded_equals_unpadded(name, side, ours):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", ["llama3", "mistral-v0.1"])
 def test_a_row_of_padding_is_left_as_it_was(name, backend, checkpoint):
-    """A finished row rides along as padding: its neighbours do not notice, and it can go on later. Every slot of its ring
-    (24 after 30 tokens) is in use, the last one too."""
+    """A finished row rides along as padding: its neighbours do not notice, and it can go on later.
+
+    Every slot of its ring (24 after 30 tokens) is in use, the last one too.
+    """
     model = load_decoder(checkpoint(name), load_config(checkpoint(name)), torch.float32, "cpu", attention=backend)
     ids = prompt_ids(30, seed=5)
     cache, alone = (cache_of(model, rows=n, length=42, max_step=16) for n in (2, 1))

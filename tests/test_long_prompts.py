@@ -13,8 +13,8 @@ from minillm.attention import BACKENDS
 from minillm.decode import prefill
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
+from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig
-from minillm.tokenizer import Tokenizer
 
 SAME = dict(rtol=0.0, atol=2e-5)  # see test_cache.py
 NEW = 10
@@ -50,7 +50,7 @@ def expected(prompts, reference):
 def test_generate_beyond_a_chunk(name, backend, checkpoint, prompts, expected, text_tokenizer_files):
     config = load_config(checkpoint(name))
     model = load_decoder(checkpoint(name), config, torch.float32, "cpu", attention=backend)
-    llm = LLM(model, Tokenizer(text_tokenizer_files.folder), config, GenerationConfig())
+    llm = LLM(model, load_tokenizer(text_tokenizer_files.folder), config, GenerationConfig())
     for options in ({}, dict(prompt_lookup_num_tokens=6)):
         options |= dict(max_new_tokens=NEW, eos_token_id=[])
         cache = StaticCache(config, 2, 320)
