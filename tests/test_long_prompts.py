@@ -92,4 +92,5 @@ def test_the_first_chunk_as_on_a_gpu(name, checkpoint, ours, monkeypatch):
         rest = [row[start:] for row, start in zip(rows, started, strict=True)]
         logits = prefill(model, ours_cache, rest, started)
         torch.testing.assert_close(logits, prefill(oracle, their_cache, rest, started), **SAME)
-        assert calls == ([] if any(started) else [20] * config.num_layers)
+        # Row by row: each that begins at its beginning, and of the longer one the first of its chunks.
+        assert calls == [length for length, start in ((20, 0), (13, started[1])) if start == 0 for _ in config.layers]
