@@ -14,6 +14,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from minillm.options import GenerationConfig
 from minillm.sampling import Sampling, next_token, penalize, probabilities, sample, uniform
 
 V = 37
@@ -90,6 +91,18 @@ def test_min_p_of_one_keeps_the_likeliest_and_its_equals():
         assert kept.tolist() == [[0.0, 0.5, 0.0, 0.5]]
 
 
+def test_filters_that_would_do_nothing_are_off():
+    """top_k=0 in particular: in `transformers` it means all of them, not none."""
+    off = Sampling.of(
+        GenerationConfig(temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0), [1], "cpu"
+    )
+    assert (off.top_k, off.top_p, off.min_p, off.repetition_penalty) == (None,) * 4
+    on = Sampling.of(GenerationConfig(top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.2), [1, 2], "cpu")
+    assert [on.top_k.tolist(), on.temperature.tolist()] == [[3, 3], [1.0, 1.0]]
+    shares = torch.stack([on.top_p, on.min_p, on.repetition_penalty])
+    torch.testing.assert_close(shares, torch.tensor([[0.9] * 2, [0.1] * 2, [1.2] * 2]))
+
+
 def test_large_logits_stay_finite():
     for logits in (torch.tensor([[1e4, -1e4, 9.9e3]]), torch.tensor([[0.0, float("-inf"), 1.0]])):
         for temperature in (0.0, 1e-2, 1.0):
@@ -110,12 +123,11 @@ def test_sample_by_enumeration():
     assert (counts[probs[0] == 0] == 0).all()
 
 
-def test_sample_finds_every_one_of_many_tokens():
-    """100,003 equally likely tokens: a running sum in float32 is off by several of them towards the end."""
-    count = 100_003
-    tokens = torch.tensor([0, 1, 50_000, 99_000, count - 2, count - 1])
-    u = (tokens.double() + 0.5) / count
-    assert sample(torch.full((1, count), 1.0).softmax(-1).expand(len(u), count), u).tolist() == tokens.tolist()
+def test_sample_finds_rare_tokens_behind_likely_ones():
+    """A thousand tokens of 1e-9 each between two halves: in float32, sums near 0.5 are 6e-8 apart and lose them."""
+    probs = torch.tensor([0.5, *[1e-9] * 1000, 0.5])
+    middle = probs.double().cumsum(0) - probs.double() / 2
+    assert sample(probs.expand(1002, -1), middle / probs.double().sum()).tolist() == list(range(1002))
 
 
 @pytest.mark.parametrize("u", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])
