@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from minillm.options import GenerationConfig
-from minillm.sampling import Sampling, next_token, penalize, probabilities, sample, uniform
+from minillm.sampling import Sampling, distribution, next_token, penalize, probabilities, sample, uniform
 
 V = 37
 
@@ -62,6 +62,22 @@ def test_rows_have_their_own_parameters():
         torch.testing.assert_close(together[row : row + 1], alone)
     assert together[0].max() == 1.0  # the greedy row
     assert (together[1] > 0).sum() == 3
+
+
+def test_the_places_of_a_row_share_its_parameters():
+    """Several places of several rows at once, as in a step with drafts: each as alone."""
+    logits = logits_of(9, rows=6).view(2, 3, V)
+    seen = torch.rand(2, 3, V, generator=torch.Generator().manual_seed(1)) < 0.3
+    own = dict(
+        temperature=[0.5, 1.5], top_k=[4, 20], top_p=[0.9, 0.6], min_p=[0.01, 0.1], repetition_penalty=[1.1, 1.7]
+    )
+    own = {name: torch.tensor(values) for name, values in own.items()}
+    together = distribution(logits, Sampling(seed=torch.tensor([1, 2]), **own), seen)
+    for row in range(2):
+        penalty, *filters = (own[name][row : row + 1] for name in ("repetition_penalty", *list(own)[:4]))
+        for place in range(3):
+            alone = probabilities(penalize(logits[row, place][None], seen[row, place][None], penalty), *filters)
+            torch.testing.assert_close(together[row, place][None], alone)
 
 
 def test_temperature_zero_is_the_one_hot_limit():
