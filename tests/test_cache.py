@@ -285,6 +285,18 @@ def test_capacity_does_not_change_the_result(name, ours):
     torch.testing.assert_close(tight, roomy, **SAME)
 
 
+def test_only_an_empty_cache_is_planned_anew(ours):
+    """Keys that were turned by one clock must not meet queries turned by another."""
+    model, ids = ours("phi3"), prompt_ids(20, seed=9)  # longrope, 64 original positions
+    cache, short = cache_of(model, length=128), cache_of(model, length=128, planned_length=30)
+    run(model, cache, [[5]], [0])
+    with pytest.raises(CacheError, match="reset"):
+        cache.plan(30)
+    cache.reset()
+    cache.plan(30)
+    torch.testing.assert_close(run(model, cache, [ids], [0])[0], run(model, short, [ids], [0])[0], **SAME)
+
+
 def test_memory_is_the_ring_and_nothing_grows(ours):
     """window + max_step - 1 slots (and the bin) for sliding layers, max_cache_len for full ones."""
     model = ours("gemma3")  # layers: window 9, 9, full, 9
@@ -309,6 +321,8 @@ def test_too_small_a_cache_is_an_error_before_anything_is_written(ours):
     assert cache.lengths == [8]
     with pytest.raises(CacheError, match="max_step"):
         run(model, cache_of(model, max_step=4), [prompt_ids(5)], [0])
+    with pytest.raises(CacheError, match="max_step 10"):  # no step is longer than the cache, padded or not
+        run(model, cache_of(model, length=10), [prompt_ids(3)], [0], width=11)
     with pytest.raises(CacheError):
         run(model, cache_of(model, rows=2), [prompt_ids(5)], [0])  # one row into a cache of two
     with pytest.raises(CacheError):

@@ -160,6 +160,15 @@ def test_an_unfinished_character_shows_as_replacement(tokenizer):
     assert set(row.text) == {"\ufffd"}
 
 
+def test_what_was_held_back_may_complete_a_stop_string(tokenizer):
+    """Half a character shows as U+FFFD only when nothing more comes: then it counts, and it is no text."""
+    ids = plain(tokenizer, "🚀")
+    for budget, last in ((len(ids) - 1, []), (100, [2])):
+        row = row_of(tokenizer, budget=budget, stops=["\ufffd"])
+        row.commit([*ids[:-1], *last])
+        assert (row.text, row.finish_reason) == ("", "stop_string")
+
+
 def test_logprobs_go_with_accepted_tokens(tokenizer):
     row = row_of(tokenizer, budget=3)
     row.commit([10, 11, 12, 13], [-1.0, -2.0, -3.0, -4.0])

@@ -14,7 +14,8 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from minillm.sampling import Sampling, next_token, penalize, probabilities, sample, uniform
+from minillm.options import GenerationConfig
+from minillm.sampling import Sampling, distribution, next_token, penalize, probabilities, sample, uniform
 
 V = 37
 
@@ -63,6 +64,22 @@ def test_rows_have_their_own_parameters():
     assert (together[1] > 0).sum() == 3
 
 
+def test_the_places_of_a_row_share_its_parameters():
+    """Several places of several rows at once, as in a step with drafts: each as alone."""
+    logits = logits_of(9, rows=6).view(2, 3, V)
+    seen = torch.rand(2, 3, V, generator=torch.Generator().manual_seed(1)) < 0.3
+    own = dict(
+        temperature=[0.5, 1.5], top_k=[4, 20], top_p=[0.9, 0.6], min_p=[0.01, 0.1], repetition_penalty=[1.1, 1.7]
+    )
+    own = {name: torch.tensor(values) for name, values in own.items()}
+    together = distribution(logits, Sampling(seed=torch.tensor([1, 2]), **own), seen)
+    for row in range(2):
+        penalty, *filters = (own[name][row : row + 1] for name in ("repetition_penalty", *list(own)[:4]))
+        for place in range(3):
+            alone = probabilities(penalize(logits[row, place][None], seen[row, place][None], penalty), *filters)
+            torch.testing.assert_close(together[row, place][None], alone)
+
+
 def test_temperature_zero_is_the_one_hot_limit():
     logits = logits_of(3, rows=5)
     exact = probabilities(logits, torch.zeros(5))
@@ -90,6 +107,18 @@ def test_min_p_of_one_keeps_the_likeliest_and_its_equals():
         assert kept.tolist() == [[0.0, 0.5, 0.0, 0.5]]
 
 
+def test_filters_that_would_do_nothing_are_off():
+    """top_k=0 in particular: in `transformers` it means all of them, not none."""
+    off = Sampling.of(
+        GenerationConfig(temperature=0.8, top_k=0, top_p=1.0, min_p=0.0, repetition_penalty=1.0), [1], "cpu"
+    )
+    assert (off.top_k, off.top_p, off.min_p, off.repetition_penalty) == (None,) * 4
+    on = Sampling.of(GenerationConfig(top_k=3, top_p=0.9, min_p=0.1, repetition_penalty=1.2), [1, 2], "cpu")
+    assert [on.top_k.tolist(), on.temperature.tolist()] == [[3, 3], [1.0, 1.0]]
+    shares = torch.stack([on.top_p, on.min_p, on.repetition_penalty])
+    torch.testing.assert_close(shares, torch.tensor([[0.9] * 2, [0.1] * 2, [1.2] * 2]))
+
+
 def test_large_logits_stay_finite():
     for logits in (torch.tensor([[1e4, -1e4, 9.9e3]]), torch.tensor([[0.0, float("-inf"), 1.0]])):
         for temperature in (0.0, 1e-2, 1.0):
@@ -110,12 +139,11 @@ def test_sample_by_enumeration():
     assert (counts[probs[0] == 0] == 0).all()
 
 
-def test_sample_finds_every_one_of_many_tokens():
-    """100,003 equally likely tokens: a running sum in float32 is off by several of them towards the end."""
-    count = 100_003
-    tokens = torch.tensor([0, 1, 50_000, 99_000, count - 2, count - 1])
-    u = (tokens.double() + 0.5) / count
-    assert sample(torch.full((1, count), 1.0).softmax(-1).expand(len(u), count), u).tolist() == tokens.tolist()
+def test_sample_finds_rare_tokens_behind_likely_ones():
+    """A thousand tokens of 1e-9 each between two halves: in float32, sums near 0.5 are 6e-8 apart and lose them."""
+    probs = torch.tensor([0.5, *[1e-9] * 1000, 0.5])
+    middle = probs.double().cumsum(0) - probs.double() / 2
+    assert sample(probs.expand(1002, -1), middle / probs.double().sum()).tolist() == list(range(1002))
 
 
 @pytest.mark.parametrize("u", [0.0, 2.0**-53, 0.5, 1 - 2.0**-53])

@@ -398,6 +398,21 @@ def test_logits_that_are_no_numbers(poison, text_checkpoint):
     assert llm.generate([[8, 9, 10], PROMPT], cache=cache, max_new_tokens=4, **GREEDY)[1].token_ids == good
 
 
+@pytest.mark.parametrize("infinite", [float("inf"), -float("inf")])
+def test_one_infinite_logit_among_good_ones(infinite, text_checkpoint, monkeypatch):
+    """Where the largest is infinite nothing is left to choose between; one that is -inf is merely never said."""
+    llm = LLM.from_pretrained(text_checkpoint, dtype="float32", device="cpu")
+    monkeypatch.setattr(llm.model, "finish", lambda logits: logits.index_fill(-1, torch.tensor([7]), infinite))
+    for options in (GREEDY, GREEDY | dict(prompt_lookup_num_tokens=2), dict(temperature=0.7, seed=1, eos_token_id=[])):
+        cache = StaticCache(llm.config, 1, 64, dtype=llm.dtype)
+        if infinite < 0:
+            assert 7 not in llm.generate(PROMPT, cache=cache, max_new_tokens=4, **options).token_ids
+            continue
+        with pytest.raises(NumericalError, match="infinite"):
+            llm.generate(PROMPT, cache=cache, max_new_tokens=4, **options)
+        assert cache.lengths == [0]  # nobody takes its keys for good
+
+
 def test_reset_forgets_numbers_that_are_none(llm):
     for attention in ("math", "sdpa"):
         cache = StaticCache(llm.config, 1, 64, dtype=llm.dtype)
