@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from minillm.config import ModelConfig
-from minillm.errors import CacheError
+from minillm.errors import CacheError, first_line, shown
 from minillm.hold import Hold
 from minillm.rope import rotary_table
 
@@ -116,7 +116,9 @@ class StaticCache:
     ):
         for name, value in (("batch_size", batch_size), ("max_cache_len", max_cache_len), ("max_step", max_step)):
             if type(value) is not int or value < 1:
-                raise CacheError(f"StaticCache: {name} must be a whole number >= 1, not {value!r}")
+                raise CacheError(f"StaticCache: {name} must be a whole number >= 1, not {shown(value)}")
+        if not isinstance(config, ModelConfig) or not getattr(dtype, "is_floating_point", False):
+            raise CacheError(f"StaticCache: a ModelConfig and a floating dtype are needed, not {shown(dtype)}")
         self.config = config
         self.batch_size = batch_size
         self.max_cache_len = max_cache_len
@@ -124,14 +126,17 @@ class StaticCache:
         self.dtype = dtype
         self.keys: list[Tensor] = []  # per layer [B, KV, S + 1, D]
         self.values: list[Tensor] = []
-        for layer in config.layers:
-            shape = (batch_size, config.num_kv_heads, self.num_slots(layer.window) + 1, config.head_dim)
-            # Zeros, not empty: a masked slot is multiplied by weight 0, and 0 * NaN would be NaN.
-            self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
-            self.values.append(torch.zeros(shape, dtype=dtype, device=device))
-        self.device = self.keys[0].device
-        # The id at every position, or _NEVER or _LOST; the last column is the bin, where position -1 leads.
-        self._ids = torch.full((batch_size, max_cache_len + 1), _NEVER, dtype=torch.int64, device=device)
+        try:
+            for layer in config.layers:
+                shape = (batch_size, config.num_kv_heads, self.num_slots(layer.window) + 1, config.head_dim)
+                # Zeros, not empty: a masked slot is multiplied by weight 0, and 0 * NaN would be NaN.
+                self.keys.append(torch.zeros(shape, dtype=dtype, device=device))
+                self.values.append(torch.zeros(shape, dtype=dtype, device=device))
+            # The id at every position, or _NEVER or _LOST; the last column is the bin, where position -1 leads.
+            self._ids = torch.full((batch_size, max_cache_len + 1), _NEVER, dtype=torch.int64, device=device)
+        except (RuntimeError, TypeError, AssertionError) as error:  # no such device, or not so much memory
+            raise CacheError(f"StaticCache of {batch_size} x {max_cache_len} tokens: {first_line(error)}") from error
+        self.device = self._ids.device
         self._rows = torch.arange(batch_size, device=device)[:, None]  # [B, 1]
         self.hold = Hold()
         self._choose_rotary(max_cache_len if planned_length is None else planned_length)
@@ -143,19 +148,25 @@ class StaticCache:
     @torch.inference_mode(False)
     def plan(self, planned_length: int | Sequence[int]) -> None:
         """Choose the rotary tables for rows that will reach this length. Only an empty cache can be re-planned."""
-        self.hold.check_turn()
-        if any(self.lengths):
-            raise CacheError("StaticCache: plan() on a cache that holds tokens; call reset() first")
-        self._choose_rotary(planned_length)
+        with self.hold.writing():
+            if any(self.lengths):
+                raise CacheError("StaticCache: plan() on a cache that holds tokens; call reset() first")
+            self._choose_rotary(planned_length)
 
     def _choose_rotary(self, planned_length: int | Sequence[int]) -> None:
-        lengths = [planned_length] * self.batch_size if isinstance(planned_length, int) else list(planned_length)
-        if len(lengths) != self.batch_size or not all(0 < length <= self.max_cache_len for length in lengths):
-            raise CacheError(
-                f"StaticCache: planned_length {planned_length} must be one length, or one for each of "
-                f"{self.batch_size} rows, from 1 to max_cache_len {self.max_cache_len}"
-            )
+        lengths = self._per_row("planned_length", planned_length)
+        if not all(0 < length <= self.max_cache_len for length in lengths):
+            raise CacheError(f"StaticCache: planned_length must be from 1 to max_cache_len {self.max_cache_len}")
         self.rotary = tuple(rotary_table(spec, lengths, self.device) for spec in self.config.ropes)
+
+    def _per_row(self, name: str, value: int | Sequence[int]) -> list[int]:
+        """One whole number for all rows, or one per row, as the latter."""
+        numbers = [value] * self.batch_size if type(value) is int else value
+        if not (isinstance(numbers, list | tuple) and all(type(number) is int for number in numbers)):
+            raise CacheError(f"{name} must be a whole number or a list of them, not {shown(value)}")
+        if len(numbers) != self.batch_size:
+            raise CacheError(f"{name}: {len(numbers)} numbers for {self.batch_size} rows")
+        return list(numbers)
 
     def rows(self, start: int, stop: int) -> "StaticCache":
         """Rows `start` to `stop` - 1 as a cache of their own, which shares memory, ids and holder with this one."""
@@ -185,10 +196,11 @@ class StaticCache:
 
     def reset(self) -> None:
         """Forget everything, the model too; the memory stays."""
-        self.hold.forget()
-        self._ids.fill_(_NEVER)
-        for tensor in (*self.keys, *self.values):  # a NaN that a pass left behind would spoil what masks it
-            tensor.zero_()
+        with self.hold.writing():
+            self._ids.fill_(_NEVER)
+            self.hold.free()
+            for tensor in (*self.keys, *self.values):  # a NaN that a pass left behind would spoil what masks it
+                tensor.zero_()
 
     def truncate(self, length: int | Sequence[int]) -> None:
         """Keep only the first `length` tokens (one number for all rows, or one per row): exact, or an error.
@@ -196,24 +208,22 @@ class StaticCache:
         Raises `CacheError` if a row is shorter than that, or if a sliding-window ring has already
         overwritten keys that the shortened row would need; then nothing is changed.
         """
-        self.hold.check_turn()
-        lengths = [length] * self.batch_size if isinstance(length, int) else list(length)
-        if len(lengths) != self.batch_size:
-            raise CacheError(f"truncate: {len(lengths)} lengths for {self.batch_size} rows")
-        for row, (new, old, written) in enumerate(zip(lengths, self.lengths, self._written(), strict=True)):
-            if type(new) is not int or not 0 <= new <= old:
-                raise CacheError(f"truncate: row {row} holds {old} tokens, it cannot be cut to {new!r}")
-            if not self._rings_hold(new, written):
-                raise CacheError(
-                    f"truncate: row {row} cannot go back to {new}: positions up to {written - 1} were written and "
-                    f"the rings of its sliding windows {[w for w in self.config.windows if w]} have overwritten keys "
-                    f"that {new} tokens need; the shortest exact cut is {written - self.max_step}, or reset()"
-                )
-        keep = torch.tensor(lengths, device=self.device)[:, None]  # [B, 1]
-        column = torch.arange(self.max_cache_len + 1, device=self.device)  # [max_cache_len + 1]
-        self._ids.clamp_(max=torch.where(column < keep, _MOST, _LOST))  # [B, max_cache_len + 1]
-        # A row cut to nothing starts afresh: no query will ever look back past position 0.
-        self._ids.masked_fill_(keep == 0, _NEVER)
+        lengths = self._per_row("truncate: length", length)
+        with self.hold.writing():
+            for row, (new, old, written) in enumerate(zip(lengths, self.lengths, self._written(), strict=True)):
+                if not 0 <= new <= old:
+                    raise CacheError(f"truncate: row {row} holds {old} tokens, it cannot be cut to {new}")
+                if not self._rings_hold(new, written):
+                    raise CacheError(
+                        f"truncate: row {row} cannot go back to {new}: positions up to {written - 1} were written and "
+                        f"the rings of its sliding windows {[w for w in self.config.windows if w]} have overwritten "
+                        f"keys that {new} tokens need; the shortest exact cut is {written - self.max_step}, or reset()"
+                    )
+            keep = torch.tensor(lengths, device=self.device)[:, None]  # [B, 1]
+            column = torch.arange(self.max_cache_len + 1, device=self.device)  # [max_cache_len + 1]
+            self._ids.clamp_(max=torch.where(column < keep, _MOST, _LOST))  # [B, max_cache_len + 1]
+            # A row cut to nothing starts afresh: no query will ever look back past position 0.
+            self._ids.masked_fill_(keep == 0, _NEVER)
 
     def can_truncate(self, row: int, length: int) -> bool:
         """Whether `truncate` to `length` would be exact for this row."""
@@ -266,7 +276,8 @@ class StaticCache:
             yield
             self._ids[self._rows, cache_position] = input_ids
             return
-        with self.hold.a_pass(model.embedding):
+        with self.hold.writing():
+            self.hold.bind(model.embedding)
             spans = []
             if self.device.type == "cpu":
                 spans = self._check_values(input_ids.tolist(), cache_position.tolist())
@@ -291,6 +302,8 @@ class StaticCache:
 
     def _check_step(self, model, input_ids: Tensor, cache_position: Tensor) -> None:
         """Raise `CacheError` unless the step's tensors fit this cache and this model."""
+        if not (isinstance(input_ids, Tensor) and isinstance(cache_position, Tensor)):
+            raise CacheError("input_ids and cache_position must be tensors, [B, T] int64")
         if input_ids.dim() != 2 or cache_position.shape != input_ids.shape:
             raise CacheError(
                 f"input_ids {list(input_ids.shape)} and cache_position {list(cache_position.shape)} must both be "

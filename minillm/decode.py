@@ -159,8 +159,10 @@ def working(cache: StaticCache) -> Iterator[None]:
         yield
 
 
-def reuse(cache: StaticCache, rows: list[Row]) -> list[int]:
+def reuse(model: Decoder, cache: StaticCache, rows: list[Row]) -> list[int]:
     """Note what the cache holds already of each row's prompt; returns how many tokens. The clock starts."""
+    if not cache.hold.same_weights(model.fingerprint()):
+        cache.reset()  # its keys were made by others
     started, held = time.perf_counter(), reuse_prefix(cache, [row.prompt for row in rows])
     for row, count in zip(rows, held, strict=True):
         row.started, row.reused = started, count
@@ -189,7 +191,7 @@ def run(
     look_every = look_every or (1 if device.type == "cpu" else _LOOK_EVERY)
     with cache.hold.by(holder(rows)):
         with working(cache):
-            held = reuse(cache, rows)
+            held = reuse(model, cache, rows)
             logits = prefill(model, cache, [row.prompt[row.reused :] for row in rows], held)  # [B, V]
             seen = seen_tokens(rows, logits, sampling)  # [B, V] or None
             position = torch.tensor([len(row.prompt) for row in rows], device=device)  # [B], of the next token

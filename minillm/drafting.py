@@ -107,6 +107,8 @@ class DraftModel:
         self.cost = model.weight_bytes / target.weight_bytes  # a decode step's time is reading its weights
 
     def start(self, prompts: list[list[int]]) -> None:
+        if not self.cache.hold.same_weights(self.model.fingerprint()):
+            self.cache.reset()
         reuse_prefix(self.cache, [self._known(prompt) for prompt in prompts])
 
     def propose(self, texts: list[list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:

@@ -4,6 +4,8 @@ A message names the file, field or value that is wrong, the rule it broke, and t
 The command line prints it as one line and exits with 1; it never shows a traceback for these.
 """
 
+import reprlib
+
 
 class MinillmError(Exception):
     """Base class: `except MinillmError` catches everything this package raises on purpose."""
@@ -40,3 +42,13 @@ class NumericalError(MinillmError):
 def first_line(error: Exception) -> str:
     """What a library's error says first: enough for one line of ours."""
     return next((line.strip()[:300] for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+class _Short(reprlib.Repr):
+    def repr_int(self, number: int, level: int) -> str:
+        return repr(number) if abs(number) < 2**128 else f"a number of {number.bit_length()} bits"
+
+
+_short = _Short()
+_short.maxstring = _short.maxother = 100
+shown = _short.repr  # a value in an error: short and one line, whatever a stranger gave us

@@ -16,12 +16,18 @@ class Hold:
     """The state of it, shared by a `StaticCache` and the rows cut from it."""
 
     def __init__(self):
-        # Taken out while a pass or a request lasts; `list.pop` is atomic, so of two threads one gets it. Unlike a
-        # lock, a list is copied with its cache, and `reset` can put it back where an interrupt struck badly.
-        self._no_pass, self._no_request = [True], [True]
+        self._writing, self._requested = threading.Lock(), threading.Lock()
         self._request: str | None = None  # who has the cache,
         self._thread: int | None = None  # and in which thread that is at work just now
-        self._embedding: weakref.ref | None = None  # of the decoder that fills it
+        self._embedding: weakref.ref | None = None  # of the decoder that fills it,
+        self._weights: tuple | None = None  # and what its weights were then
+        self.stepped_by = None  # whose step was the last to write, if it was one
+
+    def __deepcopy__(self, memo) -> "Hold":
+        """The copy of a cache belongs to the same model and to no request."""
+        copy = Hold()
+        copy._embedding, copy._weights = self._embedding, self._weights
+        return copy
 
     @contextmanager
     def by(self, request: str) -> Iterator[None]:
@@ -29,15 +35,14 @@ class Hold:
 
         Raises `CacheError` while another request has it.
         """
-        try:
-            self._no_request.pop()
-        except IndexError:
-            raise CacheError(f"the cache is in use by {self._request}: {_WAY_OUT}") from None
+        if not self._requested.acquire(blocking=False):
+            raise CacheError(f"the cache is in use by {self._request}: {_WAY_OUT}")
         try:
             self._request = request
             yield
         finally:
-            self._request, self._no_request[:] = None, [True]
+            self._request = None
+            self._requested.release()
 
     @contextmanager
     def turn(self) -> Iterator[None]:
@@ -48,33 +53,39 @@ class Hold:
         finally:
             self._thread = None
 
-    def check_turn(self) -> None:
-        """Raise `CacheError` where a request has the cache and this is not its turn."""
-        if self._request is not None and self._thread != threading.get_ident():
-            raise CacheError(f"the cache is in use by {self._request}: {_WAY_OUT}")
+    @property
+    def in_turn(self) -> bool:
+        """Whether this thread works for the request that has the cache."""
+        return self._thread == threading.get_ident()
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Around whatever changes the cache, checks included: alone, and in its turn if a request has the cache.
+
+        Raises `CacheError` otherwise.
+        """
+        if self._writing.locked():  # perhaps by this very thread, whose signal handler or hook this is: do not wait
+            raise CacheError(f"the cache is being written to by a forward pass: {_WAY_OUT}")
+        with self._writing:
+            if self._request is not None and not self.in_turn:
+                raise CacheError(f"the cache is in use by {self._request}: {_WAY_OUT}")
+            self.stepped_by = None
+            yield
 
     def check_model(self, embedding: nn.Module) -> None:
         """Raise `CacheError` if the decoder with this embedding is not the one that fills the cache."""
         if self._embedding is not None and self._embedding() is not embedding:
             raise CacheError("the cache holds keys of another model: reset() it, or give each model its own")
 
-    @contextmanager
-    def a_pass(self, embedding: nn.Module) -> Iterator[None]:
-        """Around one forward pass of the decoder with this embedding. Raises `CacheError` during another one."""
-        self.check_turn()
-        try:
-            self._no_pass.pop()
-        except IndexError:
-            raise CacheError(f"the cache is in use by another forward pass: {_WAY_OUT}") from None
-        try:
-            self._embedding = self._embedding or weakref.ref(embedding)
-            yield
-        finally:
-            self._no_pass[:] = [True]
+    def bind(self, embedding: nn.Module) -> None:
+        """The decoder with this embedding fills the cache from now on."""
+        self._embedding = self._embedding or weakref.ref(embedding)
 
-    def forget(self) -> None:
+    def same_weights(self, weights: tuple) -> bool:
+        """Whether the weights (`Decoder.fingerprint`) are what they were when this was last asked."""
+        before, self._weights = self._weights, weights
+        return before in (None, weights)
+
+    def free(self) -> None:
         """The cache is emptied: any model may fill it."""
-        self.check_turn()
-        self._embedding, self._no_pass[:] = None, [True]
-        if self._request is None:
-            self._no_request[:] = [True]
+        self._embedding = self._weights = None

@@ -9,7 +9,7 @@ from minillm.attention import choose_backend
 from minillm.cache import StaticCache
 from minillm.config import ModelConfig
 from minillm.drafting import Proposer
-from minillm.errors import BackendError, RequestError, first_line
+from minillm.errors import BackendError, RequestError, first_line, shown
 from minillm.faster.steps import Steps, check_compile
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import generation_defaults, load_config
@@ -237,7 +237,7 @@ def choose_device(device: str | torch.device) -> torch.device:
     try:
         chosen = torch.device(device)
         torch.zeros(1, device=chosen).item()  # known to PyTorch, there, and holding numbers ("meta" does not)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
         reason = first_line(error).partition(". ")[0]
-        raise BackendError(f"device {str(device)!r} cannot be used: {reason}") from None
+        raise BackendError(f"device {shown(device)} cannot be used: {reason}") from None
     return chosen

@@ -159,7 +159,7 @@ class Decoder(nn.Module):
     ):
         super().__init__()
         self.config, self.backend = config, backend
-        self.moves = 0  # how often the weights were moved or cast: who remembers addresses has to look again
+        self.moves = 0  # how often all weights were moved or cast at once
         # Gemma multiplies by sqrt(d) rounded to the model's dtype, and was trained with that rounding.
         self.embedding_scale = torch.tensor(config.embedding_scale, dtype=dtype, device="cpu").item()
         # from_pretrained: the plain constructor draws random weights, which on a meta device imports half of torch.
@@ -233,6 +233,21 @@ class Decoder(nn.Module):
     def _apply(self, fn, recurse=True):
         self.moves += 1
         return super()._apply(fn, recurse)
+
+    def fingerprint(self) -> tuple:
+        """Where the weights lie, how often each was written to, and whether anybody has hooked a module: equal as long
+        as the same is computed by a step that is replayed."""
+        modules, waiting = [], [self]
+        while waiting:  # as `self.modules()`, in a fifth of its time
+            module = waiting.pop()
+            modules.append(module)
+            waiting += module._modules.values()
+        tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
+        versions = (0 if t.is_inference() else t._version for t in tensors)
+        everywhere = nn.modules.module
+        hooks = (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
+        self.hooked = any(hooks) or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        return (*map(Tensor.data_ptr, tensors), *versions, self.hooked)
 
 
 def empty_decoder(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from minillm.errors import RequestError
+from minillm.errors import RequestError, shown
 
 DTYPES = ("float32", "bfloat16", "float16")  # of activations, and of weights that are not quantized
 GROUP_SIZES = (32, 64, 128)  # inputs that share a scale in int4
@@ -60,7 +60,7 @@ class GenerationConfig:
         for field in dataclasses.fields(self):
             _check(field.name, getattr(self, field.name), field.metadata)
         if self.temperature is not None and 0 < self.temperature < 1e-6:
-            raise RequestError(f"temperature must be 0 (greedy) or from 1e-06 to 1e+06, not {self.temperature!r}")
+            raise RequestError(f"temperature must be 0 (greedy) or from 1e-06 to 1e+06, not {shown(self.temperature)}")
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -79,7 +79,7 @@ def merge_options(defaults: GenerationConfig, given: GenerationConfig | None, op
     Raises `RequestError` for a keyword that is no field of `GenerationConfig`.
     """
     if given is not None and not isinstance(given, GenerationConfig):
-        raise RequestError(f"generation_config must be a GenerationConfig, not {given!r}; options are keywords")
+        raise RequestError(f"generation_config must be a GenerationConfig, not {shown(given)}; options are keywords")
     check_names(options)
     asked = {} if given is None else dict(vars(given))
     asked |= {name: value for name, value in options.items() if value is not None}
@@ -96,7 +96,7 @@ def check_names(options: dict) -> None:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
-            raise RequestError(f"unknown option {name!r}; {hint}")
+            raise RequestError(f"unknown option {shown(name)}; {hint}")
 
 
 def as_list(value: Any) -> list:
@@ -107,7 +107,7 @@ def as_list(value: Any) -> list:
 def _check(name: str, value: Any, rule: dict) -> None:
     """Raise `RequestError` unless the value, or each of several where the field takes several, obeys the rule."""
     kind, low, high, word = rule["kind"], rule["low"], rule["high"], rule["word"]
-    if value is None or (word is not None and value == word):
+    if value is None or (isinstance(value, str) and value == word):
         return
     wanted = {int: "a whole number", float: "a number", bool: "true or false", str: "a non-empty text"}[kind]
     if kind in (int, float) and low > -math.inf:
@@ -121,4 +121,4 @@ def _check(name: str, value: Any, rule: dict) -> None:
         else:
             fits = isinstance(one, kind) and one != ""
         if not fits:
-            raise RequestError(f"{name} must be {wanted}, not {one!r}")
+            raise RequestError(f"{name} must be {wanted}, not {shown(one)}")

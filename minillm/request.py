@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from minillm.cache import StaticCache
 from minillm.decode import Row, run
 from minillm.drafting import DraftModel, PromptLookup, Proposer
-from minillm.errors import RequestError
+from minillm.errors import RequestError, shown
 from minillm.options import GenerationConfig, as_list, merge_options
 from minillm.sampling import Sampling
 from minillm.speculative import run_speculative
@@ -104,7 +104,6 @@ class Request:
 
     def loop(self) -> Iterator[None]:
         """The loop over the rows, not begun yet; it yields whenever they have grown."""
-        self.steps.forget_moved()
         arguments = (self.steps, self.cache, self.rows, self.sampling, self.logprobs)
         return run_speculative(*arguments, self.proposer) if self.proposer else run(*arguments)
 
@@ -144,12 +143,14 @@ def _prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     if isinstance(prompt, str):
         return [prompt], True
     if not isinstance(prompt, list | tuple) or not prompt:
-        raise RequestError(f"a prompt is a text, a list of token ids, or a non-empty list of those, not {prompt!r}")
+        raise RequestError(
+            f"a prompt is a text, a list of token ids, or a non-empty list of those, not {shown(prompt)}"
+        )
     if all(isinstance(item, int) for item in prompt):
         return [prompt], True
     for item in prompt:
         if not isinstance(item, str | list | tuple):
-            raise RequestError(f"a list of prompts holds texts or lists of token ids, not {item!r}")
+            raise RequestError(f"a list of prompts holds texts or lists of token ids, not {shown(item)}")
     return list(prompt), False
 
 
@@ -166,7 +167,7 @@ def _ids(llm, prompt: Prompt, number: int) -> list[int]:
                     f"prompt {number}: the tokenizer gives id {token} but the model has {size} embeddings: "
                     "tokenizer.json and the weights do not belong together"
                 )
-            raise RequestError(f"prompt {number}: {token!r} is not a token id from 0 to {size - 1}")
+            raise RequestError(f"prompt {number}: {shown(token)} is not a token id from 0 to {size - 1}")
     return ids
 
 
@@ -194,7 +195,7 @@ def _seeds(config: GenerationConfig, rows: int) -> list[int]:
 def _checked(cache: StaticCache, llm, rows: int) -> int:
     """How many tokens a row of the caller's cache takes, if it fits the model."""
     if not isinstance(cache, StaticCache):
-        raise RequestError(f"cache must be a StaticCache, not {cache!r}")
+        raise RequestError(f"cache must be a StaticCache, not {shown(cache)}")
     cache.check_model(llm.model, rows)
     return cache.max_cache_len
 
@@ -254,7 +255,7 @@ def check_drafting(target, assistant, config: GenerationConfig) -> None:
     if config.prompt_lookup_num_tokens is not None:
         raise RequestError("assistant_model and prompt_lookup_num_tokens exclude each other: choose who drafts")
     if not hasattr(assistant, "steps"):
-        raise RequestError(f"assistant_model must be an LLM (LLM.from_pretrained(...)), not {assistant!r}")
+        raise RequestError(f"assistant_model must be an LLM (LLM.from_pretrained(...)), not {shown(assistant)}")
     _check_same_tokenizer(target.tokenizer, assistant.tokenizer)
     if assistant.device != target.device:
         raise RequestError(f"assistant_model is on {assistant.device}, the model on {target.device}: load both on one")

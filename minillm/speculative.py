@@ -132,7 +132,7 @@ def run_speculative(
     with cache.hold.by(holder(rows)):
         with working(cache):
             proposer.start(texts)
-            held = reuse(cache, rows)
+            held = reuse(model, cache, rows)
             logits = prefill(model, cache, [row.prompt[row.reused :] for row in rows], held)  # [B, V]
             seen = seen_tokens(rows, logits, sampling)  # [B, V] or None
             logits = logits[:, None]  # [B, 1, V]

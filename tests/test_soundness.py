@@ -4,9 +4,10 @@ A cache's word is checked against the only witness there is: the ids it says it 
 keys must be the same.
 """
 
+import copy
 import sys
 import threading
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import pytest
 import torch
@@ -288,6 +289,79 @@ def test_rewriting_a_place_forgets_what_followed_it(llm):
     assert_truthful(cache, llm.model)
 
 
+def test_a_cache_emptied_at_any_moment(llm):
+    """Another thread that resets, and a hook in the middle of a pass: the right answer or a CacheError."""
+    expected = llm.generate(PROMPT, max_new_tokens=12, **GREEDY).token_ids
+    cache, stop, answers = StaticCache(llm.config, 1, 64, dtype=llm.dtype), threading.Event(), []
+
+    def reset():
+        while not stop.is_set():
+            with suppress(CacheError):
+                cache.reset()
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    thread = threading.Thread(target=reset)
+    thread.start()
+    try:
+        for _ in range(40):
+            with suppress(CacheError):
+                answers.append(llm.generate(PROMPT, cache=cache, max_new_tokens=12, **GREEDY).token_ids)
+    finally:
+        stop.set()
+        thread.join()
+        sys.setswitchinterval(interval)
+    assert all(answer == expected for answer in answers)
+
+    def from_within(*arguments):
+        with pytest.raises(CacheError, match="being written to"):
+            cache.reset()
+
+    hook = llm.model.blocks[0].mlp.register_forward_pre_hook(from_within)
+    try:
+        assert llm.generate(PROMPT, cache=cache, max_new_tokens=12, **GREEDY).token_ids == expected
+    finally:
+        hook.remove()
+
+
+def test_a_copied_cache_is_nobodys(llm):
+    cache = StaticCache(llm.config, 1, 64, dtype=llm.dtype)
+    stream = llm.stream(PROMPT, cache=cache, max_new_tokens=6, **GREEDY)
+    next(stream)
+    other = copy.deepcopy(cache)
+    expected = llm.generate(PROMPT, max_new_tokens=12, **GREEDY).token_ids
+    assert llm.generate(PROMPT, cache=other, max_new_tokens=12, **GREEDY).token_ids == expected
+    list(stream)
+    twin = copy.deepcopy(llm)
+    assert twin.generate(PROMPT, max_new_tokens=12, **GREEDY).token_ids == expected
+    with pytest.raises(CacheError, match="another model"):
+        twin.generate(PROMPT, cache=other, max_new_tokens=12, **GREEDY)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda c: StaticCache(c, 1, 2**62),
+        lambda c: StaticCache(c, 2**62, 8),
+        lambda c: StaticCache(c, 1, 8, device="nowhere"),
+        lambda c: StaticCache(c, 1, 8, device="cuda" if not torch.cuda.is_available() else "nowhere"),
+        lambda c: StaticCache(c, 1, 8, dtype="float32"),
+        lambda c: StaticCache(c, 1, 8, dtype=torch.int8),
+        lambda c: StaticCache(None, 1, 8),
+        lambda c: StaticCache(c, 1, 8, planned_length=2.5),
+        lambda c: StaticCache(c, 1, 8, planned_length=[2.5]),
+        lambda c: StaticCache(c, 1, 8).plan(True),
+        lambda c: StaticCache(c, 1, 8).plan("3"),
+        lambda c: StaticCache(c, 1, 8).truncate(None),
+        lambda c: StaticCache(c, 1, 8).truncate([0, 0]),
+        lambda c: StaticCache(c, 1, 8).truncate(torch.tensor(0)),
+    ],
+)
+def test_caches_that_cannot_be(make, llm):
+    with pytest.raises(CacheError):
+        make(llm.config)
+
+
 # -- weights that move, modes of the caller's ------------------------------------------------------
 
 
@@ -308,6 +382,78 @@ def test_weights_that_move_under_a_held_cache(text_checkpoint):
     cache.reset()
     expected = llm.generate(PROMPT, max_new_tokens=12, **GREEDY).token_ids
     assert llm.generate(PROMPT, cache=cache, max_new_tokens=12, **GREEDY).token_ids == expected
+
+
+def flip(model):
+    model.load_state_dict({name: value * -1.5 for name, value in model.state_dict().items()}, assign=True)
+
+
+def scale_in_place(model):
+    with torch.no_grad():
+        model.blocks[0].mlp.down.weight.mul_(3)
+
+
+def replace_one(model):
+    model.blocks[1].mlp.down.weight = torch.nn.Parameter(model.blocks[1].mlp.down.weight.detach() * -2)
+
+
+def hook_all(model):
+    for block in model.blocks:
+        block.mlp.down.register_forward_hook(lambda module, given, result: result * 0.1)
+
+
+@pytest.mark.parametrize("change", [flip, scale_in_place, replace_one, hook_all])
+def test_what_changes_between_two_requests_is_noticed(change, text_checkpoint):
+    """By a request with a cache that holds its prompt, by a chat, and by a loop of one's own over recorded steps."""
+    llm = LLM.from_pretrained(text_checkpoint, dtype="float32", device="cpu")
+    cache, own = (StaticCache(llm.config, 1, 64, dtype=llm.dtype) for _ in range(2))
+    chat = llm.conversation(max_new_tokens=6, **GREEDY)
+
+    def loop(run):
+        own.reset()
+        token, said = torch.tensor([[PROMPT[0]]]), []
+        for place in range(8):
+            token = decode_one_token(run, token, torch.tensor([[place]]), own)
+            said.append(token.item())
+        return said
+
+    llm.generate(PROMPT, cache=cache, max_new_tokens=6, **GREEDY)
+    chat.say("Hello wolf")
+    loop(llm.steps)
+    change(llm.model)
+    fresh = LLM(copy.deepcopy(llm.model), llm.tokenizer, llm.config, llm.defaults, compile=False)
+    longer = [*PROMPT, 8, 9]
+    expected = fresh.generate(longer, max_new_tokens=6, **GREEDY).token_ids
+    assert llm.generate(longer, cache=cache, max_new_tokens=6, **GREEDY).token_ids == expected
+    assert loop(llm.steps) == loop(llm.model)
+    other = fresh.conversation(max_new_tokens=6, **GREEDY)
+    other.messages += chat.messages
+    assert chat.say("And then?").token_ids == other.say("And then?").token_ids
+
+
+def test_an_interrupt_while_a_step_is_recorded_leaves_no_mode_behind(text_checkpoint):
+    llm = LLM.from_pretrained(text_checkpoint, dtype="float32", device="cpu")
+    expected = llm.generate(PROMPT, max_new_tokens=5, **GREEDY).token_ids
+
+    def at_the_end_of_push(frame, event, argument):
+        def local(frame, event, argument):
+            if event == "return":
+                sys.settrace(None)
+                raise KeyboardInterrupt
+            return local
+
+        return local if frame.f_code.co_name == "_push_mode" else None
+
+    sys.settrace(at_the_end_of_push)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            llm.generate(PROMPT, max_new_tokens=5, **GREEDY)
+    finally:
+        sys.settrace(None)
+    try:
+        assert llm.generate(PROMPT, max_new_tokens=5, **GREEDY).token_ids == expected
+    finally:
+        torch.utils._python_dispatch._pop_mode()  # what the interrupt left: other tests do without it
 
 
 class Setting:
@@ -458,6 +604,14 @@ def test_options_that_make_no_sense(options, llm):
     if not {"cache", "generation_config"} & set(options):
         with pytest.raises(RequestError):
             llm.conversation(**options)
+
+
+@pytest.mark.parametrize(
+    "name", ["temperature", "max_new_tokens", "top_k", "do_sample", "stop_strings", "eos_token_id"]
+)
+def test_numbers_too_long_to_print(name, llm):
+    with pytest.raises(RequestError, match=r"a number of .* bits"):
+        llm.generate(PROMPT, **{name: 10**5000})
 
 
 def test_a_conversation_is_checked_when_it_is_made(llm):

@@ -15,7 +15,9 @@ Few shapes are needed, because positions are data: a chunk of prompt (any length
 k + 1 tokens of a verify step.
 """
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from weakref import WeakKeyDictionary
 
 import torch
@@ -42,7 +44,7 @@ class Steps:
 
     def __init__(self, model: Decoder, compile: bool | str = "auto"):
         check_compile(compile)
-        self.model, self.config, self.embedding = model, model.config, model.embedding
+        self.model, self.config, self.embedding, self.compile = model, model.config, model.embedding, compile
         self.compiled = CompiledWalk(model) if compile is True else None
         self.embed, self.logits, self.own_dtypes = model.embed, model.logits, model.own_dtypes
         self.walk: Callable[..., Tensor] = self.compiled or model.walk
@@ -55,8 +57,12 @@ class Steps:
         # Per cache and (rows, tokens): the recorded step, or None where it cannot be recorded. A cache that is
         # dropped takes its steps along.
         self._recorded: WeakKeyDictionary[StaticCache, dict] = WeakKeyDictionary()
-        self._moves = model.moves  # of the weights, when the steps were recorded
-        self._addresses: tuple[int, ...] = ()
+        self._weights: tuple = ()  # where and which they were when the steps were recorded
+        self._moves = model.moves
+
+    def __deepcopy__(self, memo) -> "Steps":
+        """A copy of the model records its own steps: those of this one read this one's addresses."""
+        return Steps(copy.deepcopy(self.model, memo), self.compile)
 
     @property
     def kind(self) -> str:
@@ -67,16 +73,20 @@ class Steps:
     def weight_bytes(self) -> int:
         return self.model.weight_bytes
 
-    @torch.inference_mode()
     def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
         """Logits `[B, T, V]` float32; arguments as for `Decoder.forward`."""
-        with self.own_dtypes(), cache.writing(self, input_ids, cache_position):
+        # Not within another one: where an interrupt strikes, the inner would leave the mode to the caller.
+        inference = nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
+        # When the request, or a loop of one's own, began.
+        looked = (cache.hold.in_turn or cache.hold.stepped_by is self) and self._moves == self.model.moves
+        with inference, self.own_dtypes(), cache.writing(self, input_ids, cache_position):
             if self._make is not None and input_ids.shape[1] <= FEW_ROWS:
-                if self._moves != self.model.moves:
-                    self.forget_moved()
+                if not looked:
+                    self.fingerprint()
+                cache.hold.stepped_by = self
                 steps, shape = self._recorded.setdefault(cache, {}), tuple(input_ids.shape)
                 if shape not in steps:
-                    steps[shape] = self._make(self)
+                    steps[shape] = None if self.model.hooked else self._make(self)
                 if steps[shape] is not None:
                     try:
                         return steps[shape](input_ids, cache_position, cache)
@@ -85,17 +95,20 @@ class Steps:
             x, rotary = self.embed(input_ids, cache_position, cache)
             return self.logits(self.walk(x, rotary, cache_position, cache))
 
-    def forget_moved(self) -> None:
-        """Drop what was recorded where weights have moved since: a replay reads addresses. Once per request."""
-        addresses = tuple(tensor.data_ptr() for tensor in (*self.model.parameters(), *self.model.buffers()))
-        if addresses != self._addresses or self._moves != self.model.moves:
+    def fingerprint(self) -> tuple:
+        """As `Decoder.fingerprint`. What was recorded with other weights, or without hooks, is dropped: a replay reads
+        addresses and calls nobody."""
+        weights = self.model.fingerprint()
+        if weights != self._weights:
             self._recorded.clear()
-            self._addresses, self._moves = addresses, self.model.moves
+            self._weights = weights
+        self._moves = self.model.moves
+        return weights
 
 
 def check_compile(compile: bool | str) -> None:
     """Raise `BackendError` for anything but "auto", True and False."""
-    if compile != "auto" and type(compile) is not bool:
+    if type(compile) is not bool and not (isinstance(compile, str) and compile == "auto"):
         raise BackendError(f"compile={compile!r} is not one of True, False, 'auto'")
 
 

@@ -47,6 +47,9 @@ class ChatTemplate:
     def __init__(self, source: str):
         self.source, self._sandbox = source, _Sandbox()
 
+    def __reduce__(self):
+        return ChatTemplate, (self.source,)  # copied and pickled as its source
+
     def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
         """The text of a conversation `[{"role": ..., "content": ...}, ...]`.
 

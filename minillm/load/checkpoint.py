@@ -17,9 +17,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig
-from minillm.errors import BackendError, CheckpointError, first_line
+from minillm.errors import BackendError, CheckpointError, first_line, shown
 from minillm.linear import Linear, QuantizedLinear
-from minillm.load.files import read_json, shown
+from minillm.load.files import read_json
 from minillm.load.quantize import fill_rows
 from minillm.model import Decoder, empty_decoder
 from minillm.progress import progress_bar

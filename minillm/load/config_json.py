@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from minillm.config import LayerSpec, ModelConfig, NormSpec, RopeSpec
-from minillm.errors import CheckpointError, ConfigError, RequestError
+from minillm.errors import CheckpointError, ConfigError, RequestError, shown
 from minillm.load.families import FAMILIES, HARMLESS, NEUTRAL, Family
-from minillm.load.files import read_json, shown
+from minillm.load.files import read_json
 from minillm.options import DTYPES, QUANTIZED_FORMATS, GenerationConfig
 
 # Far above any published model, and small enough that every product of them is a size a tensor can have and that the

@@ -5,7 +5,6 @@ is one error that names it.
 """
 
 import json
-import reprlib
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +16,6 @@ _JSON_BYTES = 2**22
 _DEPTH = 64  # of objects and lists in each other; a config.json has 4
 TOKENIZER_BYTES = 2**27  # tokenizer.json is read in Rust, into a compact form: Gemma 3 has 33 MB
 TEMPLATE_BYTES = 2**16  # compiling a template costs 40 times what reading it does; the longest published: 17 kB
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 100
-shown = _repr.repr  # a value from a file, in an error: short and one line, whatever a stranger wrote there
 
 
 def read_text(path: Path, error: type[MinillmError], most: int) -> str | None:

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from minillm.errors import CheckpointError, first_line
+from minillm.errors import CheckpointError, first_line, shown
 
 DEMOS = {"demo": Path(__file__).parent.parent / "demo", "demo-draft": Path(__file__).parent.parent / "demo" / "draft"}
 
@@ -35,6 +35,8 @@ def find_checkpoint(
     HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT. With `weights=False` only config.json is fetched.
     Raises `CheckpointError` naming what was looked for.
     """
+    if not isinstance(name, str | Path) or not isinstance(revision, str | None):
+        raise CheckpointError(f"a name or folder and a revision are texts, not {shown(name)} and {shown(revision)}")
     if str(name) in DEMOS:
         return DEMOS[str(name)]
     try:

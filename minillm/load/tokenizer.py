@@ -7,9 +7,9 @@ from typing import Any
 
 from tokenizers import Tokenizer as RustTokenizer
 
-from minillm.errors import TokenizerError
+from minillm.errors import TokenizerError, shown
 from minillm.load.chat_template import ChatTemplate
-from minillm.load.files import TEMPLATE_BYTES, TOKENIZER_BYTES, read_json, read_text, shown
+from minillm.load.files import TEMPLATE_BYTES, TOKENIZER_BYTES, read_json, read_text
 from minillm.tokenizer import Tokenizer, in_rust, is_unicode
 
 _MOST_GROWTH = 1000

@@ -77,6 +77,8 @@ class _OnlyShapes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
         result = function(*arguments, **(keywords or {}))
+        if _thread.tape is None:  # an interrupt has left this mode behind: it must stand in nobody's way
+            return result
         if function is torch.ops.aten.empty.memory_format:
             return result
         # By the memory and not by the operator's name: `reshape` and `contiguous` copy only where they must.
