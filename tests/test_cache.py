@@ -161,6 +161,20 @@ def test_truncate_too_far_past_the_wrap_raises_and_changes_nothing(name, ours):
     torch.testing.assert_close(run(model, cache, [[9]], [50])[0], run(model, twin, [[9]], [50])[0], **SAME)
 
 
+def test_a_ring_that_is_just_full_can_be_cut_anywhere(ours):
+    """16 slots hold 16 tokens, all of them; with the 17th the first is gone, and so are the cuts that need it."""
+    model, ids = ours("mistral-v0.1"), prompt_ids(17, seed=8)
+    for length, exact in ((16, True), (17, False)):
+        cache, clean = cache_of(model, max_step=8), cache_of(model, max_step=8)
+        feed(model, cache, ids[:length], 8)
+        assert cache.can_truncate(0, 3) == exact
+    feed(model, clean, ids[:3], 8)
+    cache.reset()
+    feed(model, cache, ids[:16], 8)
+    cache.truncate(3)
+    torch.testing.assert_close(run(model, cache, [[9]], [3])[0], run(model, clean, [[9]], [3])[0], **SAME)
+
+
 def test_full_layers_can_be_cut_anywhere(ours):
     model, ids = ours("llama3"), prompt_ids(50, seed=8)
     cache, clean = cache_of(model, max_step=4), cache_of(model, max_step=4)
