@@ -161,6 +161,56 @@ def test_truncate_too_far_past_the_wrap_raises_and_changes_nothing(name, ours):
     torch.testing.assert_close(run(model, cache, [[9]], [50])[0], run(model, twin, [[9]], [50])[0], **SAME)
 
 
+def test_a_ring_that_is_just_full_can_be_cut_anywhere(ours):
+    """16 slots hold 16 tokens, all of them; with the 17th the first is gone, and so are the cuts that need it."""
+    model, ids = ours("mistral-v0.1"), prompt_ids(17, seed=8)
+    for length, exact in ((16, True), (17, False)):
+        cache, clean = cache_of(model, max_step=8), cache_of(model, max_step=8)
+        feed(model, cache, ids[:length], 8)
+        assert cache.can_truncate(0, 3) == exact
+    feed(model, clean, ids[:3], 8)
+    cache.reset()
+    feed(model, cache, ids[:16], 8)
+    cache.truncate(3)
+    torch.testing.assert_close(run(model, cache, [[9]], [3])[0], run(model, clean, [[9]], [3])[0], **SAME)
+
+
+def test_an_interrupted_pass_has_overwritten_what_it_wrote(ours):
+    """Its ids do not count, but its keys are in the ring: cuts are exact only as if it had succeeded."""
+
+    def halt(*_):
+        raise KeyboardInterrupt
+
+    model, ids = ours("mistral-v0.1"), prompt_ids(32, seed=8)
+    cache, clean = cache_of(model, max_step=8), cache_of(model, max_step=8)
+    feed(model, cache, ids[:24], 8)
+    assert cache.can_truncate(0, 16)
+    hook = model.blocks[-1].mlp.register_forward_pre_hook(halt)
+    with pytest.raises(KeyboardInterrupt):
+        run(model, cache, [ids[24:]], [24])
+    hook.remove()
+    assert cache.token_ids == [ids[:24]]
+    assert not cache.can_truncate(0, 23)
+    with pytest.raises(CacheError, match="overwritten"):
+        cache.truncate(16)
+    feed(model, clean, ids[:24], 8)
+    torch.testing.assert_close(run(model, cache, [[9]], [24])[0], run(model, clean, [[9]], [24])[0], **SAME)
+
+
+def test_what_lies_behind_a_gap_never_counts(ours):
+    """Position 2 was computed without position 1: filling the gap does not make it right."""
+    model = ours("llama3")
+    cache = cache_of(model)
+    model(torch.tensor([[5, 7]]), torch.tensor([[0, 2]]), cache)
+    assert cache.token_ids == [[5]]
+    run(model, cache, [[6]], [1])
+    assert cache.token_ids == [[5, 6]]
+    for places in ([3, 3], [3, 2], [2, -1, 2]):
+        with pytest.raises(CacheError, match="ascend"):
+            model(torch.full((1, len(places)), 8), torch.tensor([places]), cache)
+    assert cache.token_ids == [[5, 6]]
+
+
 def test_full_layers_can_be_cut_anywhere(ours):
     model, ids = ours("llama3"), prompt_ids(50, seed=8)
     cache, clean = cache_of(model, max_step=4), cache_of(model, max_step=4)

@@ -209,6 +209,25 @@ def test_two_requests_at_once_on_one_cache(llm):
     llm.generate(PROMPT, cache=cache, max_new_tokens=2, **GREEDY)  # free again
 
 
+def test_another_thread_may_not_use_the_holders_turn(llm):
+    """Whose turn it is counts, not only that it is somebody's."""
+    cache, errors = StaticCache(llm.config, 1, 8, dtype=llm.dtype), []
+
+    def meddle():
+        for meddling in (cache.reset, lambda: cache.truncate(0), lambda: llm.model(ids, place, cache)):
+            with pytest.raises(CacheError, match="in use by the holder"):
+                meddling()
+            errors.append(meddling)
+
+    ids, place = torch.tensor([[5]]), torch.tensor([[0]])
+    with cache.held_by("the holder"), cache.turn():
+        thread = threading.Thread(target=meddle)
+        thread.start()
+        thread.join()
+        llm.model(ids, place, cache)  # the holder itself may
+    assert len(errors) == 3
+
+
 def test_a_turn_during_a_streamed_turn_is_refused(llm):
     chat = llm.conversation(max_new_tokens=8, **GREEDY)
     pieces = chat.stream("Hello")

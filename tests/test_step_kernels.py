@@ -160,3 +160,28 @@ def test_positions_that_are_a_view(tokens):
     assert tokens == 1 or not view.is_contiguous()
     expected = decode_attention(q, k, v, position.contiguous(), 0.25)
     assert torch.equal(decode_attention(q, k, v, view, 0.25), expected)
+
+
+def test_keys_that_do_not_lie_side_by_side():
+    """Every other slot of a cache, some heads of it, and keys unlike values: copied or read right, never misread."""
+    q, position = torch.randn(2, 4, 1, 16), torch.tensor([[6], [3]])
+    k, v = torch.randn(2, 2, 8, 16, 16)
+    for cut in (lambda x: x[:, :2, ::2], lambda x: x[:, ::2, :8], lambda x: x.transpose(1, 2)[:, :2]):
+        expected = decode_attention(q, cut(k).contiguous(), cut(v).contiguous(), position, 0.25)
+        for values in (cut(v), cut(v).contiguous()):
+            result = decode_attention(q, cut(k), values, position, 0.25)
+            torch.testing.assert_close(result, expected, rtol=0.0, atol=1e-6)  # means of 7 values below 4
+
+
+def test_what_the_kernels_would_get_wrong_is_refused():
+    x, weight = torch.ones(2, 8), torch.ones(8)
+    with pytest.raises(ValueError, match="offset"):  # rounded before the weight: nobody adds one then
+        rms_norm(x, weight, 1e-6, 1.0, False)
+    q, angles, position = torch.ones(1, 4, 2, 16), torch.ones(1, 4, 8), torch.arange(4)[None]
+    for slots in (4, 3):
+        k_cache, v_cache = torch.zeros(2, 1, 2, slots + 1, 16)
+        if slots == 4:
+            rope_and_cache_write(q, q, q, angles, angles, k_cache, v_cache, position)
+            continue
+        with pytest.raises(ValueError, match="do not fit 3 slots"):  # two tokens would share one
+            rope_and_cache_write(q, q, q, angles, angles, k_cache, v_cache, position)
