@@ -186,7 +186,7 @@ def _call(call: Call, packed: bytes, *tensors: Tensor | None) -> None:
 
 def blank_tape() -> tape.Tape:
     """A tape to record C calls on; only where they are `available`."""
-    return tape.Tape(library().minillm_replay, REPLAY.pack)
+    return tape.Tape(library(), REPLAY.pack)
 
 
 def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor, zero: Tensor) -> bool:

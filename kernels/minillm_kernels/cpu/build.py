@@ -72,11 +72,12 @@ def build(folder: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
         unfinished = Path(scratch) / "kernels.so"
         units = [str(path) for path in sources if path.suffix == ".c"]
-        command = [compiler, *flags, *units, "-o", str(unfinished), "-lm"]
-        environment = os.environ | {"TMPDIR": scratch}  # the compiler's own temporaries
-        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-        if result.returncode == 0:
-            return unfinished.replace(folder / _name(stem, unfinished))
+        for openmp in (["-fopenmp"], []):  # a compiler without OpenMP still gives kernels
+            command = [compiler, *openmp, *flags, *units, "-o", str(unfinished), "-lm"]
+            environment = os.environ | {"TMPDIR": scratch}  # the compiler's own temporaries
+            result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+            if result.returncode == 0:
+                return unfinished.replace(folder / _name(stem, unfinished))
     raise BuildError(f"{' '.join(command)} failed:\n{result.stderr.strip()[:4000] or result.returncode}")
 
 

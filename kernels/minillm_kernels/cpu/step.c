@@ -251,16 +251,3 @@ int minillm_decode_attention(const struct decode_attention_call *c) {
     long threads = heads * rows * longest * c->head_dim > SERIAL_WORK ? c->threads : 1;
     return minillm_parallel(heads * split.parts, threads, attend_part, &split);
 }
-
-/* ---- the calls of a whole pass, one after the other ---- */
-
-CALL(replay, int64_t function, arguments;); /* one of them: addresses */
-
-/* Returns 0, or what the first call that fails returns: the calls after it are not made. */
-int minillm_replay(const struct replay_call *calls, int64_t count) {
-    for (int64_t i = 0; i < count; i++) {
-        int failed = ((int (*)(const void *))(uintptr_t)calls[i].function)((const void *)(uintptr_t)calls[i].arguments);
-        if (failed) return failed;
-    }
-    return 0;
-}

@@ -1,8 +1,12 @@
-/* Threads that share the pieces of a loop, made for machines that have other work to do as well.
+/* Who computes the pieces of a loop.
  *
- * A step of a model is some hundred loops of microseconds. A thread that loses its core to another process is gone for
- * milliseconds, so whoever waits for all threads at the end of each loop, as an OpenMP barrier does, waits that long a
- * hundred times. Here nobody waits for a thread, only for pieces that one has begun:
+ * The loops of an eager call take PyTorch's own threads, OpenMP's: between them PyTorch computes, and threads of two
+ * kinds would fight for the cores, since OpenMP's spin for milliseconds after each of their loops.
+ *
+ * A step, recorded or replayed, has threads of our own, made for machines that have other work to do as well. It is some hundred
+ * loops of microseconds. A thread that loses its core to another process is gone for milliseconds, and a barrier, with
+ * which each OpenMP loop ends, waits for it: a hundred times in a step. Here nobody waits for a thread, only for
+ * pieces that one has begun:
  *
  *   - the caller works as well, and by itself would finish the loop;
  *   - the pieces are dealt out in runs of neighbours, one run for each thread, the same in every step, so that a core
@@ -18,14 +22,17 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
-#include <stdint.h>
-#include <string.h>
 #include <time.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
 
+#include "simd.h"
 #include "threads.h"
+#include "values.h"
 
 enum { MAX_THREADS = 256 };
-enum { SPIN = 50 * 1000 }; /* nanoseconds of looking out before sleep: more than lies between two loops of a step */
+enum { SPIN = 200 * 1000 }; /* nanoseconds of looking out before sleep: more than lies between two steps of a small model */
 
 static struct seat {
     _Alignas(128) _Atomic uint64_t left; /* a loop's number << 32 | pieces of this seat's run that nobody has begun */
@@ -43,7 +50,7 @@ static struct {
 static uint32_t number;             /* of the loop; like the loop itself it belongs to the caller */
 static atomic_long unfinished;      /* pieces of it */
 static atomic_int sharing, failed;  /* how many share it; whether a piece failed */
-static atomic_flag taken = ATOMIC_FLAG_INIT; /* there is one loop at a time */
+static atomic_flag taken = ATOMIC_FLAG_INIT; /* there is one step at a time; another one does without helpers */
 static int started;                 /* helpers, in seats 1 to `started` */
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* held around falling asleep */
 
@@ -103,19 +110,7 @@ static void *help(void *seat) {
     return NULL;
 }
 
-/* In the child of a fork there are no helpers, whatever they were doing. */
-static void forget_helpers(void) {
-    memset(seats, 0, sizeof seats);
-    number = 0, started = 0;
-    pthread_mutex_init(&mutex, NULL);
-    pthread_cond_init(&seats[0].wake, NULL);
-    atomic_flag_clear(&taken);
-}
-
 static void start_helpers(long wanted) {
-    static int prepared;
-    if (!prepared) pthread_atfork(NULL, NULL, forget_helpers), pthread_cond_init(&seats[0].wake, NULL);
-    prepared = 1;
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the threads of the program */
@@ -129,14 +124,15 @@ static void start_helpers(long wanted) {
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-int minillm_parallel(long count, long threads, piece_function *piece, const void *context) {
-    threads = threads < count ? threads : count;
-    threads = threads < MAX_THREADS ? threads : MAX_THREADS;
-    if (threads <= 1 || atomic_flag_test_and_set(&taken)) { /* another thread of the program has the helpers */
-        int any = 0;
-        for (long i = 0; i < count; i++) any |= piece(context, i, 0);
-        return any;
-    }
+static int this_thread(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+static int share(long count, long threads, piece_function *piece, const void *context) {
     if (started < threads - 1) start_helpers(threads - 1);
     uint32_t last = number++;
     loop.piece = piece, loop.context = context, loop.count = count, loop.threads = threads;
@@ -148,7 +144,73 @@ int minillm_parallel(long count, long threads, piece_function *piece, const void
     for (long i = 1; i < threads; i++) call(&seats[i], number);
     work(0, number);
     await(&seats[0], last);
-    int any = failed;
+    return failed;
+}
+
+/* ---- whose threads help ---- */
+
+static _Thread_local enum { EAGER, HELPED, ALONE } mode;
+static _Thread_local long spinning; /* OpenMP threads that helped this one and still look out for more */
+static int forked;
+
+/* In the child of a fork there are no threads but the one that forked, whatever the others were doing. */
+static void forget_threads(void) {
+    memset(seats, 0, sizeof seats);
+    number = 0, started = 0, spinning = 0, forked = 1;
+    pthread_mutex_init(&mutex, NULL);
+    pthread_cond_init(&seats[0].wake, NULL);
     atomic_flag_clear(&taken);
+}
+
+__attribute__((constructor)) static void prepare(void) {
+    pthread_cond_init(&seats[0].wake, NULL);
+    pthread_atfork(NULL, NULL, forget_threads);
+}
+
+int minillm_parallel(long count, long threads, piece_function *piece, const void *context) {
+    int any = 0, alone = mode == ALONE || (mode == EAGER && forked); /* OpenMP would wait for its lost threads */
+    threads = threads < count ? threads : count;
+    threads = threads < 1 || alone ? 1 : threads < MAX_THREADS ? threads : MAX_THREADS;
+    if (threads > 1 && mode == HELPED) return share(count, threads, piece, context);
+    if (threads > 1) spinning = threads - 1;
+#pragma omp parallel for num_threads((int)threads) if (threads > 1) schedule(static) reduction(| : any)
+    for (long i = 0; i < count; i++) any |= piece(context, i, this_thread());
     return any;
+}
+
+/* With more threads than cores gcc's OpenMP lets those that wait sleep at once. The next team of the usual size loses
+ * the additional thread, and spins as before. */
+static void let_openmp_sleep(void) {
+#ifdef _OPENMP
+    int cores = omp_get_num_procs();
+    if (2 * spinning + 1 > cores) { /* or there is room for them beside our helpers */
+#pragma omp parallel num_threads(cores + 1)
+        __asm__ volatile(""); /* an empty team would be left out */
+    }
+#endif
+    spinning = 0;
+}
+
+/* The calls of this thread from here on are a step without anything of PyTorch's in between: they get the helpers. */
+void minillm_begin_step(void) {
+    if (spinning) let_openmp_sleep();
+    mode = atomic_flag_test_and_set(&taken) ? ALONE : HELPED;
+}
+
+void minillm_end_step(void) {
+    if (mode == HELPED) atomic_flag_clear(&taken);
+    mode = EAGER;
+}
+
+CALL(replay, int64_t function, arguments;); /* a call of the tape: addresses */
+
+/* The calls of a whole step, one after the other. Returns 0, or what the first call that fails returns: the calls after
+ * it are not made. */
+int minillm_replay(const struct replay_call *calls, int64_t count) {
+    int failure = 0;
+    minillm_begin_step();
+    for (int64_t i = 0; i < count && !failure; i++)
+        failure = ((int (*)(const void *))(uintptr_t)calls[i].function)((const void *)(uintptr_t)calls[i].arguments);
+    minillm_end_step();
+    return failure;
 }

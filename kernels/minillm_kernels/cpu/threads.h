@@ -4,5 +4,5 @@
 typedef int piece_function(const void *context, long i, int thread);
 
 /* piece(context, i, thread) for every i in 0..count-1, on at most `threads` threads, in any order: a piece must depend
- * on no other. Returns 1 if one of them did. */
+ * on no other. Returns 1 if a piece failed. */
 int minillm_parallel(long count, long threads, piece_function *piece, const void *context);
