@@ -1,9 +1,9 @@
 """Building the C kernels: one `cc` call of some seconds, whose result is kept.
 
-`linear.c` (matrix products), `step.c` (what lies between them), `quantize.c` (int4 codes) and `threads.c` (which they
-share) know nothing of Python or torch: no headers, no build system. The library lies in `$XDG_CACHE_HOME/minillm/kernels` under a name made of the
-sources, the compiler and the CPU, and of its own contents, so that a damaged file is noticed. $CC names another
-compiler, $MINILLM_CFLAGS more flags for it.
+`linear.c` (matrix products), `step.c` (what lies between them), `quantize.c` (int4 codes) and `threads.c` (who computes
+them) know nothing of Python or torch: no headers, no build system. The library lies in
+`$XDG_CACHE_HOME/minillm/kernels` under a name made of the sources, the compiler and the CPU, and of its own contents,
+so that a damaged file is noticed. $CC names another compiler, $MINILLM_CFLAGS more flags for it.
 """
 
 import ctypes
