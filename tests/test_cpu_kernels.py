@@ -1,10 +1,12 @@
 """The matrix products on CPU: exactness against float64, every build of the C, the fallback, compiled graphs."""
 
+import functools
 import itertools
 import os
 import platform
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -382,3 +384,138 @@ def test_a_wrong_type_is_said_by_name():
             linear(*arguments)
     with pytest.raises(ValueError, match="one device"):
         linear(x, weight.to("meta"))
+
+
+def recorded(call):
+    """(the tensors that `call` returned while it was recorded, a function that computes them again)."""
+    tape = cpu.blank_tape()
+    with tape.recording():
+        results = call()
+    results = results if isinstance(results, tuple) else (results,)
+    results = tuple(result for result in results if result is not None)
+
+    def replay():
+        for result in results:
+            result.fill_(float("nan"))
+        tape.replay()
+        return [result.clone() for result in results]
+
+    return results, replay
+
+
+def step_calls():
+    """A call of every kernel that a step consists of, each large enough to be shared by threads."""
+    torch.manual_seed(8)
+    x, wide, norm = torch.randn(5, 512), torch.randn(80, 1024), torch.randn(1024)
+    q, k, angles = torch.randn(3, 11, 16, 64), torch.randn(3, 11, 5, 64), torch.randn(3, 11, 32)
+    k_cache, v_cache = torch.randn(2, 3, 5, 401, 64)
+    query, position = torch.randn(3, 15, 2, 64), torch.tensor([[398, 399], [17, 18], [120, -1]])
+    places = torch.arange(33).view(3, 11)
+    calls = {
+        kind: functools.partial(call, kind, x, random_weight(kind, 300, 512, torch.float32)[0]) for kind in FORMATS
+    }
+    gated = random_weight("int4-32", 300, 512, torch.float32)[0]
+    calls["gated_mlp"] = lambda: gated_mlp(x, gated[0], "silu", *gated[1:])
+    calls["rms_norm"] = lambda: cpu.rms_norm(wide, None, norm, 1e-5, 0.0, True)
+    calls["add_rms_norm"] = lambda: cpu.rms_norm(wide, wide, norm, 1e-5, 0.0, True)
+    calls["add"] = lambda: cpu.add(wide, wide)
+    calls["rope"] = lambda: cpu.rope_and_cache_write(q, k, k, angles, angles, k_cache, v_cache, places)
+    calls["attention"] = lambda: cpu.decode_attention(
+        query, k_cache[:, :, :-1], v_cache[:, :, :-1], position, 0.1, None, None, None
+    )
+    return calls
+
+
+@needs_c
+@pytest.mark.parametrize("name", step_calls())
+def test_a_step_is_the_same_on_any_number_of_threads(name, monkeypatch):
+    """Bit for bit, eagerly (OpenMP's threads) and recorded (ours), also on more threads than there are cores."""
+    one = None
+    for number in (1, 2, 3, 4, 5):
+        monkeypatch.setattr(cpu, "threads", lambda number=number: number)
+        eager = step_calls()[name]()
+        results, replay = recorded(step_calls()[name])
+        found = [t.clone() for t in (eager if isinstance(eager, tuple) else (eager,)) if t is not None]
+        found += [t.clone() for t in results] + [t for _ in range(20) for t in replay()]
+        one = found[0] if one is None else one
+        for i, result in enumerate(found):
+            assert torch.equal(result, found[i % len(results)]), (number, i)
+        assert torch.equal(found[0], one), number
+
+
+@needs_c
+def test_threads_of_the_program_may_replay_at_once(monkeypatch):
+    """One of them has the helpers, the others do without."""
+    monkeypatch.setattr(cpu, "threads", lambda: 3)
+
+    def work(_):
+        results, replay = recorded(step_calls()["int4-32"])
+        expected = results[0].clone()
+        return all(torch.equal(replay()[0], expected) for _ in range(300))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(work, range(4)))
+
+
+FORKED = """
+import os, signal, sys, torch
+from minillm_kernels import cpu
+from minillm_kernels.linear import linear
+
+cpu.threads = lambda: 3
+x, weight = torch.randn(2, 512), torch.randn(300, 512)
+tape = cpu.blank_tape()
+with tape.recording():
+    y = linear(x, weight)
+expected = linear(x, weight)  # eager: on OpenMP's threads, which do not survive the fork either
+for _ in range(3):
+    tape.replay()
+child = os.fork()
+signal.alarm(60)
+for _ in range(100):
+    y.fill_(0)
+    tape.replay()
+    assert y.equal(expected) and linear(x, weight).equal(expected)
+if child:
+    assert os.waitpid(child, 0)[1] == 0
+os._exit(0)
+"""
+
+
+@needs_c
+def test_the_child_of_a_fork_starts_its_own_threads():
+    path = os.pathsep.join(sys.path)
+    result = subprocess.run([sys.executable, "-c", FORKED], env=os.environ | {"PYTHONPATH": path}, timeout=120)
+    assert result.returncode == 0
+
+
+@needs_c
+def test_right_results_beside_busy_processes(monkeypatch):
+    """More threads and processes than cores: helpers lose theirs in the middle of a piece."""
+    monkeypatch.setattr(cpu, "threads", lambda: 4)
+    program = "import os, sys\nwhile os.getppid() == int(sys.argv[1]): sum(range(100_000))"
+    busy = [subprocess.Popen([sys.executable, "-c", program, str(os.getpid())]) for _ in range(cpu.cores())]
+    try:
+        for name, step in step_calls().items():
+            results, replay = recorded(step)
+            expected = [result.clone() for result in results]
+            for _ in range(50):
+                assert all(map(torch.equal, replay(), expected)), name
+    finally:
+        for process in busy:
+            process.kill()
+            process.wait()
+
+
+def test_cores_are_those_that_the_control_group_grants(tmp_path):
+    group = tmp_path / "sys/fs/cgroup/outer/inner"
+    group.mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("9:name=systemd:/\n0::/outer/inner\n")
+    unlimited = cpu.cores.__wrapped__(tmp_path)
+    (group / "cpu.max").write_text("max 100000\n")
+    assert cpu.cores.__wrapped__(tmp_path) == unlimited
+    (group.parent / "cpu.max").write_text("70000 100000\n")
+    assert cpu.cores.__wrapped__(tmp_path) == 1
+    (group / "cpu.max").write_text("nonsense\n")
+    assert cpu.cores.__wrapped__(tmp_path) == unlimited

@@ -7,8 +7,11 @@ implementation.
 import ctypes
 import functools
 import itertools
+import math
+import os
 import struct
 import warnings
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -65,6 +68,27 @@ QUANTIZE = Call("quantize_int4", "int64_t dtype, weight, rows, inputs, group_siz
 REPLAY = Call("replay", "int64_t function, arguments;")
 
 
+def threads() -> int:
+    """How many threads share a call: as many as PyTorch's operators use, but no more than may run at a time."""
+    return min(torch.get_num_threads(), cores())
+
+
+@functools.cache
+def cores(root: Path = Path("/")) -> int:
+    """How many cores this process may keep busy: those it is bound to, or what its control group (its container, say)
+    grants it, if that is less. Looked up once."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        group = (root / "proc/self/cgroup").read_text().rpartition("0::/")[2].strip()
+        folder = root / "sys/fs/cgroup" / group
+        for limit in (level / "cpu.max" for level in (folder, *folder.parents)):  # each level may set one
+            quota, period = limit.read_text().split() if limit.exists() else ("max", "")  # microseconds
+            found = found if quota == "max" else min(found, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError):  # not Linux, or nothing that we know how to read
+        pass
+    return max(found, 1)
+
+
 def available() -> bool:
     """True once the C kernels are built and loaded; the first call builds them."""
     return library() is not None
@@ -92,7 +116,7 @@ def product(
     packed = LINEAR.pack(
         FORMATS[weight.dtype], FORMATS[x.dtype], x.data_ptr(), y.numel() // max(outputs, 1), inputs,
         weight.data_ptr(), outputs, address(scale), address(zero), group_size, address(bias), y.data_ptr(),
-        GATES[gate], torch.get_num_threads(),
+        GATES[gate], threads(),
     )  # fmt: skip
     _call(LINEAR, packed, x, weight, scale, zero, bias, y)
     return y
@@ -113,7 +137,7 @@ def rms_norm(
         residual, total = residual.contiguous(), torch.empty(x.shape, dtype=x.dtype, device="cpu")
     packed = RMS_NORM.pack(
         x.data_ptr(), address(residual), address(weight), out.data_ptr(), address(total), x.numel() // width,
-        width, FORMATS[x.dtype], multiply_in_fp32, torch.get_num_threads(), *groups, eps, offset,
+        width, FORMATS[x.dtype], multiply_in_fp32, threads(), *groups, eps, offset,
     )  # fmt: skip
     _call(RMS_NORM, packed, x, residual, weight, out, total)
     return out, total
@@ -138,7 +162,7 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, two tensors of one shape and dtype."""
     x, y = x.contiguous(), y.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
-    packed = ADD.pack(address(x), address(y), out.data_ptr(), out.numel(), FORMATS[x.dtype], torch.get_num_threads())
+    packed = ADD.pack(address(x), address(y), out.data_ptr(), out.numel(), FORMATS[x.dtype], threads())
     _call(ADD, packed, x, y, out)
     return out
 
@@ -153,7 +177,7 @@ def rope_and_cache_write(q, k, v, cos, sin, k_cache, v_cache, cache_position) ->
         q.data_ptr(), k.data_ptr(), v.data_ptr(), cos.data_ptr(), sin.data_ptr(), address(k_cache),
         address(v_cache), cache_position.data_ptr(), out.data_ptr(), batch, tokens, heads, k.shape[2], head_dim,
         cos.shape[-1], k_cache.shape[2] - 1, FORMATS[q.dtype], *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
-        torch.get_num_threads(),
+        threads(),
     )  # fmt: skip
     _call(ROPE, packed, q, k, v, cos, sin, k_cache, v_cache, cache_position, out)
     return out
@@ -170,7 +194,7 @@ def decode_attention(q, k, v, cache_position, scale, window, softcap, alibi_slop
     packed = ATTENTION.pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), cache_position.data_ptr(), address(alibi_slopes),
         out.data_ptr(), batch, heads, k.shape[1], tokens, head_dim, k.shape[2], k.stride(0), k.stride(1),
-        FORMATS[q.dtype], window or 0, torch.get_num_threads(), scale, softcap or 0.0,
+        FORMATS[q.dtype], window or 0, threads(), scale, softcap or 0.0,
     )  # fmt: skip
     _call(ATTENTION, packed, q, k, v, cache_position, alibi_slopes, out)
     return out.transpose(1, 2)
@@ -186,7 +210,7 @@ def _call(call: Call, packed: bytes, *tensors: Tensor | None) -> None:
 
 def blank_tape() -> tape.Tape:
     """A tape to record C calls on; only where they are `available`."""
-    return tape.Tape(library().minillm_replay, REPLAY.pack)
+    return tape.Tape(library(), REPLAY.pack)
 
 
 def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor, zero: Tensor) -> bool:
@@ -207,7 +231,7 @@ def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor
         weight = weight.float()
     arguments = QUANTIZE.pack(
         FORMATS[weight.dtype], weight.data_ptr(), *weight.shape, group_size, address(packed), address(scale),
-        address(zero), torch.get_num_threads(),
+        address(zero), threads(),
     )  # fmt: skip
     return not library().minillm_quantize_int4(arguments)
 

@@ -1,9 +1,9 @@
 """Building the C kernels: one `cc` call of some seconds, whose result is kept.
 
-`linear.c` (matrix products), `step.c` (what lies between them) and `quantize.c` (int4 codes) know nothing of Python
-or torch: no headers, no build system. The library lies in `$XDG_CACHE_HOME/minillm/kernels` under a name made of the
-sources, the compiler and the CPU, and of its own contents, so that a damaged file is noticed. $CC names another
-compiler, $MINILLM_CFLAGS more flags for it.
+`linear.c` (matrix products), `step.c` (what lies between them), `quantize.c` (int4 codes) and `threads.c` (who computes
+them) know nothing of Python or torch: no headers, no build system. The library lies in
+`$XDG_CACHE_HOME/minillm/kernels` under a name made of the sources, the compiler and the CPU, and of its own contents,
+so that a damaged file is noticed. $CC names another compiler, $MINILLM_CFLAGS more flags for it.
 """
 
 import ctypes
@@ -56,7 +56,7 @@ def build(folder: Path) -> Path:
         )
     sources = sorted(Path(__file__).parent.glob("*.[ch]"))
     tune = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
-    flags = [*words[1:], "-O3", tune, "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC"]
+    flags = [*words[1:], "-O3", tune, "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC", "-pthread"]
     flags += os.environ.get("MINILLM_CFLAGS", "").split()
     key = hashlib.sha256(repr((compiler, os.stat(compiler).st_mtime_ns, flags, cpu_name())).encode())
     for source in sources:
@@ -72,7 +72,7 @@ def build(folder: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
         unfinished = Path(scratch) / "kernels.so"
         units = [str(path) for path in sources if path.suffix == ".c"]
-        for openmp in (["-fopenmp"], []):  # a compiler without OpenMP still gives a kernel for one core
+        for openmp in (["-fopenmp"], []):  # a compiler without OpenMP still gives kernels
             command = [compiler, *openmp, *flags, *units, "-o", str(unfinished), "-lm"]
             environment = os.environ | {"TMPDIR": scratch}  # the compiler's own temporaries
             result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)

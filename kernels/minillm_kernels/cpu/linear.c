@@ -18,11 +18,9 @@
  * Every sum is formed in the same order whatever the number of rows or threads: a row never depends on them.
  */
 #include <stdlib.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "simd.h"
+#include "threads.h"
 #include "values.h"
 
 #define UNROLL _Pragma("GCC unroll 8")
@@ -49,6 +47,7 @@ struct problem {
     const uint8_t *zero;   /* int4: [groups, weight_rows] */
     const void *bias;      /* [outputs] in dtype, or NULL */
     void *y;               /* [rows, outputs] in dtype */
+    const void *given;     /* activations: [rows, inputs] in dtype */
     char *x;               /* prepared activations: [rows, x_stride bytes], zero-padded to whole lines */
     float *x_scale;        /* [rows], int8 and int4 */
     float *x_sums;         /* [rows, groups] sums of the int16 activations, int4 */
@@ -129,11 +128,14 @@ INLINE void prepare_row_of(const struct problem *p, const void *x, int dtype, lo
     }
 }
 
-static void prepare_row(const struct problem *p, const void *x, long row) {
-    const char *source = (const char *)x + row * p->inputs * (p->dtype == FLOAT32 ? 4 : 2);
+static int prepare_row(const void *context, long row, int thread) { /* a piece_function, see threads.h */
+    const struct problem *p = context;
+    const char *source = (const char *)p->given + row * p->inputs * (p->dtype == FLOAT32 ? 4 : 2);
+    (void)thread;
     if (p->dtype == FLOAT32) prepare_row_of(p, source, FLOAT32, row);
     else if (p->dtype == BFLOAT16) prepare_row_of(p, source, BFLOAT16, row);
     else prepare_row_of(p, source, FLOAT16, row);
+    return 0;
 }
 
 /* ---- the inner loops: `lines` lines of TILE weight rows against `rows` activation rows ---- */
@@ -283,21 +285,12 @@ INLINE void tile_lines(const struct problem *p, int format, int rows, const char
 
 /* ---- BLOCK outputs against `rows` activation rows: out [rows, BLOCK], scaled, before bias and gate ---- */
 
-INLINE int this_thread(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
 /* Tile by tile, whole lines first, then the rest of each row through a zero-padded copy */
 INLINE void block_of(const struct problem *p, int format, int rows, long output, long row, size_t ahead,
-                     float out[MAX_ROWS][BLOCK]) {
+                     float *scales, float out[MAX_ROWS][BLOCK]) {
     const long lines = p->weight_stride / LINE;
     const size_t rest = p->weight_stride % LINE;
     const char *x = p->x + row * p->x_stride, *x_rest = x + lines * ACTIVATION_BYTES(format) * WEIGHTS_PER_LINE(format);
-    float *scales = p->scales + this_thread() * p->block_scales;
     if (format == INT4) int4_groups(p, rows, output, row, ahead, scales, out);
     for (long first = 0; first < BLOCK && output + first < p->weight_rows; first += TILE, scales += p->tile_scales) {
         const char *weight[TILE];
@@ -327,11 +320,13 @@ INLINE void block_of(const struct problem *p, int format, int rows, long output,
 }
 
 /* A constant number of rows lets the sums live in registers; a function for each leaves the compiler room to see it. */
-typedef void block_function(const struct problem *p, long output, long row, size_t ahead, float out[MAX_ROWS][BLOCK]);
+typedef void block_function(const struct problem *p, long output, long row, size_t ahead, float *scales,
+                            float out[MAX_ROWS][BLOCK]);
 #define ROWS_FUNCTION(format, rows)                                                                                \
     static __attribute__((noinline)) void format##_##rows(const struct problem *p, long output, long row,          \
-                                                          size_t ahead, float out[MAX_ROWS][BLOCK]) {              \
-        block_of(p, format, rows <= MAX_ROWS ? rows : 1, output, row, ahead, out);                                 \
+                                                          size_t ahead, float *scales, float out[MAX_ROWS][BLOCK]) \
+    {                                                                                                              \
+        block_of(p, format, rows <= MAX_ROWS ? rows : 1, output, row, ahead, scales, out);                         \
     }
 #define FUNCTIONS(format) \
     ROWS_FUNCTION(format, 1) ROWS_FUNCTION(format, 2) ROWS_FUNCTION(format, 3) ROWS_FUNCTION(format, 4) \
@@ -359,8 +354,17 @@ INLINE void finish_row(const struct problem *p, int dtype, long output, long row
     for (long n = 0; n < width; n++) write_value(p->y, row * p->outputs + output + n, dtype, value[n]);
 }
 
-/* BLOCK outputs from `output` on, `rows` rows from `row` on, in passes of at most MAX_ROWS */
-static void block(const struct problem *p, long output, long row, long rows) {
+struct row_block {
+    const struct problem *p;
+    long row, rows;
+};
+
+/* The i-th BLOCK of outputs for a block of rows, in passes of at most MAX_ROWS; a piece_function, see threads.h */
+static int block(const void *context, long i, int thread) {
+    const struct row_block *some = context;
+    const struct problem *p = some->p;
+    const long output = i * BLOCK, row = some->row, rows = some->rows;
+    float *scales = p->scales + thread * p->block_scales;
     long passes = (rows + MAX_ROWS - 1) / MAX_ROWS, pass_rows = (rows + passes - 1) / passes;
     long width = p->outputs - output < BLOCK ? p->outputs - output : BLOCK;
     size_t tile_bytes = TILE * p->weight_stride;
@@ -369,8 +373,8 @@ static void block(const struct problem *p, long output, long row, long rows) {
         size_t ahead = done ? 0 : tile_bytes > AHEAD ? tile_bytes : AHEAD;
         float out[MAX_ROWS][BLOCK], up[MAX_ROWS][BLOCK];
         block_function *values = block_functions[p->format][count - 1];
-        values(p, output, row + done, ahead, out);
-        if (p->gate) values(p, output + p->outputs, row + done, ahead, up);
+        values(p, output, row + done, ahead, scales, out);
+        if (p->gate) values(p, output + p->outputs, row + done, ahead, scales, up);
         for (int r = 0; r < count; r++)
             switch (p->dtype) {
                 case FLOAT32: finish_row(p, FLOAT32, output, row + done + r, width, out[r], up[r]); break;
@@ -378,6 +382,7 @@ static void block(const struct problem *p, long output, long row, long rows) {
                 case FLOAT16: finish_row(p, FLOAT16, output, row + done + r, width, out[r], up[r]); break;
             }
     }
+    return 0;
 }
 
 /* ---- the whole product ---- */
@@ -389,13 +394,12 @@ CALL(linear, int64_t format, dtype, x, rows, inputs, weight, outputs, scale, zer
 
 /* Returns 0, or 1 when memory for the activations could not be had. Shapes as in struct problem. */
 int minillm_linear(const struct linear_call *c) {
-    const void *x = (const void *)(uintptr_t)c->x;
     long rows = c->rows, inputs = c->inputs, outputs = c->outputs;
     int format = (int)c->format, threads = c->threads > 1 ? (int)c->threads : 1;
     struct problem p = {
         .weight = (const char *)(uintptr_t)c->weight, .scale = (const void *)(uintptr_t)c->scale,
         .zero = (const uint8_t *)(uintptr_t)c->zero, .bias = (const void *)(uintptr_t)c->bias,
-        .y = (void *)(uintptr_t)c->y, .rows = rows, .inputs = inputs, .outputs = outputs,
+        .y = (void *)(uintptr_t)c->y, .given = (const void *)(uintptr_t)c->x, .rows = rows, .inputs = inputs, .outputs = outputs,
         .weight_rows = c->gate ? 2 * outputs : outputs, .format = format, .dtype = (int)c->dtype,
         .group_size = (int)c->group_size, .gate = (int)c->gate,
     };
@@ -424,13 +428,10 @@ int minillm_linear(const struct linear_call *c) {
         row_block = CACHED_ACTIVATIONS / p.x_stride / MAX_ROWS * MAX_ROWS;
         if (row_block < 2 * MAX_ROWS) row_block = 2 * MAX_ROWS;
     }
-#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1 && rows >= 16)
-    for (long r = 0; r < rows; r++) prepare_row(&p, x, r);
-#pragma omp parallel num_threads(threads) if (threads > 1)
+    minillm_parallel(rows, rows < 16 ? 1 : threads, prepare_row, &p);
     for (long row = 0; row < rows; row += row_block) {
-        long count = rows - row < row_block ? rows - row : row_block;
-#pragma omp for schedule(static) nowait
-        for (long b = 0; b < blocks; b++) block(&p, b * BLOCK, row, count);
+        struct row_block some = {&p, row, rows - row < row_block ? rows - row : row_block};
+        minillm_parallel(blocks, threads, block, &some);
     }
     free(p.x);
     return 0;

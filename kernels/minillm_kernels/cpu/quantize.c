@@ -8,6 +8,7 @@
  * Sixteen outputs side by side, a lane for each: the loops over lanes are written for the compiler to vectorise.
  */
 #include "simd.h"
+#include "threads.h"
 #include "values.h"
 
 enum { OUTPUTS = 16, MAX_GROUP = 128 };
@@ -86,8 +87,8 @@ INLINE void search(const float w[][OUTPUTS], int size, struct candidate *best) {
     keep_if_better(w, size, &new, best);
 }
 
-/* OUTPUTS rows from `row` on; returns 0 * weight summed: NaN if one is infinite or not a number */
-INLINE float quantize_rows(const struct quantize_int4_call *c, int dtype, long row) {
+/* OUTPUTS rows from `row` on; returns 1 if a weight is infinite or not a number */
+INLINE int quantize_rows(const struct quantize_int4_call *c, int dtype, long row) {
     const void *weight = (const void *)(uintptr_t)c->weight;
     const long inputs = c->inputs, width = c->rows - row < OUTPUTS ? c->rows - row : OUTPUTS;
     const int size = (int)c->group_size;
@@ -111,18 +112,19 @@ INLINE float quantize_rows(const struct quantize_int4_call *c, int dtype, long r
             zero[group * c->rows + row + n] = (uint8_t)best.zero[n];
         }
     }
-    EACH total += check[n];
-    return total;
+    EACH total += check[n]; /* of 0 * weight: 0, or NaN */
+    return !(total == 0);
+}
+
+static int piece(const void *call, long i, int thread) {
+    const struct quantize_int4_call *c = call;
+    (void)thread;
+    if (c->dtype == FLOAT32) return quantize_rows(c, FLOAT32, i * OUTPUTS);
+    return c->dtype == BFLOAT16 ? quantize_rows(c, BFLOAT16, i * OUTPUTS) : quantize_rows(c, FLOAT16, i * OUTPUTS);
 }
 
 /* weight [rows, inputs] -> packed [rows, inputs / 2], scale and zero [inputs / group_size, rows]; returns 1, with
  * nothing usable written, when a weight is infinite or not a number. */
 int minillm_quantize_int4(const struct quantize_int4_call *c) {
-    float check = 0;
-#pragma omp parallel for num_threads((int)c->threads) reduction(+ : check)
-    for (long row = 0; row < c->rows; row += OUTPUTS)
-        check += c->dtype == FLOAT32    ? quantize_rows(c, FLOAT32, row)
-                 : c->dtype == BFLOAT16 ? quantize_rows(c, BFLOAT16, row)
-                                        : quantize_rows(c, FLOAT16, row);
-    return !(check == 0);
+    return minillm_parallel((c->rows + OUTPUTS - 1) / OUTPUTS, c->threads, piece, c);
 }

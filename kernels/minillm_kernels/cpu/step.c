@@ -7,6 +7,7 @@
 #include <stdlib.h>
 
 #include "simd.h"
+#include "threads.h"
 #include "values.h"
 
 enum { SERIAL_WORK = 1 << 15 }; /* multiply-adds below which waking another thread takes longer */
@@ -44,60 +45,68 @@ INLINE void narrow(const float *wide, long count, int dtype, void *p, long start
 CALL(rms_norm, int64_t x, residual, weight, out, sum, rows, width, dtype, multiply_in_fp32, threads, group,
      group_stride; double eps, offset;);
 
-int minillm_rms_norm(const struct rms_norm_call *c) {
+enum { NORM_ROWS = 8 }; /* that share a widened weight: a piece of the work */
+
+static int norm_rows(const void *call, long piece, int thread) {
+    const struct rms_norm_call *c = call;
     const void *x = (const void *)(uintptr_t)c->x, *residual = (const void *)(uintptr_t)c->residual;
     const void *weight = (const void *)(uintptr_t)c->weight;
     void *out = (void *)(uintptr_t)c->out, *sum = (void *)(uintptr_t)c->sum;
-    long width = c->width, rows = c->rows;
-    int dtype = (int)c->dtype, failed = 0;
-    float offset = (float)c->offset;
-#pragma omp parallel num_threads((int)c->threads) if (rows * width > SERIAL_WORK)
-    {
-        float *wide = malloc(sizeof(float) * 3 * width), *w = wide + width, *other = w + width;
-        if (!wide) failed = 1;
-        else {
-            widen(weight, 0, width, dtype, w);
-#pragma omp for
-            for (long row = 0; row < rows; row++) {
-                long start = row * width;
-                widen(x, row / c->group * c->group_stride + row % c->group * width, width, dtype, wide);
-                if (residual) {
-                    widen(residual, start, width, dtype, other);
-                    for (long i = 0; i < width; i++) wide[i] += other[i];
-                    narrow(wide, width, dtype, sum, start);
-                    widen(sum, start, width, dtype, wide); /* rounded: this is what the next layer will see */
-                }
-                float scale = 1.0f / sqrtf(dot(wide, wide, width) / (float)width + (float)c->eps);
-                for (long i = 0; i < width; i++) wide[i] *= scale;
-                if (!c->multiply_in_fp32 && dtype != FLOAT32) { /* rounded before the weight, too */
-                    narrow(wide, width, dtype, out, start);
-                    widen(out, start, width, dtype, wide);
-                }
-                for (long i = 0; i < width; i++) wide[i] *= c->multiply_in_fp32 ? offset + w[i] : w[i];
-                narrow(wide, width, dtype, out, start);
-            }
+    const long width = c->width, first = piece * NORM_ROWS;
+    const long end = c->rows < first + NORM_ROWS ? c->rows : first + NORM_ROWS;
+    const int dtype = (int)c->dtype;
+    const float offset = (float)c->offset;
+    (void)thread;
+    float *wide = malloc(sizeof(float) * 3 * width), *w = wide + width, *other = w + width;
+    if (!wide) return 1;
+    widen(weight, 0, width, dtype, w);
+    for (long row = first; row < end; row++) {
+        long start = row * width;
+        widen(x, row / c->group * c->group_stride + row % c->group * width, width, dtype, wide);
+        if (residual) {
+            widen(residual, start, width, dtype, other);
+            for (long i = 0; i < width; i++) wide[i] += other[i];
+            narrow(wide, width, dtype, sum, start);
+            widen(sum, start, width, dtype, wide); /* rounded: this is what the next layer will see */
         }
-        free(wide);
+        float scale = 1.0f / sqrtf(dot(wide, wide, width) / (float)width + (float)c->eps);
+        for (long i = 0; i < width; i++) wide[i] *= scale;
+        if (!c->multiply_in_fp32 && dtype != FLOAT32) { /* rounded before the weight, too */
+            narrow(wide, width, dtype, out, start);
+            widen(out, start, width, dtype, wide);
+        }
+        for (long i = 0; i < width; i++) wide[i] *= c->multiply_in_fp32 ? offset + w[i] : w[i];
+        narrow(wide, width, dtype, out, start);
     }
-    return failed;
+    free(wide);
+    return 0;
+}
+
+int minillm_rms_norm(const struct rms_norm_call *c) {
+    long threads = c->rows * c->width > SERIAL_WORK ? c->threads : 1;
+    return minillm_parallel((c->rows + NORM_ROWS - 1) / NORM_ROWS, threads, norm_rows, c);
 }
 
 /* ---- x + y, rounded to their dtype ---- */
 
 CALL(add, int64_t x, y, out, count, dtype, threads;);
 
-int minillm_add(const struct add_call *c) {
-    enum { PIECE = 1024 };
-#pragma omp parallel for num_threads((int)c->threads) if (c->count > SERIAL_WORK)
-    for (long start = 0; start < c->count; start += PIECE) {
-        float x[PIECE], y[PIECE];
-        long count = c->count - start < PIECE ? c->count - start : PIECE;
-        widen((const void *)(uintptr_t)c->x, start, count, (int)c->dtype, x);
-        widen((const void *)(uintptr_t)c->y, start, count, (int)c->dtype, y);
-        for (long i = 0; i < count; i++) x[i] += y[i];
-        narrow(x, count, (int)c->dtype, (void *)(uintptr_t)c->out, start);
-    }
+enum { ADDED = 1024 }; /* elements in a piece of the work */
+
+static int add_piece(const void *call, long i, int thread) {
+    const struct add_call *c = call;
+    long start = i * ADDED, count = c->count - start < ADDED ? c->count - start : ADDED;
+    float x[ADDED], y[ADDED];
+    (void)thread;
+    widen((const void *)(uintptr_t)c->x, start, count, (int)c->dtype, x);
+    widen((const void *)(uintptr_t)c->y, start, count, (int)c->dtype, y);
+    for (long k = 0; k < count; k++) x[k] += y[k];
+    narrow(x, count, (int)c->dtype, (void *)(uintptr_t)c->out, start);
     return 0;
+}
+
+int minillm_add(const struct add_call *c) {
+    return minillm_parallel((c->count + ADDED - 1) / ADDED, c->count > SERIAL_WORK ? c->threads : 1, add_piece, c);
 }
 
 /* ---- rotate queries and keys, put keys and values into their cache slots ---- */
@@ -116,28 +125,31 @@ INLINE void rotate_head(const void *from, long start, void *to, long target, con
     narrow(turned, head_dim, dtype, to, target);
 }
 
-int minillm_rope_and_cache_write(const struct rope_and_cache_write_call *c) {
-    const int64_t *position = (const int64_t *)(uintptr_t)c->position;
-    long D = c->head_dim, size = c->dtype == FLOAT32 ? 4 : 2, tokens = c->batch * c->tokens;
-#pragma omp parallel for num_threads((int)c->threads) if (tokens * (c->heads + 2 * c->kv_heads) * D > SERIAL_WORK)
-    for (long token = 0; token < tokens; token++) {
-        long b = token / c->tokens, t = token % c->tokens;
-        long slot = position[token] < 0 ? c->slots : position[token] % c->slots; /* padding goes to the bin */
-        const float *cos = (const float *)(uintptr_t)c->cos + token * c->half;
-        const float *sin = (const float *)(uintptr_t)c->sin + token * c->half;
-        for (long h = 0; h < c->heads; h++)
-            rotate_head((const void *)(uintptr_t)c->q, b * c->q_row + t * c->q_token + h * D,
-                        (void *)(uintptr_t)c->out, ((b * c->heads + h) * c->tokens + t) * D, cos, sin, c->half, D,
-                        (int)c->dtype);
-        for (long h = 0; h < c->kv_heads; h++) {
-            long target = ((b * c->kv_heads + h) * (c->slots + 1) + slot) * D;
-            rotate_head((const void *)(uintptr_t)c->k, b * c->k_row + t * c->k_token + h * D,
-                        (void *)(uintptr_t)c->k_cache, target, cos, sin, c->half, D, (int)c->dtype);
-            memcpy((char *)(uintptr_t)c->v_cache + target * size,
-                   (const char *)(uintptr_t)c->v + (b * c->v_row + t * c->v_token + h * D) * size, D * size);
-        }
+static int rotate_token(const void *call, long token, int thread) {
+    const struct rope_and_cache_write_call *c = call;
+    const int64_t position = ((const int64_t *)(uintptr_t)c->position)[token];
+    const long D = c->head_dim, size = c->dtype == FLOAT32 ? 4 : 2, b = token / c->tokens, t = token % c->tokens;
+    const long slot = position < 0 ? c->slots : position % c->slots; /* padding goes to the bin */
+    const float *cos = (const float *)(uintptr_t)c->cos + token * c->half;
+    const float *sin = (const float *)(uintptr_t)c->sin + token * c->half;
+    (void)thread;
+    for (long h = 0; h < c->heads; h++)
+        rotate_head((const void *)(uintptr_t)c->q, b * c->q_row + t * c->q_token + h * D,
+                    (void *)(uintptr_t)c->out, ((b * c->heads + h) * c->tokens + t) * D, cos, sin, c->half, D,
+                    (int)c->dtype);
+    for (long h = 0; h < c->kv_heads; h++) {
+        long target = ((b * c->kv_heads + h) * (c->slots + 1) + slot) * D;
+        rotate_head((const void *)(uintptr_t)c->k, b * c->k_row + t * c->k_token + h * D,
+                    (void *)(uintptr_t)c->k_cache, target, cos, sin, c->half, D, (int)c->dtype);
+        memcpy((char *)(uintptr_t)c->v_cache + target * size,
+               (const char *)(uintptr_t)c->v + (b * c->v_row + t * c->v_token + h * D) * size, D * size);
     }
     return 0;
+}
+
+int minillm_rope_and_cache_write(const struct rope_and_cache_write_call *c) {
+    long tokens = c->batch * c->tokens, work = tokens * (c->heads + 2 * c->kv_heads) * c->head_dim;
+    return minillm_parallel(tokens, work > SERIAL_WORK ? c->threads : 1, rotate_token, c);
 }
 
 /* ---- attention of a few tokens over the cache ---- */
@@ -213,36 +225,29 @@ static int attend_rows(const struct decode_attention_call *c, long b, long kv, l
     return 0;
 }
 
+struct split { /* with fewer key heads than threads, the query rows of each are split */
+    const struct decode_attention_call *c;
+    long rows, parts;
+};
+
+static int attend_part(const void *context, long i, int thread) {
+    const struct split *split = context;
+    const long each = (split->rows + split->parts - 1) / split->parts, first = i % split->parts * each;
+    const long count = split->rows - first < each ? split->rows - first : each, head = i / split->parts;
+    (void)thread;
+    if (count <= 0) return 0;
+    return attend_rows(split->c, head / split->c->kv_heads, head % split->c->kv_heads, first, count);
+}
+
 int minillm_decode_attention(const struct decode_attention_call *c) {
-    long heads = c->batch * c->kv_heads, rows = c->heads / c->kv_heads * c->tokens;
-    long parts = (c->threads + heads - 1) / heads; /* with fewer key heads than threads, split their query rows */
-    parts = parts > rows ? rows : parts;
-    long each = (rows + parts - 1) / parts, longest = 0;
+    long heads = c->batch * c->kv_heads, rows = c->heads / c->kv_heads * c->tokens, longest = 0;
+    struct split split = {c, rows, (c->threads + heads - 1) / heads};
+    if (split.parts > rows) split.parts = rows;
     for (long i = 0; i < c->batch * c->tokens; i++) {
         int64_t place = ((const int64_t *)(uintptr_t)c->position)[i];
         longest = place > longest ? place : longest;
     }
     longest = longest > c->slots ? c->slots : longest;
-    int failed = 0;
-#pragma omp parallel for collapse(2) num_threads((int)c->threads) \
-    if (heads * rows * longest * c->head_dim > SERIAL_WORK) reduction(| : failed)
-    for (long head = 0; head < heads; head++)
-        for (long part = 0; part < parts; part++) {
-            long first = part * each, count = rows - first < each ? rows - first : each;
-            if (count > 0) failed |= attend_rows(c, head / c->kv_heads, head % c->kv_heads, first, count);
-        }
-    return failed;
-}
-
-/* ---- the calls of a whole pass, one after the other ---- */
-
-CALL(replay, int64_t function, arguments;); /* one of them: addresses */
-
-/* Returns 0, or what the first call that fails returns: the calls after it are not made. */
-int minillm_replay(const struct replay_call *calls, int64_t count) {
-    for (int64_t i = 0; i < count; i++) {
-        int failed = ((int (*)(const void *))(uintptr_t)calls[i].function)((const void *)(uintptr_t)calls[i].arguments);
-        if (failed) return failed;
-    }
-    return 0;
+    long threads = heads * rows * longest * c->head_dim > SERIAL_WORK ? c->threads : 1;
+    return minillm_parallel(heads * split.parts, threads, attend_part, &split);
 }

@@ -34,8 +34,8 @@ class Tape:
     that went in, replay, read the tensors that came out.
     """
 
-    def __init__(self, play: Callable[[bytes, int], int], pack: Callable[[int, int], bytes]):
-        self._play, self._pack = play, pack  # `minillm_replay` in step.c, and one entry of the list it takes
+    def __init__(self, library: ctypes.CDLL, pack: Callable[[int, int], bytes]):
+        self._library, self._pack = library, pack  # threads.c, and an entry of the list that `minillm_replay` takes
         self._calls: list[tuple[int, bytes]] = []  # address of the function, its packed arguments
         self._kept: list = []
         self._list = b""
@@ -44,10 +44,12 @@ class Tape:
     def recording(self) -> Iterator[None]:
         """Note the calls that this thread makes; raises NotRecordable where PyTorch computes anything in between."""
         _thread.tape = self
+        self._library.minillm_begin_step()
         try:
             with _OnlyShapes():
                 yield
         finally:
+            self._library.minillm_end_step()
             _thread.tape = None
         arguments = [ctypes.create_string_buffer(packed, len(packed)) for _, packed in self._calls]
         self._list = b"".join(
@@ -63,7 +65,7 @@ class Tape:
 
     def replay(self) -> None:
         """Make the calls again, in their order, on what now stands at their addresses."""
-        if self._play(self._list, len(self._calls)):
+        if self._library.minillm_replay(self._list, len(self._calls)):
             raise MemoryError("no memory for a step's activations")
 
 

@@ -1,0 +1,216 @@
+/* Who computes the pieces of a loop.
+ *
+ * The loops of an eager call take PyTorch's own threads, OpenMP's: between them PyTorch computes, and threads of two
+ * kinds would fight for the cores, since OpenMP's spin for milliseconds after each of their loops.
+ *
+ * A step, recorded or replayed, has threads of our own, made for machines that have other work to do as well. It is some hundred
+ * loops of microseconds. A thread that loses its core to another process is gone for milliseconds, and a barrier, with
+ * which each OpenMP loop ends, waits for it: a hundred times in a step. Here nobody waits for a thread, only for
+ * pieces that one has begun:
+ *
+ *   - the caller works as well, and by itself would finish the loop;
+ *   - the pieces are dealt out in runs of neighbours, one run for each thread, the same in every step, so that a core
+ *     finds in its cache what it has read before; who has finished a run goes on with what is left of the others';
+ *   - helpers look out for the next loop for a moment, since within a step it follows at once, then they sleep.
+ *
+ * Every piece is computed by one thread in one way, so results do not depend on who does what.
+ *
+ * How a helper that was away for long is kept out of a later loop: loops have numbers, and a piece is taken by one
+ * compare-and-swap on a word that holds both the number and what is left of a run. Only who holds a piece may look at
+ * `loop`, and until that piece is finished the caller cannot begin another one.
+ */
+#include <pthread.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <time.h>
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "simd.h"
+#include "threads.h"
+#include "values.h"
+
+enum { MAX_THREADS = 256 };
+enum { SPIN = 200 * 1000 }; /* nanoseconds of looking out before sleep: more than lies between two steps of a small model */
+
+static struct seat {
+    _Alignas(128) _Atomic uint64_t left; /* a loop's number << 32 | pieces of this seat's run that nobody has begun */
+    _Atomic uint32_t called;             /* the newest loop to work on; at seat 0, the caller's, that is finished */
+    atomic_int asleep;
+    pthread_cond_t wake;
+} seats[MAX_THREADS];
+
+static struct {
+    piece_function *piece;
+    const void *context;
+    long count, threads;
+} loop;
+
+static uint32_t number;             /* of the loop; like the loop itself it belongs to the caller */
+static atomic_long unfinished;      /* pieces of it */
+static atomic_int sharing, failed;  /* how many share it; whether a piece failed */
+static atomic_flag taken = ATOMIC_FLAG_INIT; /* there is one step at a time; another one does without helpers */
+static int started;                 /* helpers, in seats 1 to `started` */
+static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* held around falling asleep */
+
+static uint64_t nanoseconds(void) {
+    struct timespec time;
+    clock_gettime(CLOCK_MONOTONIC, &time);
+    return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
+}
+
+/* Wait until the seat is called for another loop than `last`; returns its number. */
+static uint32_t await(struct seat *seat, uint32_t last) {
+    for (uint64_t end = nanoseconds() + SPIN; seat->called == last && nanoseconds() < end;) {
+#ifdef __x86_64__
+        __builtin_ia32_pause();
+#endif
+    }
+    if (seat->called == last) {
+        pthread_mutex_lock(&mutex);
+        seat->asleep = 1;
+        while (seat->called == last) pthread_cond_wait(&seat->wake, &mutex);
+        seat->asleep = 0;
+        pthread_mutex_unlock(&mutex);
+    }
+    return seat->called;
+}
+
+static void call(struct seat *seat, uint32_t loop_number) {
+    seat->called = loop_number;
+    if (!seat->asleep) return; /* it looks at `called` again after it has set `asleep` */
+    pthread_mutex_lock(&mutex);
+    pthread_cond_signal(&seat->wake);
+    pthread_mutex_unlock(&mutex);
+}
+
+/* Takes a piece of the run dealt to a seat in loop `loop_number`: returns how many were left with it, or 0. */
+static long take(struct seat *seat, uint32_t loop_number) {
+    uint64_t left = seat->left;
+    do
+        if (left >> 32 != loop_number || !(uint32_t)left) return 0;
+    while (!atomic_compare_exchange_weak(&seat->left, &left, left - 1));
+    return (uint32_t)left;
+}
+
+/* Compute pieces until none is left to take, those of one's own run first. */
+static void work(int thread, uint32_t loop_number) {
+    long done = 0, left;
+    for (int i = 0, all = sharing; i < all; i++) {
+        int owner = (thread + i) % all;
+        for (; (left = take(&seats[owner], loop_number)); done++)
+            if (loop.piece(loop.context, (owner + 1) * loop.count / loop.threads - left, thread)) failed = 1;
+    }
+    if (done && atomic_fetch_sub(&unfinished, done) == done) call(&seats[0], loop_number);
+}
+
+static void *help(void *seat) {
+    for (uint32_t last = 0;; work((int)((struct seat *)seat - seats), last)) last = await(seat, last);
+    return NULL;
+}
+
+static void start_helpers(long wanted) {
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the threads of the program */
+    while (started < wanted) {
+        pthread_t thread;
+        pthread_cond_init(&seats[started + 1].wake, NULL);
+        if (pthread_create(&thread, NULL, help, &seats[started + 1])) break; /* without it, then */
+        pthread_detach(thread);
+        started++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+static int this_thread(void) {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+}
+
+static int share(long count, long threads, piece_function *piece, const void *context) {
+    if (started < threads - 1) start_helpers(threads - 1);
+    uint32_t last = number++;
+    loop.piece = piece, loop.context = context, loop.count = count, loop.threads = threads;
+    unfinished = count;
+    sharing = (int)threads;
+    failed = 0;
+    for (long i = 0; i < threads; i++)
+        seats[i].left = (uint64_t)number << 32 | (uint32_t)((i + 1) * count / threads - i * count / threads);
+    for (long i = 1; i < threads; i++) call(&seats[i], number);
+    work(0, number);
+    await(&seats[0], last);
+    return failed;
+}
+
+/* ---- whose threads help ---- */
+
+static _Thread_local enum { EAGER, HELPED, ALONE } mode;
+static _Thread_local long spinning; /* OpenMP threads that helped this one and still look out for more */
+static int forked;
+
+/* In the child of a fork there are no threads but the one that forked, whatever the others were doing. */
+static void forget_threads(void) {
+    memset(seats, 0, sizeof seats);
+    number = 0, started = 0, spinning = 0, forked = 1;
+    pthread_mutex_init(&mutex, NULL);
+    pthread_cond_init(&seats[0].wake, NULL);
+    atomic_flag_clear(&taken);
+}
+
+__attribute__((constructor)) static void prepare(void) {
+    pthread_cond_init(&seats[0].wake, NULL);
+    pthread_atfork(NULL, NULL, forget_threads);
+}
+
+int minillm_parallel(long count, long threads, piece_function *piece, const void *context) {
+    int any = 0, alone = mode == ALONE || (mode == EAGER && forked); /* OpenMP would wait for its lost threads */
+    threads = threads < count ? threads : count;
+    threads = threads < 1 || alone ? 1 : threads < MAX_THREADS ? threads : MAX_THREADS;
+    if (threads > 1 && mode == HELPED) return share(count, threads, piece, context);
+    if (threads > 1) spinning = threads - 1;
+#pragma omp parallel for num_threads((int)threads) if (threads > 1) schedule(static) reduction(| : any)
+    for (long i = 0; i < count; i++) any |= piece(context, i, this_thread());
+    return any;
+}
+
+/* With more threads than cores gcc's OpenMP lets those that wait sleep at once. The next team of the usual size loses
+ * the additional thread, and spins as before. */
+static void let_openmp_sleep(void) {
+#ifdef _OPENMP
+    int cores = omp_get_num_procs();
+    if (2 * spinning + 1 > cores) { /* or there is room for them beside our helpers */
+#pragma omp parallel num_threads(cores + 1)
+        __asm__ volatile(""); /* an empty team would be left out */
+    }
+#endif
+    spinning = 0;
+}
+
+/* The calls of this thread from here on are a step without anything of PyTorch's in between: they get the helpers. */
+void minillm_begin_step(void) {
+    if (spinning) let_openmp_sleep();
+    mode = atomic_flag_test_and_set(&taken) ? ALONE : HELPED;
+}
+
+void minillm_end_step(void) {
+    if (mode == HELPED) atomic_flag_clear(&taken);
+    mode = EAGER;
+}
+
+CALL(replay, int64_t function, arguments;); /* a call of the tape: addresses */
+
+/* The calls of a whole step, one after the other. Returns 0, or what the first call that fails returns: the calls after
+ * it are not made. */
+int minillm_replay(const struct replay_call *calls, int64_t count) {
+    int failure = 0;
+    minillm_begin_step();
+    for (int64_t i = 0; i < count && !failure; i++)
+        failure = ((int (*)(const void *))(uintptr_t)calls[i].function)((const void *)(uintptr_t)calls[i].arguments);
+    minillm_end_step();
+    return failure;
+}
