@@ -218,6 +218,9 @@ def test_the_quantized_head_of_a_tied_model_gives_its_embeddings_logits(quantize
     with torch.inference_mode():
         weight = model.embedding.weight.double()  # [V, d]
         logits, exact = model.logits(hidden).double(), hidden.double() @ weight.t()
+    # Its own codes and scales are weights that a step reads; what two modules share is one.
+    tensors = {tensor.data_ptr(): tensor.nbytes for tensor in model.state_dict().values()}
+    assert model.weight_bytes == sum(tensors.values())
     half_step = weight.abs().amax(1) / 254  # [V]
     # The activations are rounded to int16 besides, and sums of 48 are float32: together far below 1 % of the former.
     assert ((logits - exact).abs() <= 1.01 * half_step * hidden.abs().sum(1, keepdim=True).double()).all()
