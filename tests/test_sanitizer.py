@@ -35,7 +35,9 @@ from minillm_kernels.int4_linear import int4_linear
 
 N, K = 33, 64
 packed, zero = torch.zeros(N, K // 2, dtype=torch.uint8), torch.zeros(K // 32, N, dtype=torch.uint8)
-print(int4_linear(torch.ones(1, K), packed, torch.ones(K // 32, N).half(), zero, 32).sum().item())
+x = torch.ones(7, K)
+x[::2, 3] = 1e5  # rows that are multiplied as two
+print(int4_linear(x, packed, torch.ones(K // 32, N).half(), zero, 32).sum().item())
 """
 
 

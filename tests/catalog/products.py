@@ -46,6 +46,15 @@ def exact_weight(weight: Tensor, scale=None, zero=None, group_size: int = 0) -> 
     return (code - zero[group].t().long()) * scale[group].t().double()
 
 
+def rounded_as(x: Tensor) -> Tensor:
+    """What the rounding of each row of x to int16 is a 32767th of, [..., 1]: its largest element; or 2^-15 of that
+    where most others (zeros apart) are less than 1/256 of it, because such a row is multiplied as two."""
+    magnitude = x.abs()
+    largest = magnitude.amax(-1, keepdim=True)
+    small = ((magnitude > 0) & (magnitude < largest / 256)).sum(-1, keepdim=True)
+    return torch.where(small > (magnitude >= largest / 256).sum(-1, keepdim=True), largest * 2**-15, largest)
+
+
 def product_bound(x: Tensor, weight: Tensor, exact: Tensor) -> Tensor:
     """Error of x @ exact.T before the result is rounded; `weight` tells the format.
 
@@ -53,14 +62,14 @@ def product_bound(x: Tensor, weight: Tensor, exact: Tensor) -> Tensor:
     - with more than 16 rows, or int4 and more than one, the weight is rounded to x's dtype first. K
       independent errors, each uniform within unit * |x w|, add up to a spread of unit * |x w|_2 / sqrt(3); 4 * unit
       * |x w|_2 is seven of those;
-    - on CPU the quantized formats round x to 16 bits of its row's largest element, 1.5e-5 of it each.
+    - on CPU the quantized formats round x to 16 bits, 1.5e-5 of what `rounded_as` tells each.
     """
     x, on_cpu, dtype, rows = x.double(), not (x.is_cuda or interpreting()), x.dtype, x.numel() // x.shape[-1]
     bound = x.shape[-1] ** 0.5 * unit(torch.float32) * (x.abs() @ exact.abs().t())
     if weight.dtype != dtype and (rows > 16 or (weight.dtype == torch.uint8 and rows > 1)):
         bound = bound + 4 * unit(dtype) * (x.square() @ exact.square().t()).sqrt()
     if weight.dtype != dtype and on_cpu:
-        bound = bound + 4 * 1.5e-5 * x.abs().amax(-1, keepdim=True) * exact.norm(dim=1)
+        bound = bound + 4 * 1.5e-5 * rounded_as(x) * exact.norm(dim=1)
     return bound
 
 

@@ -11,7 +11,9 @@
  *
  * Quantized weights multiply activations held as int16 (one scale per row: 32767 / largest): products
  * and sums are then integers, four times as many per instruction as fp32 and exact. The rounding of x
- * is at most 1.5e-5 of its largest element, far below the 4e-3 step of an int8 weight. int4 keeps up with
+ * is at most 1.5e-5 of its largest element, far below the 4e-3 step of an int8 weight. Only where that
+ * element dwarfs the others is it too much for them: such a row is multiplied as two, its codes and those
+ * of what their rounding has left over, and the results are added. int4 keeps up with
  * memory by unpacking whole registers: two bytes are an int16 of four codes, and one AND, one shift, or both
  * leave one of them; the activations lie in the order in which the codes come out.
  *
@@ -48,9 +50,10 @@ struct problem {
     const void *bias;      /* [outputs] in dtype, or NULL */
     void *y;               /* [rows, outputs] in dtype */
     const void *given;     /* activations: [rows, inputs] in dtype */
-    char *x;               /* prepared activations: [rows, x_stride bytes], zero-padded to whole lines */
-    float *x_scale;        /* [rows], int8 and int4 */
-    float *x_sums;         /* [rows, groups] sums of the int16 activations, int4 */
+    long *first;           /* [rows + 1] the first part of each row, and the number of parts: one or two for a row */
+    char *x;               /* prepared activations: [parts, x_stride bytes], zero-padded to whole lines */
+    float *x_scale;        /* [parts], int8 and int4 */
+    float *x_sums;         /* [parts, groups] sums of the int16 activations, int4 */
     float *scales;         /* scratch, int4: for each thread the scales of a block, [BLOCK / TILE, tile_scales] */
     long block_scales, tile_scales; /* floats for a block and for a tile of it: [groups, TILE], whole lines */
     long rows, inputs, outputs, weight_rows, groups;
@@ -78,8 +81,24 @@ INLINE float largest_magnitude(const void *x, int dtype, long inputs) {
     return value;
 }
 
-INLINE void quantize(const void *x, int dtype, long start, long count, float inverse, int16_t *codes) {
-    for (long k = 0; k < count; k++) codes[k] = (int16_t)(int32_t)rintf(read_value(x, start + k, dtype) * inverse);
+/* Whether most of what is not zero is less than 1/256 of the largest: codes below 128, with errors as those of bf16 */
+INLINE int dwarfed(const void *x, int dtype, long inputs, float largest) {
+    const float small = largest / 256;
+    int32_t more = 0;
+    for (long k = 0; k < inputs; k++) {
+        float value = fabsf(read_value(x, k, dtype));
+        more += (value > 0 && value < small) - (value >= small);
+    }
+    return more > 0;
+}
+
+/* The codes of part 0 are x / scale, rounded, and those of part 1 what that leaves over, in steps of scale / 2^15. */
+INLINE void quantize(const void *x, int dtype, long start, long count, float scale, float inverse, int part,
+                     int16_t *codes) {
+    for (long k = 0; k < count; k++) {
+        float value = read_value(x, start + k, dtype), code = rintf(value * inverse);
+        codes[k] = (int16_t)(int32_t)(part ? rintf((value - code * scale) * inverse * 0x1p15f) : code);
+    }
 }
 
 /* A group's codes in the order in which vs_nibbles deals out the weights; returns their sum. Two bytes of weights, a
@@ -101,40 +120,64 @@ INLINE float order_as_nibbles(const int16_t *codes, long start, int group_size, 
     return (float)sum;
 }
 
-INLINE void prepare_row_of(const struct problem *p, const void *x, int dtype, long row) {
-    char *target = p->x + row * p->x_stride;
+INLINE void prepare_part(const struct problem *p, const void *x, int dtype, long row, int part) {
+    const long place = p->first[row] + part;
+    char *target = p->x + place * p->x_stride;
     memset(target, 0, p->x_stride);
     if (p->format < INT8) {
         if (ACTIVATION_BYTES(p->format) == 4) widen_row(x, dtype, p->inputs, (float *)target);
         else memcpy(target, x, (size_t)p->inputs * 2);
         return;
     }
-    float largest = largest_magnitude(x, dtype, p->inputs), inverse = 32767.0f / largest;
-    p->x_scale[row] = largest / 32767.0f;
-    if (!isfinite(inverse) || !isfinite(largest) ) { /* all zero or as good as; or inf or nan */
-        p->x_scale[row] = largest < 1 ? 0.0f : NAN;
-        memset(p->x_sums + row * p->groups, 0, sizeof(float) * p->groups);
+    float largest = largest_magnitude(x, dtype, p->inputs), inverse = 32767.0f / largest, scale = largest / 32767.0f;
+    p->x_scale[place] = part ? scale * 0x1p-15f : scale;
+    if (!isfinite(inverse) || !isfinite(largest)) { /* all zero or as good as; or inf or nan */
+        p->x_scale[place] = largest < 1 ? 0.0f : NAN;
+        memset(p->x_sums + place * p->groups, 0, sizeof(float) * p->groups);
         return;
     }
     if (p->format == INT8) {
-        quantize(x, dtype, 0, p->inputs, inverse, (int16_t *)target);
+        quantize(x, dtype, 0, p->inputs, scale, inverse, part, (int16_t *)target);
         return;
     }
     for (long group = 0; group < p->groups; group++) {
         int16_t codes[MAX_GROUP];
         long start = group * p->group_size;
-        quantize(x, dtype, start, p->group_size, inverse, codes);
-        p->x_sums[row * p->groups + group] = order_as_nibbles(codes, start, p->group_size, (int16_t *)target);
+        quantize(x, dtype, start, p->group_size, scale, inverse, part, codes);
+        p->x_sums[place * p->groups + group] = order_as_nibbles(codes, start, p->group_size, (int16_t *)target);
     }
 }
 
-static int prepare_row(const void *context, long row, int thread) { /* a piece_function, see threads.h */
+INLINE void prepare_row_of(const struct problem *p, const void *x, int dtype, long row) {
+    for (int part = 0; part < p->first[row + 1] - p->first[row]; part++) prepare_part(p, x, dtype, row, part);
+}
+
+INLINE int parts_of(const struct problem *p, const void *x, int dtype) {
+    return 1 + (p->format >= INT8 && dwarfed(x, dtype, p->inputs, largest_magnitude(x, dtype, p->inputs)));
+}
+
+static const void *given_row(const struct problem *p, long row) {
+    return (const char *)p->given + row * p->inputs * (p->dtype == FLOAT32 ? 4 : 2);
+}
+
+/* Two piece_functions, see threads.h: first the number of each row's parts is found, then they are filled. */
+static int count_parts(const void *context, long row, int thread) {
     const struct problem *p = context;
-    const char *source = (const char *)p->given + row * p->inputs * (p->dtype == FLOAT32 ? 4 : 2);
+    const void *x = given_row(p, row);
     (void)thread;
-    if (p->dtype == FLOAT32) prepare_row_of(p, source, FLOAT32, row);
-    else if (p->dtype == BFLOAT16) prepare_row_of(p, source, BFLOAT16, row);
-    else prepare_row_of(p, source, FLOAT16, row);
+    p->first[row + 1] = p->dtype == FLOAT32    ? parts_of(p, x, FLOAT32)
+                        : p->dtype == BFLOAT16 ? parts_of(p, x, BFLOAT16)
+                                               : parts_of(p, x, FLOAT16);
+    return 0;
+}
+
+static int prepare_row(const void *context, long row, int thread) {
+    const struct problem *p = context;
+    const void *x = given_row(p, row);
+    (void)thread;
+    if (p->dtype == FLOAT32) prepare_row_of(p, x, FLOAT32, row);
+    else if (p->dtype == BFLOAT16) prepare_row_of(p, x, BFLOAT16, row);
+    else prepare_row_of(p, x, FLOAT16, row);
     return 0;
 }
 
@@ -345,7 +388,7 @@ INLINE float gated(int gate, float g, float up) {
 }
 
 INLINE void finish_row(const struct problem *p, int dtype, long output, long row, long width, const float *out,
-                       const float *up) {
+                       const float *up) { /* of all parts added up */
     float value[BLOCK];
     if (p->gate == SILU) for (long n = 0; n < width; n++) value[n] = gated(SILU, out[n], up[n]);
     else if (p->gate) for (long n = 0; n < width; n++) value[n] = gated(GELU_TANH, out[n], up[n]);
@@ -359,28 +402,35 @@ struct row_block {
     long row, rows;
 };
 
-/* The i-th BLOCK of outputs for a block of rows, in passes of at most MAX_ROWS; a piece_function, see threads.h */
+/* The i-th BLOCK of outputs for a block of rows, in passes of at most MAX_ROWS parts; a piece_function, see threads.h */
 static int block(const void *context, long i, int thread) {
     const struct row_block *some = context;
     const struct problem *p = some->p;
-    const long output = i * BLOCK, row = some->row, rows = some->rows;
+    const long output = i * BLOCK, end = some->row + some->rows, *first = p->first;
     float *scales = p->scales + thread * p->block_scales;
-    long passes = (rows + MAX_ROWS - 1) / MAX_ROWS, pass_rows = (rows + passes - 1) / passes;
+    long parts = first[end] - first[some->row], passes = (parts + MAX_ROWS - 1) / MAX_ROWS;
     long width = p->outputs - output < BLOCK ? p->outputs - output : BLOCK;
     size_t tile_bytes = TILE * p->weight_stride;
-    for (long done = 0; done < rows; done += pass_rows) {
-        int count = (int)(rows - done < pass_rows ? rows - done : pass_rows);
-        size_t ahead = done ? 0 : tile_bytes > AHEAD ? tile_bytes : AHEAD;
+    for (long row = some->row, next; row < end; row = next) {
+        next = row + 1; /* whole rows: what does not fit any more is for the next pass */
+        while (next < end && first[next + 1] - first[row] <= (parts + passes - 1) / passes) next++;
+        size_t ahead = row > some->row ? 0 : tile_bytes > AHEAD ? tile_bytes : AHEAD;
         float out[MAX_ROWS][BLOCK], up[MAX_ROWS][BLOCK];
-        block_function *values = block_functions[p->format][count - 1];
-        values(p, output, row + done, ahead, scales, out);
-        if (p->gate) values(p, output + p->outputs, row + done, ahead, scales, up);
-        for (int r = 0; r < count; r++)
-            switch (p->dtype) {
-                case FLOAT32: finish_row(p, FLOAT32, output, row + done + r, width, out[r], up[r]); break;
-                case BFLOAT16: finish_row(p, BFLOAT16, output, row + done + r, width, out[r], up[r]); break;
-                case FLOAT16: finish_row(p, FLOAT16, output, row + done + r, width, out[r], up[r]); break;
+        block_function *values = block_functions[p->format][first[next] - first[row] - 1];
+        values(p, output, first[row], ahead, scales, out);
+        if (p->gate) values(p, output + p->outputs, first[row], ahead, scales, up);
+        for (long r = row; r < next; r++) {
+            long part = first[r] - first[row];
+            if (first[r + 1] - first[r] == 2) {
+                for (long n = 0; n < width; n++) out[part][n] += out[part + 1][n];
+                if (p->gate) for (long n = 0; n < width; n++) up[part][n] += up[part + 1][n];
             }
+            switch (p->dtype) {
+                case FLOAT32: finish_row(p, FLOAT32, output, r, width, out[part], up[part]); break;
+                case BFLOAT16: finish_row(p, BFLOAT16, output, r, width, out[part], up[part]); break;
+                case FLOAT16: finish_row(p, FLOAT16, output, r, width, out[part], up[part]); break;
+            }
+        }
     }
     return 0;
 }
@@ -414,10 +464,17 @@ int minillm_linear(const struct linear_call *c) {
         p.tile_scales = round_up(p.weight_stride, LINE) / (p.group_size / 2) * TILE;
         p.block_scales = BLOCK / TILE * p.tile_scales + LINE; /* a register is read where a group's scales begin */
     }
-    size_t x_bytes = rows * p.x_stride, scale_bytes = round_up(rows * 4, 64);
-    size_t sums_bytes = round_up(rows * p.groups * 4, 64), scales_bytes = round_up(threads * p.block_scales * 4, 64);
+    p.first = malloc(sizeof(long) * (rows + 1));
+    if (!p.first) return 1;
+    p.first[0] = 0;
+    minillm_parallel(rows, rows < 16 ? 1 : threads, count_parts, &p);
+    for (long row = 0; row < rows; row++) p.first[row + 1] += p.first[row];
+    long parts = p.first[rows];
+
+    size_t x_bytes = parts * p.x_stride, scale_bytes = round_up(parts * 4, 64);
+    size_t sums_bytes = round_up(parts * p.groups * 4, 64), scales_bytes = round_up(threads * p.block_scales * 4, 64);
     p.x = aligned_alloc(64, x_bytes + scale_bytes + sums_bytes + scales_bytes + 64);
-    if (!p.x) return 1;
+    if (!p.x) return free(p.first), 1;
     p.x_scale = (float *)(p.x + x_bytes);
     p.x_sums = (float *)(p.x + x_bytes + scale_bytes);
     p.scales = (float *)(p.x + x_bytes + scale_bytes + sums_bytes);
@@ -434,5 +491,6 @@ int minillm_linear(const struct linear_call *c) {
         minillm_parallel(blocks, threads, block, &some);
     }
     free(p.x);
+    free(p.first);
     return 0;
 }

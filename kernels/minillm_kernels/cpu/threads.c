@@ -3,10 +3,10 @@
  * The loops of an eager call take PyTorch's own threads, OpenMP's: between them PyTorch computes, and threads of two
  * kinds would fight for the cores, since OpenMP's spin for milliseconds after each of their loops.
  *
- * A step, recorded or replayed, has threads of our own, made for machines that have other work to do as well. It is some hundred
- * loops of microseconds. A thread that loses its core to another process is gone for milliseconds, and a barrier, with
- * which each OpenMP loop ends, waits for it: a hundred times in a step. Here nobody waits for a thread, only for
- * pieces that one has begun:
+ * A step, recorded or replayed, has threads of our own, made for machines that have other work to do as well. It is
+ * some hundred loops of microseconds. A thread that loses its core to another process is gone for milliseconds, and a
+ * barrier, with which each OpenMP loop ends, waits for it: a hundred times in a step. Here nobody waits for a thread,
+ * only for pieces that one has begun:
  *
  *   - the caller works as well, and by itself would finish the loop;
  *   - the pieces are dealt out in runs of neighbours, one run for each thread, the same in every step, so that a core
@@ -32,7 +32,7 @@
 #include "values.h"
 
 enum { MAX_THREADS = 256 };
-enum { SPIN = 200 * 1000 }; /* nanoseconds of looking out before sleep: more than lies between two steps of a small model */
+enum { SPIN = 200 * 1000 }; /* ns of looking out before sleep: more than lies between two steps of a small model */
 
 static struct seat {
     _Alignas(128) _Atomic uint64_t left; /* a loop's number << 32 | pieces of this seat's run that nobody has begun */
@@ -207,10 +207,10 @@ CALL(replay, int64_t function, arguments;); /* a call of the tape: addresses */
 /* The calls of a whole step, one after the other. Returns 0, or what the first call that fails returns: the calls after
  * it are not made. */
 int minillm_replay(const struct replay_call *calls, int64_t count) {
-    int failure = 0;
-    minillm_begin_step();
+    int failure = 0, outermost = mode == EAGER;
+    if (outermost) minillm_begin_step();
     for (int64_t i = 0; i < count && !failure; i++)
         failure = ((int (*)(const void *))(uintptr_t)calls[i].function)((const void *)(uintptr_t)calls[i].arguments);
-    minillm_end_step();
+    if (outermost) minillm_end_step();
     return failure;
 }
