@@ -51,6 +51,7 @@ struct problem {
     void *y;               /* [rows, outputs] in dtype */
     const void *given;     /* activations: [rows, inputs] in dtype */
     long *first;           /* [rows + 1] the first part of each row, and the number of parts: one or two for a row */
+    float *largest;        /* [rows] magnitudes, int8 and int4 */
     char *x;               /* prepared activations: [parts, x_stride bytes], zero-padded to whole lines */
     float *x_scale;        /* [parts], int8 and int4 */
     float *x_sums;         /* [parts, groups] sums of the int16 activations, int4 */
@@ -129,7 +130,7 @@ INLINE void prepare_part(const struct problem *p, const void *x, int dtype, long
         else memcpy(target, x, (size_t)p->inputs * 2);
         return;
     }
-    float largest = largest_magnitude(x, dtype, p->inputs), inverse = 32767.0f / largest, scale = largest / 32767.0f;
+    float largest = p->largest[row], inverse = 32767.0f / largest, scale = largest / 32767.0f;
     p->x_scale[place] = part ? scale * 0x1p-15f : scale;
     if (!isfinite(inverse) || !isfinite(largest)) { /* all zero or as good as; or inf or nan */
         p->x_scale[place] = largest < 1 ? 0.0f : NAN;
@@ -152,8 +153,10 @@ INLINE void prepare_row_of(const struct problem *p, const void *x, int dtype, lo
     for (int part = 0; part < p->first[row + 1] - p->first[row]; part++) prepare_part(p, x, dtype, row, part);
 }
 
-INLINE int parts_of(const struct problem *p, const void *x, int dtype) {
-    return 1 + (p->format >= INT8 && dwarfed(x, dtype, p->inputs, largest_magnitude(x, dtype, p->inputs)));
+INLINE long parts_of(const struct problem *p, const void *x, int dtype, long row) {
+    if (p->format < INT8) return 1;
+    p->largest[row] = largest_magnitude(x, dtype, p->inputs);
+    return 1 + dwarfed(x, dtype, p->inputs, p->largest[row]);
 }
 
 static const void *given_row(const struct problem *p, long row) {
@@ -165,9 +168,9 @@ static int count_parts(const void *context, long row, int thread) {
     const struct problem *p = context;
     const void *x = given_row(p, row);
     (void)thread;
-    p->first[row + 1] = p->dtype == FLOAT32    ? parts_of(p, x, FLOAT32)
-                        : p->dtype == BFLOAT16 ? parts_of(p, x, BFLOAT16)
-                                               : parts_of(p, x, FLOAT16);
+    if (p->dtype == FLOAT32) p->first[row + 1] = parts_of(p, x, FLOAT32, row);
+    else if (p->dtype == BFLOAT16) p->first[row + 1] = parts_of(p, x, BFLOAT16, row);
+    else p->first[row + 1] = parts_of(p, x, FLOAT16, row);
     return 0;
 }
 
@@ -464,8 +467,9 @@ int minillm_linear(const struct linear_call *c) {
         p.tile_scales = round_up(p.weight_stride, LINE) / (p.group_size / 2) * TILE;
         p.block_scales = BLOCK / TILE * p.tile_scales + LINE; /* a register is read where a group's scales begin */
     }
-    p.first = malloc(sizeof(long) * (rows + 1));
+    p.first = malloc(sizeof(long) * (rows + 1) + sizeof(float) * rows);
     if (!p.first) return 1;
+    p.largest = (float *)(p.first + rows + 1);
     p.first[0] = 0;
     minillm_parallel(rows, rows < 16 ? 1 : threads, count_parts, &p);
     for (long row = 0; row < rows; row++) p.first[row + 1] += p.first[row];

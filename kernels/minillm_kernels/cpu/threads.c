@@ -150,7 +150,7 @@ static int share(long count, long threads, piece_function *piece, const void *co
 /* ---- whose threads help ---- */
 
 static _Thread_local enum { EAGER, HELPED, ALONE } mode;
-static _Thread_local long spinning; /* OpenMP threads that helped this one and still look out for more */
+static _Thread_local long spinning; /* OpenMP threads that have helped this one and still look out for more */
 static int forked;
 
 /* In the child of a fork there are no threads but the one that forked, whatever the others were doing. */
@@ -169,10 +169,11 @@ __attribute__((constructor)) static void prepare(void) {
 
 int minillm_parallel(long count, long threads, piece_function *piece, const void *context) {
     int any = 0, alone = mode == ALONE || (mode == EAGER && forked); /* OpenMP would wait for its lost threads */
+    const long most = threads; /* PyTorch's loops before and after this one have as many, whatever `count` is */
     threads = threads < count ? threads : count;
     threads = threads < 1 || alone ? 1 : threads < MAX_THREADS ? threads : MAX_THREADS;
     if (threads > 1 && mode == HELPED) return share(count, threads, piece, context);
-    if (threads > 1) spinning = threads - 1;
+    if (threads > 1) spinning = most - 1;
 #pragma omp parallel for num_threads((int)threads) if (threads > 1) schedule(static) reduction(| : any)
     for (long i = 0; i < count; i++) any |= piece(context, i, this_thread());
     return any;
