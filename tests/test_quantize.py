@@ -81,6 +81,8 @@ def test_int4_in_c_gives_the_codes_of_the_torch_code(group_size, dtype, monkeypa
     weight = torch.randn(37, 1024) * torch.logspace(-7, 3, 37)[:, None]
     weight[5:15] = torch.randint(-9, 10, (10, 1024)) / 16
     weight[3], weight[4, :512] = 0, 1.5
+    # All below 0, and so near it that the scale is one or two of float16's smallest: the zero point would pass 15.
+    weight[16:20] = -torch.rand(4, 1024) * torch.tensor([1.2, 1.3, 1.4, 2.4])[:, None] * 15 * 2**-24
     weight = weight.to(dtype)
     in_c = quantize_int4(weight, group_size)
     transposed = quantize_int4(weight.t().contiguous().t(), group_size)
