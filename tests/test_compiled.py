@@ -76,6 +76,8 @@ def test_no_request_compiles_anything_twice(name, trace_only, tmp_path, text_tok
         together = llm.generate(prompts, temperature=0, max_new_tokens=9, eos_token_id=eos)
         ends |= {tuple(len(one.token_ids) for one in together)}
     assert any(len(set(lengths)) > 1 for lengths in ends)  # rows did end at different times
+    assert graphs() == len(llm.steps.compiled.compilations) == 3  # each prompt is fed by itself
+    llm.generate([prompt_ids(9), prompt_ids(12)], prompt_lookup_num_tokens=3, temperature=0, max_new_tokens=9)
     assert graphs() == len(llm.steps.compiled.compilations) == 4
 
 
