@@ -15,7 +15,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer
 
 from minillm.cli import main
-from minillm.errors import RequestError
+from minillm.errors import MinillmError, RequestError
 from minillm.llm import LLM
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
@@ -215,11 +215,11 @@ def test_a_quantized_head_is_read_beside_a_tied_embedding(checkpoint):
         ({"batches": [2, 0]}, "batch must be from 1"),
         ({"batches": [10**6]}, "batch must be from 1 to 1024"),
         ({"new_tokens": 600}, "leave no room"),
-        ({"capacities": [10**12]}, "no memory for a cache"),
+        ({"capacities": [10**12]}, "StaticCache of 1 x 1000000000000 tokens"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(arguments, message, llm):
-    with pytest.raises(RequestError, match=message):
+    with pytest.raises(MinillmError, match=message):
         measure(lambda: llm, **arguments)
 
 

@@ -220,7 +220,7 @@ def test_another_thread_may_not_use_the_holders_turn(llm):
             errors.append(meddling)
 
     ids, place = torch.tensor([[5]]), torch.tensor([[0]])
-    with cache.held_by("the holder"), cache.turn():
+    with cache.hold.by("the holder"), cache.hold.turn():
         thread = threading.Thread(target=meddle)
         thread.start()
         thread.join()

@@ -20,7 +20,7 @@ import torch
 
 from minillm.cache import StaticCache
 from minillm.config import ModelConfig
-from minillm.errors import RequestError, first_line
+from minillm.errors import RequestError
 from minillm.linear import Int4Linear, QuantizedLinear
 from minillm.llm import LLM
 from minillm.measure.memory import format_bytes
@@ -194,10 +194,7 @@ def measure(
     longest_peak = peak()
 
     def cache(rows: int, size: int) -> StaticCache:
-        try:
-            return StaticCache(llm.config, rows, size, llm.device, llm.dtype)
-        except (RuntimeError, MemoryError) as error:
-            raise RequestError(f"no memory for a cache of {rows} x {size} tokens: {first_line(error)}") from None
+        return StaticCache(llm.config, rows, size, llm.device, llm.dtype)
 
     # What is timed: prompts and, but for plain decoding, a cache of their own.
     lowest, room = lengths[0], new_tokens + 1
