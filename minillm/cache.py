@@ -139,7 +139,10 @@ class StaticCache:
         self.device = self._ids.device
         self._rows = torch.arange(batch_size, device=device)[:, None]  # [B, 1]
         self.hold = Hold()
-        self._choose_rotary(max_cache_len if planned_length is None else planned_length)
+        self._cut = False  # from a larger cache
+        self._parts: dict[tuple[int, int], StaticCache] = {}
+        planned = self._planned(max_cache_len if planned_length is None else planned_length)
+        self.rotary = tuple(rotary_table(spec, planned, device) for spec in config.ropes)
 
     def num_slots(self, window: int | None) -> int:
         """Slots of a layer with this window, the bin not counted."""
@@ -147,17 +150,20 @@ class StaticCache:
 
     @torch.inference_mode(False)
     def plan(self, planned_length: int | Sequence[int]) -> None:
-        """Choose the rotary tables for rows that will reach this length. Only an empty cache can be re-planned."""
+        """Choose the rotary tables for rows that will reach this length. Only empty rows can be re-planned."""
         with self.hold.writing():
             if any(self.lengths):
                 raise CacheError("StaticCache: plan() on a cache that holds tokens; call reset() first")
-            self._choose_rotary(planned_length)
+            lengths = self._planned(planned_length)
+            for table, spec in zip(self.rotary, self.config.ropes, strict=True):
+                if spec.follows_length:  # in place: a captured step reads these addresses
+                    table.inverse_frequency.copy_(rotary_table(spec, lengths, self.device).inverse_frequency)
 
-    def _choose_rotary(self, planned_length: int | Sequence[int]) -> None:
+    def _planned(self, planned_length: int | Sequence[int]) -> list[int]:
         lengths = self._per_row("planned_length", planned_length)
         if not all(0 < length <= self.max_cache_len for length in lengths):
             raise CacheError(f"StaticCache: planned_length must be from 1 to max_cache_len {self.max_cache_len}")
-        self.rotary = tuple(rotary_table(spec, lengths, self.device) for spec in self.config.ropes)
+        return lengths
 
     def _per_row(self, name: str, value: int | Sequence[int]) -> list[int]:
         """One whole number for all rows, or one per row, as the latter."""
@@ -169,13 +175,32 @@ class StaticCache:
         return list(numbers)
 
     def rows(self, start: int, stop: int) -> "StaticCache":
-        """Rows `start` to `stop` - 1 as a cache of their own, which shares memory, ids and holder with this one."""
-        part = copy.copy(self)
+        """Rows `start` to `stop` - 1 as a cache of their own, which shares memory, ids and holder with this one.
+
+        Asked again it is the same object: steps are recorded for a cache.
+        """
+        if (start, stop) == (0, self.batch_size):
+            return self
+        if (start, stop) in self._parts:
+            return self._parts[start, stop]
+        part = self._parts[start, stop] = copy.copy(self)
+        part._cut, part._parts = True, {}
         part.batch_size = stop - start
         part.keys, part.values = [k[start:stop] for k in self.keys], [v[start:stop] for v in self.values]
         part._ids, part._rows = self._ids[start:stop], self._rows[: stop - start]
         part.rotary = tuple(table.rows(start, stop) for table in self.rotary)
         return part
+
+    def first_rows(self, count: int) -> "StaticCache":
+        """The first 1, 2, 4, 8, ... rows, or all: the fewest that hold row `count` - 1. So steps have few shapes."""
+        return self.rows(0, min(1 << (count - 1).bit_length(), self.batch_size))
+
+    def copy_row(self, source: int, target: int) -> None:
+        """Make row `target` hold what row `source` holds."""
+        with self.hold.writing():
+            clocks = (table.inverse_frequency for table in self.rotary if len(table.inverse_frequency) > 1)
+            for tensor in (*self.keys, *self.values, self._ids, *clocks):
+                tensor[target].copy_(tensor[source])
 
     # ---- what it holds ----
 
@@ -195,10 +220,11 @@ class StaticCache:
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def reset(self) -> None:
-        """Forget everything, the model too; the memory stays."""
+        """Forget everything, the model too (unless these are rows of a larger cache); the memory stays."""
         with self.hold.writing():
             self._ids.fill_(_NEVER)
-            self.hold.free()
+            if not self._cut:
+                self.hold.free()
             for tensor in (*self.keys, *self.values):  # a NaN that a pass left behind would spoil what masks it
                 tensor.zero_()
 

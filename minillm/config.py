@@ -27,6 +27,11 @@ class RopeSpec:
     short_factor: tuple[float, ...] = ()  # longrope: a divisor per frequency, within original_length
     long_factor: tuple[float, ...] = ()  # longrope: the same, beyond it
 
+    @property
+    def follows_length(self) -> bool:
+        """Whether the rotation depends on how long a text is planned to get."""
+        return self.kind in ("dynamic", "longrope")
+
 
 @dataclass(frozen=True)
 class LayerSpec:

@@ -25,24 +25,23 @@ _MAX_NGRAM = 3  # the longest n-gram prompt lookup tries to match
 class Draft:
     """Proposals for the next places of every row; rows may have fewer than k."""
 
-    tokens: Tensor  # [B, k] int64, beyond a row's length any id
-    probs: Tensor | None  # [B, k, V]: the distribution each token was drawn from; None where nothing was drawn
+    tokens: Tensor  # [R, k] int64, beyond a row's length any id
+    probs: Tensor | None  # [R, k, V]: the distribution each token was drawn from; None where nothing was drawn
     lengths: list[int]  # how many of the k each row proposes
 
 
 class Proposer(Protocol):
-    """Somebody cheap who guesses what comes next, made for the rows of one request."""
+    """Somebody cheap who guesses what comes next, for the rows of one batch."""
 
-    num_tokens: int | str  # drafts per step, or "auto" (see `speculative.DraftLength`)
     cost: float  # of one drafted token, in forward passes of the target
 
-    def start(self, prompts: list[list[int]]) -> None:
-        """A request begins whose rows have these ids."""
+    def start(self, seat: int, prompt: list[int], planned_length: int | None = None) -> None:
+        """A row with this prompt takes this seat; see `batch.Row` for its planned length."""
 
-    def propose(self, texts: list[list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
-        """Up to `counts[b]` tokens to follow `texts[b]`, all ids of that row so far.
+    def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
+        """For each seat up to as many tokens as `counts` says, to follow its text: all ids of that row so far.
 
-        `sampling` and `seen [B, V]` (with a repetition penalty) are the target's.
+        `sampling` and `seen [R, V]` (with a repetition penalty) are those rows'. Seats ascend.
         """
 
 
@@ -59,26 +58,27 @@ class PromptLookup:
 
     cost = 0.0
 
-    def __init__(self, num_tokens: int, device: torch.device):
-        self.num_tokens, self.device = num_tokens, device
+    def __init__(self, device: torch.device):
+        self.device = device
+        # Per seat: n-gram -> the place right after its latest occurrence; and how many places are entered so far.
+        self._after: dict[int, dict[tuple[int, ...], int]] = {}
+        self._indexed: dict[int, int] = {}
 
-    def start(self, prompts: list[list[int]]) -> None:
-        # Per row: n-gram -> the place right after its latest occurrence.
-        self._after: list[dict[tuple[int, ...], int]] = [{} for _ in prompts]
-        self._indexed = [0] * len(prompts)  # places entered so far
+    def start(self, seat: int, prompt: list[int], planned_length: int | None = None) -> None:
+        self._after[seat], self._indexed[seat] = {}, 0
 
-    def propose(self, texts: list[list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
-        found = [self._continue(b, text, count) for b, (text, count) in enumerate(zip(texts, counts, strict=True))]
+    def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
+        found = [self._continue(*item, count) for item, count in zip(texts.items(), counts, strict=True)]
         width = max(len(ids) for ids in found)
         tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in found], dtype=torch.int64, device=self.device)
-        return Draft(tokens, None, [len(ids) for ids in found])  # tokens [B, k]
+        return Draft(tokens, None, [len(ids) for ids in found])  # tokens [R, k]
 
-    def _continue(self, row: int, text: list[int], count: int) -> list[int]:
-        after = self._after[row]
-        for place in range(self._indexed[row], len(text)):
+    def _continue(self, seat: int, text: list[int], count: int) -> list[int]:
+        after = self._after[seat]
+        for place in range(self._indexed[seat], len(text)):
             for n in range(1, min(_MAX_NGRAM, place) + 1):
                 after[tuple(text[place - n : place])] = place
-        self._indexed[row] = len(text)
+        self._indexed[seat] = len(text)
         matches = (after.get(tuple(text[-n:])) for n in range(min(_MAX_NGRAM, len(text)), 0, -1))
         place = next((place for place in matches if place is not None), None)
         if place is None:
@@ -97,70 +97,86 @@ class DraftModel:
         model: the draft.
         target: the model that will verify. Of its vocabulary and the draft's (both may be padded) the shorter
             one is what can be proposed; the sizes of their weights give `cost`.
-        num_tokens: drafts per step, or "auto".
-        cache: the draft's own `StaticCache`. What it holds of the prompts already is not computed again.
+        cache: the draft's own `StaticCache`, with the seats of the target's. What it holds of a prompt already is not
+            computed again, unless the row has a planned length: then its drafts are to be the same wherever it sits.
     """
 
-    def __init__(self, model: Decoder, target: Decoder, num_tokens: int | str, cache: StaticCache):
-        self.model, self.num_tokens, self.cache = model, num_tokens, cache
+    def __init__(self, model: Decoder, target: Decoder, cache: StaticCache):
+        self.model, self.cache = model, cache
         self.vocab_size = target.config.vocab_size
         self.cost = model.weight_bytes / target.weight_bytes  # a decode step's time is reading its weights
 
-    def start(self, prompts: list[list[int]]) -> None:
+    def start(self, seat: int, prompt: list[int], planned_length: int | None = None) -> None:
         if not self.cache.hold.same_weights(self.model.fingerprint()):
             self.cache.reset()
-        reuse_prefix(self.cache, [self._known(prompt) for prompt in prompts])
+        row = self.cache.rows(seat, seat + 1)
+        if planned_length is None:
+            reuse_prefix(row, self._known(prompt))
+        else:
+            row.truncate(0)
+            row.plan(min(planned_length, self.cache.max_cache_len))
 
-    def propose(self, texts: list[list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
-        # What the cache holds of the text is right up to where the last drafts were rejected; if all were
+    def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
+        # What the cache holds of a text is right up to where the last drafts were rejected; if all were
         # accepted, the last of them was never fed. Either way the rest of the text is fed now.
-        held = [min(held, len(text) - 1) for held, text in zip(self.cache.lengths, texts, strict=True)]
-        self.cache.truncate(held)
+        lengths = self.cache.lengths
+        for seat, text in texts.items():
+            lengths[seat] = min(lengths[seat], len(text) - 1)
+        self.cache.truncate(lengths)
         # A text that outgrows the draft's positions goes on without drafts.
         room = self.cache.max_cache_len + 1
-        counts = [max(0, min(count, room - len(text))) for text, count in zip(texts, counts, strict=True)]
-        k = max(counts)
+        counts = [max(0, min(count, room - len(text))) for text, count in zip(texts.values(), counts, strict=True)]
+        device, seats, k = self.cache.device, [*texts], max(counts)
         if k == 0:
-            return no_draft(len(texts), self.cache.device)
-        missing = [self._known(text[n:]) if c else [] for text, n, c in zip(texts, held, counts, strict=True)]
-        logits = self._feed(missing, held)  # [B, V of the draft]
-        wanted = torch.tensor(counts, device=self.cache.device)  # [B]
-        place = torch.tensor([[*range(len(text), len(text) + k)] for text in texts], device=self.cache.device)  # [B, k]
+            return no_draft(len(texts), device)
+        part = self.cache.first_rows(seats[-1] + 1)
+        missing = {b: self._known(text[lengths[b] :]) for (b, text), c in zip(texts.items(), counts, strict=True) if c}
+        index = torch.tensor(seats, device=device)  # [R]
+        logits = self._feed(part, missing, lengths)[index]  # [R, V of the draft]
+        wanted = torch.tensor(counts, device=device)  # [R]
+        place = torch.tensor([[*range(len(text), len(text) + k)] for text in texts.values()], device=device)  # [R, k]
         greedy = sampling.temperature is None
-        numbers = None if greedy else uniform(sampling.seed[:, None], place, DRAFT_STREAM)  # [B, k]
+        numbers = None if greedy else uniform(sampling.seed[:, None], place, DRAFT_STREAM)  # [R, k]
         common = min(self.vocab_size, logits.shape[-1])
         tokens, probs = [], []
         for i in range(k):
             if i > 0:
-                feed = torch.where(i < wanted, place[:, i - 1], -1)  # [B]
-                logits = self.model(tokens[-1][:, None], feed[:, None], self.cache)[:, -1]  # [B, V of the draft]
+                fed = torch.where(i < wanted, place[:, i - 1], -1)  # [R]
+                ids = index.new_zeros(part.batch_size).index_copy(0, index, tokens[-1])  # [n]
+                fed = index.new_full(ids.shape, -1).index_copy(0, index, fed)  # [n]
+                logits = self.model(ids[:, None], fed[:, None], part)[index, -1]  # [R, V of the draft]
                 if seen is not None:
                     seen = seen.scatter(1, tokens[-1][:, None], True)
-            shared = None if seen is None else seen[:, None, :common]  # [B, 1, common]
+            shared = None if seen is None else seen[:, None, :common]  # [R, 1, common]
             if greedy:  # the target compares tokens and asks for no distribution
-                tokens.append(penalized(logits[:, None, :common], sampling, shared)[:, 0].argmax(dim=-1))  # [B]
+                tokens.append(penalized(logits[:, None, :common], sampling, shared)[:, 0].argmax(dim=-1))  # [R]
                 continue
-            q = distribution(logits[:, None, :common], sampling, shared)[:, 0]  # [B, common]
-            tokens.append(sample(q, numbers[:, i]))  # [B]
+            q = distribution(logits[:, None, :common], sampling, shared)[:, 0]  # [R, common]
+            tokens.append(sample(q, numbers[:, i]))  # [R]
             probs.append(q)
         if greedy:
-            return Draft(torch.stack(tokens, dim=1), None, counts)  # tokens [B, k]
-        padded = F.pad(torch.stack(probs, dim=1), (0, self.vocab_size - common))  # [B, k, V]
-        return Draft(torch.stack(tokens, dim=1), padded, counts)  # tokens [B, k]
+            return Draft(torch.stack(tokens, dim=1), None, counts)  # tokens [R, k]
+        padded = F.pad(torch.stack(probs, dim=1), (0, self.vocab_size - common))  # [R, k, V]
+        return Draft(torch.stack(tokens, dim=1), padded, counts)  # tokens [R, k]
 
-    def _feed(self, missing: list[list[int]], held: list[int]) -> Tensor:
-        """Logits after the tokens that the cache lacks of each row, `[B, V]`. One or two are fed as a step, which is
-        recorded, and not as a prompt."""
-        width = max(map(len, missing))
-        if width > 2:
-            return prefill(self.model, self.cache, missing, held)
-        ids = [row + [0] * (width - len(row)) for row in missing]
-        places = [
-            [first + i if i < len(row) else -1 for i in range(width)] for row, first in zip(missing, held, strict=True)
-        ]
-        device = self.cache.device
-        logits = self.model(torch.tensor(ids, device=device), torch.tensor(places, device=device), self.cache)
-        return torch.stack([logits[b, len(row) - 1] for b, row in enumerate(missing)])  # of [B, T, V]
+    def _feed(self, part: StaticCache, missing: dict[int, list[int]], held: list[int]) -> Tensor:
+        """Feed each seat what its row lacks; logits after it, `[n, V]`, for the n rows of `part`. One or two tokens are
+        fed as a step, which is recorded, and not as a prompt."""
+        logits = torch.zeros(part.batch_size, self.model.config.vocab_size, device=part.device)  # [n, V]
+        for seat, ids in missing.items():
+            if len(ids) > 2:
+                logits[seat] = prefill(self.model, self.cache.rows(seat, seat + 1), [ids], [held[seat]])[0]
+        short = {seat: ids for seat, ids in missing.items() if len(ids) <= 2}
+        if short:
+            width = max(map(len, short.values()))
+            rows = [short.get(seat, []) for seat in range(part.batch_size)]
+            tokens = [row + [0] * (width - len(row)) for row in rows]
+            places = [[held[b] + i if i < len(row) else -1 for i in range(width)] for b, row in enumerate(rows)]
+            device = part.device
+            stepped = self.model(torch.tensor(tokens, device=device), torch.tensor(places, device=device), part)
+            for seat, ids in short.items():
+                logits[seat] = stepped[seat, len(ids) - 1]  # of [n, T, V]
+        return logits
 
     def _known(self, ids: Sequence[int]) -> list[int]:
         """The ids as the draft can read them: one beyond its embedding becomes 0, which costs acceptance only."""

@@ -4,17 +4,19 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from minillm.batch import Batch
 from minillm.cache import StaticCache
-from minillm.decode import Row, run
 from minillm.drafting import DraftModel, PromptLookup, Proposer
 from minillm.errors import RequestError, shown
 from minillm.options import GenerationConfig, as_list, merge_options
+from minillm.row import Row
 from minillm.sampling import Sampling
-from minillm.speculative import run_speculative
+from minillm.speculative import DraftLength
 from minillm.tokenizer import TextStream, Tokenizer
 
 Prompt = str | Sequence[int]
 
+SEATS = 16  # rows that run at a time: a row keeps its bits in a step of up to 16 tokens
 _DEFAULT_NEW_TOKENS = 256
 
 
@@ -52,19 +54,20 @@ class Completion:
 
     text: str  # the new text, without EOS and without the stop string
     token_ids: list[int]  # the new tokens, EOS included if it was produced
-    finish_reason: str  # "eos" | "stop_string" | "length"
+    finish_reason: str  # "eos" | "stop_string" | "length" | "cancelled" (by `Handle.cancel`)
     logprobs: list[float] | None  # of each new token under the model itself, before temperature and filters
     from_draft: list[bool]  # for each of token_ids, whether it is an accepted draft
     stats: Stats
 
 
 class Request:
-    """One checked call of generate: the rows and their cache, and who drafts for them.
+    """One checked call of generate: its rows, and the batch they are.
 
     Args:
         llm, assistant: the `LLM` that is asked, and the one that drafts for it (or None).
         prompt, generation_config, cache, options: as for `LLM.generate`.
-        previous: the proposer of the conversation's last turn, see `choose_proposer`.
+        previous: the proposer of the conversation's last turn: its draft model's cache is used again.
+        seats: how many rows run at a time in a cache of the request's own.
 
     Raises `RequestError`, and `CacheError` for a cache that does not fit.
     """
@@ -78,34 +81,27 @@ class Request:
         assistant,
         options: dict,
         previous: Proposer | None = None,
+        seats: int = SEATS,
     ):
-        config = merge_options(llm.defaults, generation_config, options)
+        if type(seats) is not int or seats < 1:
+            raise RequestError(f"seats must be a whole number >= 1, not {shown(seats)}")
         prompts, self.single = _prompts(prompt)
-        ids = [_ids(llm, one, number) for number, one in enumerate(prompts)]
-        asked = options.get("max_new_tokens") or (generation_config and generation_config.max_new_tokens)
-        room, limit = llm.config.max_positions, "the model's positions"
-        if cache is not None and _checked(cache, llm, len(ids)) < room:
-            room, limit = cache.max_cache_len, "the cache"
-        budgets = [_budget(len(row), number, room, limit, asked, config) for number, row in enumerate(ids)]
-        lengths = [len(row) + budget for row, budget in zip(ids, budgets, strict=True)]
+        room = None if cache is None else _checked(cache, llm, len(prompts))
+        self.rows, config = new_rows(llm, prompts, generation_config, options, room)
         if cache is None:
-            cache = StaticCache(llm.config, len(ids), max(lengths), llm.device, llm.dtype, planned_length=lengths)
+            longest = max(row.planned_length for row in self.rows)
+            cache = StaticCache(llm.config, min(seats, len(self.rows)), longest, llm.device, llm.dtype)
         else:
-            lengths = [cache.max_cache_len] * len(ids)
-        eos = frozenset(as_list(config.eos_token_id))
-        self.cache, self.logprobs = cache, bool(config.logprobs)
-        self.rows = [
-            Row(row, budget, eos, TextStream(llm.tokenizer, row, config.stops))
-            for row, budget in zip(ids, budgets, strict=True)
-        ]
-        self.sampling = Sampling.of(config, _seeds(config, len(ids)), llm.device)
-        self.proposer = choose_proposer(llm, assistant, config, self.rows, cache, lengths, previous)
-        self.steps = llm.steps
+            for row in self.rows:
+                row.planned_length = None  # whatever the cache was made for
+        self.proposer = choose_proposer(llm, assistant, config, cache, previous)
+        for row in self.rows:
+            draft_with(row, self.proposer, config, cache.max_step)
+        self.batch = Batch(llm.steps, cache, self.rows)
 
-    def loop(self) -> Iterator[None]:
-        """The loop over the rows, not begun yet; it yields whenever they have grown."""
-        arguments = (self.steps, self.cache, self.rows, self.sampling, self.logprobs)
-        return run_speculative(*arguments, self.proposer) if self.proposer else run(*arguments)
+    def loop(self) -> Iterator[list[Row]]:
+        """The loop over the rows, not begun yet; it yields after each tick the rows that ended."""
+        return self.batch.run()
 
     def pieces(self) -> Iterator[str]:
         sent = 0
@@ -116,26 +112,63 @@ class Request:
                 sent = len(text)
 
     def completions(self) -> list[Completion]:
-        return [
-            Completion(
-                text=row.text,
-                token_ids=row.token_ids,
-                finish_reason=row.finish_reason,
-                logprobs=row.logprobs if self.logprobs else None,
-                from_draft=row.from_draft,
-                stats=Stats(
-                    prompt_tokens=len(row.prompt),
-                    reused_tokens=row.reused,
-                    new_tokens=len(row.token_ids),
-                    prefill_seconds=row.first_at - row.started,
-                    decode_seconds=row.last_at - row.first_at,
-                    target_steps=row.target_steps,
-                    drafted=row.drafted,
-                    accepted=sum(row.from_draft),
-                ),
-            )
-            for row in self.rows
-        ]
+        return [completion(row) for row in self.rows]
+
+
+def completion(row: Row) -> Completion:
+    """What a finished row has become."""
+    return Completion(
+        text=row.text,
+        token_ids=row.token_ids,
+        finish_reason=row.finish_reason,
+        logprobs=row.logprobs if row.wants_logprobs else None,
+        from_draft=row.from_draft,
+        stats=Stats(
+            prompt_tokens=len(row.prompt),
+            reused_tokens=row.reused,
+            new_tokens=len(row.token_ids),
+            prefill_seconds=row.first_at - row.started,
+            decode_seconds=row.last_at - row.first_at,
+            target_steps=row.target_steps,
+            drafted=row.drafted,
+            accepted=sum(row.from_draft),
+        ),
+    )
+
+
+def new_rows(
+    llm,
+    prompts: Sequence[Prompt],
+    generation_config: GenerationConfig | None,
+    options: dict,
+    room: int | None,
+) -> tuple[list[Row], GenerationConfig]:
+    """A row for each prompt, and what is asked for them all. `room`: the tokens a row of the cache holds, if there is
+    one. Raises `RequestError`."""
+    config = merge_options(llm.defaults, generation_config, options)
+    ids = [_ids(llm, prompt, number) for number, prompt in enumerate(prompts)]
+    asked = options.get("max_new_tokens") or (generation_config and generation_config.max_new_tokens)
+    limit = "the model's positions"
+    if room is None or room >= llm.config.max_positions:
+        room = llm.config.max_positions
+    else:
+        limit = "the cache"
+    budgets = [_budget(len(row), number, room, limit, asked, config) for number, row in enumerate(ids)]
+    eos, seeds = frozenset(as_list(config.eos_token_id)), _seeds(config, len(ids))
+    rows = [
+        Row(
+            prompt=row,
+            max_new_tokens=budget,
+            eos_token_ids=eos,
+            stream=TextStream(llm.tokenizer, row, config.stops),
+            sampling=Sampling.of(config, [seed], llm.device),
+            wants_logprobs=bool(config.logprobs),
+            number=number,
+            planned_length=len(row) + budget,
+        )
+        for number, (row, budget, seed) in enumerate(zip(ids, budgets, seeds, strict=True))
+    ]
+    return rows, config
 
 
 def _prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
@@ -201,49 +234,39 @@ def _checked(cache: StaticCache, llm, rows: int) -> int:
 
 
 def choose_proposer(
-    target,
-    assistant,
-    config: GenerationConfig,
-    rows: list[Row],
-    cache: StaticCache,
-    planned: Sequence[int],
-    previous: Proposer | None,
+    target, assistant, config: GenerationConfig, cache: StaticCache, previous: Proposer | None = None
 ) -> Proposer | None:
     """The proposer a request asks for, or None for plain decoding.
 
     Args:
         target, assistant: the `LLM` that generates and the one that drafts for it (or None).
-        config, rows, cache: the request; `planned` is how long each row may get.
+        config, cache: the request's.
         previous: the proposer of the conversation's last turn: its draft model's cache is used again.
 
     Raises `RequestError` where the options contradict each other or the assistant does not fit.
     """
     check_drafting(target, assistant, config)
-    asked, lookup = config.num_assistant_tokens, config.prompt_lookup_num_tokens
-    if assistant is None and lookup is None:
-        return None
-    longest = min(lookup or (1 if asked in (None, "auto") else asked), max(row.max_new_tokens for row in rows) - 1)
-    if longest >= cache.max_step:
+    if assistant is None:
+        return None if config.prompt_lookup_num_tokens is None else PromptLookup(cache.device)
+    if isinstance(previous, DraftModel) and previous.model is assistant.steps:
+        return DraftModel(assistant.steps, target.model, previous.cache)
+    size = min(cache.max_cache_len, assistant.config.max_positions)
+    where = assistant.device, assistant.dtype, cache.max_step
+    return DraftModel(assistant.steps, target.model, StaticCache(assistant.config, cache.batch_size, size, *where))
+
+
+def draft_with(row: Row, proposer: Proposer | None, config: GenerationConfig, max_step: int) -> None:
+    """Let the proposer draft for the row, as much as was asked for; a `RequestError` for more than a step holds."""
+    if proposer is None:
+        return
+    asked = config.prompt_lookup_num_tokens or config.num_assistant_tokens or "auto"
+    longest = min(1 if asked == "auto" else asked, row.max_new_tokens - 1)
+    if longest >= max_step:
         raise RequestError(
-            f"{longest} drafted tokens make a step of {longest + 1}, but the cache takes {cache.max_step} per step: "
+            f"{longest} drafted tokens make a step of {longest + 1}, but the cache takes {max_step} per step: "
             f"draft fewer, or pass a StaticCache with max_step={longest + 1}"
         )
-    if assistant is None:
-        return PromptLookup(lookup, cache.device)
-    if isinstance(previous, DraftModel) and previous.model is assistant.steps:
-        draft_cache = previous.cache
-    else:
-        size = min(cache.max_cache_len, assistant.config.max_positions)
-        draft_cache = StaticCache(
-            assistant.config,
-            len(rows),
-            size,
-            assistant.device,
-            assistant.dtype,
-            max_step=cache.max_step,
-            planned_length=[min(length, size) for length in planned],
-        )
-    return DraftModel(assistant.steps, target.model, "auto" if asked is None else asked, draft_cache)
+    row.proposer, row.draft_length = proposer, DraftLength(asked, proposer.cost, max_step - 1)
 
 
 def check_drafting(target, assistant, config: GenerationConfig) -> None:

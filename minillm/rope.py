@@ -33,7 +33,7 @@ class RotaryTable:
 
 def rotary_table(spec: RopeSpec, planned_lengths: Sequence[int], device: torch.device | str) -> RotaryTable:
     """Build the table for rows that will grow to `planned_lengths` positions."""
-    if spec.kind not in ("dynamic", "longrope"):
+    if not spec.follows_length:
         planned_lengths = planned_lengths[:1]  # the length does not matter: share one row
     rows = [inverse_frequencies(spec, length) for length in planned_lengths]
     return RotaryTable(torch.stack(rows).to(device), attention_scale(spec))  # [B | 1, dim / 2]

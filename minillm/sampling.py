@@ -42,6 +42,17 @@ class Sampling:
         )
 
     @staticmethod
+    def together(parts: Sequence["Sampling"]) -> "Sampling":
+        """Rows that use the same filters, as one batch."""
+        columns = zip(*(vars(part).values() for part in parts), strict=True)
+        return Sampling(*(None if column[0] is None else torch.cat(column) for column in columns))
+
+    @property
+    def filters(self) -> tuple[bool, ...]:
+        """Which parameters are set. A filter that lets everything through still changes the rounding of its row."""
+        return tuple(parameter is not None for parameter in vars(self).values())
+
+    @staticmethod
     def uniform_rows(
         seeds: Sequence[int],
         device: torch.device | str,

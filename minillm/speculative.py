@@ -20,16 +20,11 @@ In a batch each row accepts its own number. A row that kept fewer tokens than it
 the cache (`StaticCache.truncate`), and positions are data, so nothing else has to know.
 """
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillm.cache import StaticCache
-from minillm.decode import Row, check_finite, holder, prefill, reuse, seen_tokens, working
-from minillm.drafting import Draft, Proposer, no_draft
-from minillm.model import Decoder
+from minillm.drafting import Draft
 from minillm.sampling import Sampling, distribution, penalized, sample, uniform
 
 _AUTO_LENGTHS = (1, 2, 4, 8)  # what "auto" chooses from: few, so that there are few shapes of verify steps
@@ -121,76 +116,13 @@ def _leading(keep: Tensor) -> Tensor:
     return keep.long().cumprod(dim=1).sum(dim=1)
 
 
-def run_speculative(
-    model: Decoder, cache: StaticCache, rows: list[Row], sampling: Sampling, logprobs: bool, proposer: Proposer
-) -> Iterator[None]:
-    """`decode.run` with drafts: the same contract, the same `Row.commit`, fewer passes of the target."""
-    device = cache.device
-    lengths = [DraftLength(proposer.num_tokens, proposer.cost, cache.max_step - 1) for _ in rows]
-    texts = [list(row.prompt) for row in rows]
-    draft = no_draft(len(rows), device)
-    with cache.hold.by(holder(rows)):
-        with working(cache):
-            proposer.start(texts)
-            held = reuse(model, cache, rows)
-            logits = prefill(model, cache, [row.prompt[row.reused :] for row in rows], held)  # [B, V]
-            seen = seen_tokens(rows, logits, sampling)  # [B, V] or None
-            logits = logits[:, None]  # [B, 1, V]
-        running = [True] * len(rows)
-        while any(running):
-            with working(cache):
-                if draft is None:
-                    wanted = [length.choose() if busy else 0 for length, busy in zip(lengths, running, strict=True)]
-                    # The last token of a row's budget needs no draft: every step yields one token of its own.
-                    left = [row.max_new_tokens - len(row.token_ids) for row in rows]
-                    counts = [max(0, min(want, room - 1)) for want, room in zip(wanted, left, strict=True)]
-                    draft = proposer.propose(texts, counts, sampling, seen)
-                    logits = _verify_step(model, cache, texts, running, draft, 1 + max(wanted))  # [B, k + 1, V]
-                place = torch.tensor([len(text) for text in texts], device=device)  # [B], where new tokens will stand
-                accepted, token = _judge(logits, draft, place, sampling, seen)  # [B] each
-                new = F.pad(draft.tokens, (0, 1)).scatter(1, accepted[:, None], token[:, None])  # [B, k + 1]
-                chosen = [[]] * len(rows)
-                if logprobs:
-                    chosen = logits.log_softmax(dim=-1).gather(2, new[:, :, None])[:, :, 0].tolist()  # [B][k + 1]
-                largest = logits.amax(dim=(1, 2)).tolist()  # [B]: NaN if any logit is
-                for b, (kept, ids) in enumerate(zip(accepted.tolist(), new.tolist(), strict=True)):
-                    row = rows[b]
-                    if row.finish_reason is None:
-                        check_finite(cache, b, row, largest[b])
-                        count = row.commit(ids[: kept + 1], chosen[b], drafts=kept)
-                        texts[b] += ids[:count]
-                        row.drafted += draft.lengths[b]
-                        lengths[b].learn(draft.lengths[b], kept)
-                        if seen is not None:
-                            seen[b, new[b, :count]] = True
-                # Forget rejected drafts. The newest token is not in the cache yet: it is fed with the next drafts.
-                cache.truncate([len(text) - 1 for text in texts])
-                running = [row.finish_reason is None for row in rows]
-                draft = None
-            yield
+def judge(
+    logits: Tensor, draft: Draft, start: Tensor, sampling: Sampling, seen: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`verify` on the logits `[B, k + 1, V]` of tokens that will stand at `start [B]` and after.
 
-
-def _verify_step(
-    model: Decoder, cache: StaticCache, texts: list[list[int]], running: list[bool], draft: Draft, width: int
-) -> Tensor:
-    """Feed the newest token and the drafts of every running row; logits after each, `[B, k + 1, V]`.
-
-    The step is padded to `width` tokens whatever the rows propose, so its shape does not follow their luck;
-    where nobody proposes anything it is a plain decode step.
+    `seen [B, V]` are the tokens that a repetition penalty knows.
     """
-    device, k = cache.device, draft.tokens.shape[1]
-    width = min(width, cache.max_step) if k else 1
-    newest = torch.tensor([text[-1:] for text in texts], device=device)  # [B, 1]
-    tokens = F.pad(torch.cat((newest, draft.tokens), dim=1), (0, width - 1 - k))  # [B, width]
-    fed = [1 + length if busy else 0 for length, busy in zip(draft.lengths, running, strict=True)]
-    first = torch.tensor([[len(text) - 1] for text in texts], device=device)  # [B, 1]
-    place = torch.arange(width, device=device)  # [width]
-    position = torch.where(place < torch.tensor(fed, device=device)[:, None], first + place, -1)  # [B, width]
-    return model(tokens, position, cache)[:, : k + 1]
-
-
-def _judge(logits: Tensor, draft: Draft, start: Tensor, sampling: Sampling, seen: Tensor | None):
-    """`verify` on the logits `[B, k + 1, V]` of tokens that will stand at `start [B]` and after."""
     stages = None
     if seen is not None:
         # At each place the repetition penalty knows the drafts before it.

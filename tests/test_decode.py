@@ -5,8 +5,9 @@ import torch
 from families import prompt_ids, reference_greedy, reference_logits
 from rows import new_row
 
+from minillm.batch import Batch
 from minillm.cache import StaticCache
-from minillm.decode import decode_one_token, prefill, run
+from minillm.decode import decode_one_token, prefill
 from minillm.errors import CacheError, RequestError
 from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig, merge_options
@@ -185,10 +186,9 @@ def test_rows_finish_at_different_times(name, ours, reference, tokenizer):
     prompts = [prompt_ids(n, seed=20 + n) for n in (3, 11, 26)]
     expected = [reference_greedy(reference(name), ids, 24) for ids in prompts]
     eos = frozenset([expected[0][6], expected[1][15]])
-    rows = [new_row(ids, GenerationConfig(), 24, eos, tokenizer) for ids in prompts]
+    rows = [new_row(ids, GenerationConfig(), 24, eos, tokenizer, wants_logprobs=True) for ids in prompts]
     cache = StaticCache(model.config, 3, 64, max_step=8)
-    with torch.inference_mode():
-        steps = sum(1 for _ in run(model, cache, rows, Sampling.uniform_rows([0, 0, 0], "cpu"), logprobs=True))
+    steps = sum(1 for _ in Batch(model, cache, rows).run())
     for row, ids in zip(rows, expected, strict=True):
         stop = next((i + 1 for i, token in enumerate(ids) if token in eos), 24)
         assert row.token_ids == ids[:stop]

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # place in the house.
 ROAD = """
     errors options progress config rope hold cache attention linear model sampling tokenizer decode
-    drafting speculative request llm
+    drafting speculative row batch request llm
 """.split()
 WINGS = {
     "load": "files families config_json chat_template tokenizer hub quantize checkpoint quantized_copy".split(),

@@ -202,8 +202,9 @@ def test_a_residual_that_rounds_to_nothing():
 
 
 def look_up(texts, counts):
-    lookup = PromptLookup(3, torch.device("cpu"))
-    lookup.start(texts)
+    lookup, texts = PromptLookup(torch.device("cpu")), dict(enumerate(texts))
+    for seat, text in texts.items():
+        lookup.start(seat, text)
     draft = lookup.propose(texts, counts, Sampling.uniform_rows([0] * len(texts), "cpu"), None)
     return [ids[:n] for ids, n in zip(draft.tokens.tolist(), draft.lengths, strict=True)]
 
@@ -222,11 +223,11 @@ def test_prompt_lookup_proposes_what_followed():
 
 def test_prompt_lookup_indexes_as_the_text_grows():
     text = prompt_ids(300, seed=1, vocabulary=12)
-    growing = PromptLookup(3, torch.device("cpu"))
-    growing.start([text[:3]])
+    growing = PromptLookup(torch.device("cpu"))
+    growing.start(0, text[:3])
     sampling = Sampling.uniform_rows([0], "cpu")
     for end in [3, 4, 9, 10, 11, 60, 299, 300]:
-        draft = growing.propose([text[:end]], [5], sampling, None)
+        draft = growing.propose({0: text[:end]}, [5], sampling, None)
         assert draft.tokens.tolist() == look_up([text[:end]], [5])
 
 
@@ -241,13 +242,13 @@ def test_prompt_lookup_reads_each_token_once():
             assert start is None or start < 0 or start >= self.first, f"token {start} of {len(self)} was read again"
             return super().__getitem__(place)
 
-    text, lookup = list(range(200)), PromptLookup(3, torch.device("cpu"))  # nothing is said twice: nothing is copied
-    lookup.start([text[:150]])
+    text, lookup = list(range(200)), PromptLookup(torch.device("cpu"))  # nothing is said twice: nothing is copied
+    lookup.start(0, text[:150])
     sampling = Sampling.uniform_rows([0], "cpu")
     for end in (150, 151, 160):
         watched = Watched(text[:end])
         watched.first = 0 if end == 150 else 150 - 3
-        lookup.propose([watched], [3], sampling, None)
+        lookup.propose({0: watched}, [3], sampling, None)
 
 
 def test_auto_drafts_more_where_drafts_are_accepted():
@@ -566,17 +567,17 @@ def test_the_draft_never_misses_a_key(llm):
     """After steps that accepted everything, the draft's keys are what reading the text at once gives."""
     rows = [llm.tokenizer.encode(p) for p in PROMPTS[:3]]
     cache = StaticCache(llm.config, 3, 100, dtype=llm.dtype)
-    drafter = DraftModel(llm.steps, llm.model, 3, cache)
+    drafter = DraftModel(llm.steps, llm.model, cache)
     sampling = Sampling.uniform_rows([0] * 3, "cpu")
     texts = [list(ids) for ids in rows]
     with torch.inference_mode():
         for _ in range(4):
             for text, bonus in zip(texts, (10, 11, 12), strict=True):
                 text.append(bonus)  # what the target adds of its own
-            draft = drafter.propose(texts, [3, 3, 3], sampling, None)
+            draft = drafter.propose(dict(enumerate(texts)), [3, 3, 3], sampling, None)
             for text, ids in zip(texts, draft.tokens.tolist(), strict=True):
                 text += ids
-        drafter.propose([[*text, 13] for text in texts], [1, 1, 1], sampling, None)
+        drafter.propose({b: [*text, 13] for b, text in enumerate(texts)}, [1, 1, 1], sampling, None)
         for b, text in enumerate(texts):
             whole, length = StaticCache(llm.config, 1, 100, dtype=llm.dtype), len(text) + 1
             llm.model(torch.tensor([[*text, 13]]), torch.arange(length)[None], whole)
@@ -595,10 +596,10 @@ def test_ids_the_draft_cannot_read(llm, window_llm, text_tokenizer_files):
     out = llm.generate(prompt, assistant_model=window_llm, num_assistant_tokens=3, **options)
     assert out.token_ids == llm.generate(prompt, **options).token_ids
     # The other way round the draft's surplus ids have no place in the target's distribution.
-    drafter = DraftModel(llm.steps, window_llm.model, 8, StaticCache(llm.config, 1, 64))
+    drafter = DraftModel(llm.steps, window_llm.model, StaticCache(llm.config, 1, 64))
     hot = Sampling.uniform_rows([1], "cpu", temperature=50.0)  # nearly uniform
     with torch.inference_mode():
-        draft = drafter.propose([[5]], [8], hot, None)
+        draft = drafter.propose({0: [5]}, [8], hot, None)
     assert draft.probs.shape == (1, 8, window_llm.config.vocab_size)
     torch.testing.assert_close(draft.probs.sum(-1), torch.ones(1, 8))
 

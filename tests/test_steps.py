@@ -14,14 +14,14 @@ from minillm_kernels.cpu.tape import NotRecordable
 from rows import new_row
 
 from minillm import LLM, StaticCache, decode_one_token
-from minillm.decode import prefill, run
+from minillm.batch import Batch
+from minillm.decode import prefill
 from minillm.errors import BackendError
 from minillm.faster.steps import RecordedStep, Steps
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
 from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig
-from minillm.sampling import Sampling
 
 needs_c = pytest.mark.skipif(not cpu.available(), reason="steps are recorded from C calls: needs a C compiler")
 
@@ -224,11 +224,13 @@ def test_looking_seldom_changes_nothing(look_every, name, ours, text_tokenizer_f
     def texts(look, eos=(), stops=(), penalty=None):
         config = GenerationConfig(stop_strings=list(stops), repetition_penalty=penalty)
         budgets = (24, 9, 17)
-        rows = [new_row(ids, config, n, frozenset(eos), tokenizer) for ids, n in zip(prompts, budgets, strict=True)]
+        options = dict(temperature=0.7, repetition_penalty=penalty, wants_logprobs=True)
+        rows = [
+            new_row(ids, config, n, frozenset(eos), tokenizer, seed=seed, **options)
+            for seed, (ids, n) in enumerate(zip(prompts, budgets, strict=True), start=1)
+        ]
         cache = StaticCache(model.config, 3, 64, max_step=8)
-        sampling = Sampling.uniform_rows([1, 2, 3], "cpu", temperature=0.7, repetition_penalty=penalty)
-        with torch.inference_mode():
-            looks = sum(1 for _ in run(model, cache, rows, sampling, True, look))
+        looks = sum(1 for _ in Batch(model, cache, rows, look_every=look).run())
         said = [(row.token_ids, row.text, row.finish_reason, row.logprobs) for row in rows]
         return said, cache.token_ids, looks
 

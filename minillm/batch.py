@@ -1,0 +1,368 @@
+"""Batch: the one loop of decoding, whose rows join and leave ("continuous batching").
+
+A decode step is bound by reading the weights, and reads them once however many rows step together. So whoever is
+there shares the steps, and nobody waits for the longest answer: a row leaves when its own text ends, and the next one
+takes its seat while the others go on (Yu et al. 2022, Orca, "iteration-level scheduling"). Everything is this loop:
+one prompt is a batch of one row, a list is rows of one request, plain decoding is speculation with zero drafts.
+
+A *tick* runs one step for all rows that talk (of one token each, or of a token and its drafts), seats those that wait,
+feeds chunks of their prompts, and looks at what came out.
+
+What a row says does not depend on its neighbours, to the last bit as long as a step feeds at most 16 tokens in all
+(above, the library multiplies, and adds up by shape): its prompt is fed by itself in chunks whose borders are the
+row's own, its random numbers follow from its seed and positions, and it is sampled with rows of the same filters only.
+"""
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from minillm.cache import StaticCache
+from minillm.decode import read_chunk, reuse_prefix
+from minillm.drafting import Draft, Proposer, no_draft
+from minillm.errors import NumericalError
+from minillm.model import Decoder
+from minillm.row import Row
+from minillm.sampling import Sampling, next_token
+from minillm.speculative import judge
+
+_LOOK_EVERY = 8  # decode steps between two looks at an accelerator's tokens
+
+
+@dataclass
+class _Group:
+    """Rows that are judged together: they use the same filters, and the same proposer drafts for them."""
+
+    rows: list[Row]
+    index: slice | Tensor  # [R], their seats
+    sampling: Sampling
+    undrafted: Draft
+    proposer: Proposer | None
+    eos: Tensor  # [R, E], padded with -1
+    last: Tensor  # [R], where the last token of each row's budget stands
+
+
+@dataclass
+class _Result:
+    """What a step gave to a group, on its device."""
+
+    rows: list[Row]
+    proposed: list[int]  # drafts per row
+    tokens: Tensor  # [R, k + 1]
+    accepted: Tensor  # [R], how many of the drafts
+    largest: Tensor  # [R] the largest logit: NaN if any logit is
+    logprobs: Tensor | None  # [R, k + 1]
+
+
+class Batch:
+    """The rows that share one model and one cache, and the loop over them.
+
+    Args:
+        model: a `Decoder`, or `faster.steps.Steps`.
+        cache: a seat for every row of it. A row with a planned length reuses a prefix in whole chunks of
+            `cache.max_step` only, which leaves its bits alone; one without (the cache is the caller's) token by token.
+        rows: who waits for a seat, in this order. More may be appended to `waiting` between two ticks.
+        one_request: the rows belong together: all that have a seat are read before the first step, and an error of one
+            ends the loop. Otherwise a tick feeds one chunk of one prompt, so that nobody waits longer, and an error
+            stays with its row.
+        look_every: the number of steps between two looks. Looking at a token is free on a CPU: there it is 1. An
+            accelerator works through a queue, and each look waits until that is empty: there it is 8, and it is worth
+            running a few steps past a row's end. Everything that a step needs is a tensor, so nothing looks in between.
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        cache: StaticCache,
+        rows: Iterable[Row] = (),
+        one_request: bool = True,
+        look_every: int | None = None,
+    ):
+        device = cache.device
+        self.model, self.cache, self.one_request = model, cache, one_request
+        self.look_every = look_every or (1 if device.type == "cpu" else _LOOK_EVERY)
+        self.waiting = deque(rows)
+        self.seats: list[Row | None] = [None] * cache.batch_size
+        self._unread: deque[Row] = deque()  # rows with a seat whose prompts are not fed yet
+        self._chunks: list[list[int]] = [[] for _ in self.seats]  # the whole chunks of a prompt that a seat begins with
+        self._token = torch.zeros(cache.batch_size, dtype=torch.int64, device=device)  # [B], the newest, not fed yet
+        self._position = torch.zeros_like(self._token)  # [B], of the next token
+        self._idle = torch.ones_like(self._token, dtype=torch.bool)  # [B], seats of nobody who talks
+        self._seen: Tensor | None = None  # [B, V] bool, for repetition penalties
+        self._groups: list[_Group] | None = []  # of the rows that talk; None when they have changed
+        self._results: list[_Result] = []
+
+    def run(self) -> Iterator[list[Row]]:
+        """Tick until nobody is left; yields after each tick the rows that ended in it.
+
+        The cache's rows hold every token but each row's last, whose keys nobody has needed yet. Raises
+        `NumericalError` where logits are infinite or not a number.
+        """
+        who = f"a request of {len(self.waiting)} rows" if self.one_request else f"{len(self.seats)} seats"
+        with self.cache.hold.by(f"{who}, running in thread {threading.current_thread().name!r}"):
+            while self.waiting or any(self.seats):
+                # Not across the yield: there the mode would leak into the caller's code.
+                with torch.inference_mode(), self.cache.hold.turn():
+                    ended = [self._cancel(row) for row in self.seats if row is not None and row.cancelled]
+                    self._step()
+                    while self.waiting and None in self.seats:
+                        self._join(self.waiting.popleft())
+                    while self._unread:
+                        row = self._unread[0]
+                        chunk = row.prompt[row.read : row.read + self.cache.max_step]
+                        hidden = read_chunk(self.model, self._alone(row.seat), chunk, row.read)  # [1, d]
+                        row.read += len(chunk)
+                        if row.planned_length and len(chunk) == self.cache.max_step:
+                            self._chunks[row.seat] = row.prompt[: row.read]
+                        if row.read == len(row.prompt):
+                            self._begin(self._unread.popleft(), hidden)
+                        if not self.one_request:
+                            break
+                    ended += self._look()
+                yield ended
+
+    def _alone(self, seat: int) -> StaticCache:
+        return self.cache.rows(seat, seat + 1)
+
+    # ---- joining and leaving ----
+
+    def _join(self, row: Row) -> None:
+        """Give the row a seat, one that holds the beginning of its prompt if there is one."""
+        free = [seat for seat, other in enumerate(self.seats) if other is None]
+        if not self.cache.hold.same_weights(self.model.fingerprint()):
+            for seat in free:  # their keys were made by others
+                self._alone(seat).reset()
+                self._chunks[seat] = []
+        if row.planned_length is None:
+            row.seat = free[0]
+            row.read = row.reused = reuse_prefix(self._alone(row.seat), row.prompt)
+        else:
+            row.seat, row.read = self._reuse_chunks(row.prompt, free)
+            row.reused = row.read
+            if row.read == 0:
+                self._alone(row.seat).plan(row.planned_length)
+        if row.proposer is not None:
+            row.proposer.start(row.seat, row.prompt, row.planned_length)
+        row.started = time.perf_counter()
+        self.seats[row.seat] = row
+        self._unread.append(row)
+
+    def _reuse_chunks(self, prompt: list[int], free: list[int]) -> tuple[int, int]:
+        """The free seat that is best for a prompt, and how many tokens of it this holds now, in whole chunks.
+
+        Only what was fed in chunks from the start has the bits that feeding it again would give. What the seat of a
+        running row holds is copied.
+        """
+        step, follows = self.cache.max_step, any(spec.follows_length for spec in self.cache.config.ropes)
+
+        def shared(seat: int) -> int:
+            held, n = self._chunks[seat], 0
+            while n + step < len(prompt) and n < len(held) and held[n : n + step] == prompt[n : n + step]:
+                n += step
+            # Keys that were rotated for another length are of no use.
+            return n if n and not follows and self._alone(seat).can_truncate(0, n) else 0
+
+        seat, source = max(free, key=shared), max(range(len(self.seats)), key=shared)
+        count = shared(source)
+        if count > shared(seat):
+            self.cache.copy_row(source, seat)
+        self._alone(seat).truncate(count)
+        self._chunks[seat] = prompt[:count]
+        return seat, count
+
+    def _begin(self, row: Row, hidden: Tensor) -> None:
+        """The prompt is read, and `hidden [1, d]` came out: choose the row's first token."""
+        seat = row.seat
+        with self.model.own_dtypes():
+            logits = self.model.logits(hidden)[:, None]  # [1, 1, V]
+        if row.sampling.repetition_penalty is not None:
+            if self._seen is None:
+                shape = len(self.seats), logits.shape[-1]
+                self._seen = torch.zeros(shape, dtype=torch.bool, device=logits.device)  # [B, V]
+            self._seen[seat] = False
+            self._seen[seat, torch.tensor(row.prompt, device=logits.device)] = True
+        self._position[seat] = len(row.prompt)
+        self._idle[seat] = False
+        group = self._group([row])
+        self._choose(group, group.undrafted, logits)
+        self._groups = None
+
+    def _leave(self, row: Row) -> Row:
+        """The row's seat is free; what it has said stays in the cache for whoever goes on from there."""
+        if row in self._unread:
+            self._unread.remove(row)
+        self.seats[row.seat] = None
+        self._idle[row.seat] = True
+        self._groups = None
+        return row
+
+    def _cancel(self, row: Row) -> Row:
+        try:
+            row.finish("cancelled")
+        except Exception as error:
+            self._fail(row, error)
+        return self._leave(row)
+
+    def _fail(self, row: Row, error: Exception) -> None:
+        if self.one_request:
+            raise error
+        row.error, row.finish_reason = error, "error"
+
+    # ---- a step ----
+
+    def _group(self, rows: list[Row]) -> _Group:
+        device, seats = self.cache.device, [row.seat for row in rows]
+        neighbours = seats == [*range(seats[0], seats[0] + len(seats))]
+        index = slice(seats[0], seats[-1] + 1) if neighbours else torch.tensor(seats, device=device)  # [R]
+        widest = max(len(row.eos_token_ids) for row in rows)
+        eos = [[*row.eos_token_ids, *[-1] * (widest - len(row.eos_token_ids))] for row in rows]
+        return _Group(
+            rows,
+            index,
+            Sampling.together([row.sampling for row in rows]),
+            no_draft(len(rows), device),
+            rows[0].proposer,
+            torch.tensor(eos, dtype=torch.int64, device=device),
+            torch.tensor([len(row.prompt) + row.max_new_tokens - 1 for row in rows], device=device),
+        )
+
+    def _regroup(self) -> None:
+        alike: dict[tuple, list[Row]] = {}
+        talking = [row for row in self.seats if row is not None and row.token_ids]
+        for row in talking:
+            alike.setdefault((row.sampling.filters, id(row.proposer)), []).append(row)
+        self._groups = [self._group(rows) for rows in alike.values()]
+        self._part = self.cache.first_rows(talking[-1].seat + 1) if talking else self.cache
+
+    def _step(self) -> None:
+        """One pass of the model for every row that talks; several where nobody looks and nobody drafts."""
+        if self._groups is None:
+            self._regroup()
+        groups = self._groups
+        if not groups:
+            return
+        n = self._part.batch_size
+        token, position, idle = self._token[:n], self._position[:n], self._idle[:n]  # [n] each, n <= B
+        drafts = [self._propose(group) for group in groups]
+        k = max(draft.tokens.shape[1] for draft in drafts)
+        rows = [row for group in groups for row in group.rows]
+        # A stop string is only seen at the look, after the row has gone on: the cache must be able to forget that.
+        left = max(row.max_new_tokens - len(row.token_ids) for row in rows)
+        steps = 1 if any(row.proposer for row in rows) else min(self.look_every, left, self.cache.max_step)
+        for _ in range(steps):
+            # An idle seat is padding: it writes nothing and nobody reads its logits.
+            ids, fed = token[:, None], torch.where(idle, -1, position - 1)[:, None]  # [n, 1]
+            if k:
+                ids, fed = self._with_drafts(groups, drafts, ids, fed)  # [n, T]
+            logits = self.model(ids, fed, self._part)  # [n, T, V]
+            for group, draft in zip(groups, drafts, strict=True):
+                self._choose(group, draft, logits[group.index, : draft.tokens.shape[1] + 1])
+                if steps > 1:
+                    done = (self._token[group.index, None] == group.eos).any(dim=1)  # [R]
+                    self._idle[group.index] |= done | (self._position[group.index] > group.last)
+
+    def _propose(self, group: _Group) -> Draft:
+        if group.proposer is None:
+            return group.undrafted
+        # The last token of a row's budget needs no draft: every step yields one token of its own.
+        counts = [min(r.draft_length.choose(), r.max_new_tokens - len(r.token_ids) - 1) for r in group.rows]
+        seen = None if group.sampling.repetition_penalty is None else self._seen[group.index]  # [R, V]
+        return group.proposer.propose({row.seat: row.ids for row in group.rows}, counts, group.sampling, seen)
+
+    def _with_drafts(self, groups: list[_Group], drafts: list[Draft], ids: Tensor, fed: Tensor) -> tuple:
+        """Ids and positions `[n, 1]` of a step, with the drafts behind them: `[n, T]` each.
+
+        T is what the rows wanted to draft, whatever was found, so that the shape of a step does not follow their luck.
+        """
+        wanted = max(row.draft_length.choose() for group in groups for row in group.rows if group.proposer)
+        drafted = F.pad(ids, (0, min(wanted, self.cache.max_step - 1)))  # [n, T]
+        count = torch.zeros_like(ids)  # [n, 1], drafts of each row
+        for group, draft in zip(groups, drafts, strict=True):
+            drafted[group.index, 1 : 1 + draft.tokens.shape[1]] = draft.tokens
+            count[group.index, 0] = torch.tensor(draft.lengths, device=ids.device)
+        place = torch.arange(drafted.shape[1], device=ids.device)  # [T]
+        return drafted, torch.where((fed < 0) | (place > count), -1, fed + place)
+
+    def _choose(self, group: _Group, draft: Draft, logits: Tensor) -> None:
+        """Judge what a pass says, `logits [R, k + 1, V]`, of drafts `[R, k]` and what follows them."""
+        index, sampling = group.index, group.sampling
+        place = self._position[index]  # [R]
+        seen = None if sampling.repetition_penalty is None else self._seen[index]  # [R, V]
+        if draft.tokens.shape[1] == 0:
+            token = next_token(logits[:, 0], sampling, place, seen)  # [R]
+            accepted, tokens = torch.zeros_like(token), token[:, None]  # [R, 1]
+        else:
+            accepted, token = judge(logits, draft, place, sampling, seen)  # [R] each
+            column = torch.arange(logits.shape[1], device=place.device)  # [k + 1]
+            tokens = torch.where(column < accepted[:, None], F.pad(draft.tokens, (0, 1)), token[:, None])  # [R, k + 1]
+        if seen is not None:
+            self._seen[index] = seen.scatter(1, tokens, True)
+        self._token[index] = token
+        self._position[index] = place + accepted + 1
+        logprobs = None
+        if any(row.wants_logprobs for row in group.rows):
+            logprobs = logits.log_softmax(dim=-1).gather(2, tokens[:, :, None])[:, :, 0]  # [R, k + 1]
+        largest = logits.amax(dim=(1, 2))  # [R]
+        self._results.append(_Result(group.rows, draft.lengths, tokens, accepted, largest, logprobs))
+
+    # ---- looking at it ----
+
+    def _look(self) -> list[Row]:
+        """Commit what came out since the last look; returns the rows that ended with it."""
+        results, self._results = self._results, []
+        wanted = [tensor for r in results for tensor in (r.tokens, r.accepted, r.largest, r.logprobs)]
+        host = iter(_to_host([tensor for tensor in wanted if tensor is not None]))
+        rows, past = {}, False
+        for result in results:
+            tokens, accepted, largest = next(host), next(host), next(host)
+            logprobs = [()] * len(tokens) if result.logprobs is None else next(host)
+            for i, row in enumerate(result.rows):
+                rows[row] = None
+                if row.finish_reason is not None:  # it has gone on unseen
+                    past = True
+                elif not math.isfinite(largest[i]):
+                    self._spoilt(row)
+                else:
+                    kept = accepted[i]
+                    try:
+                        count = row.commit(tokens[i][: kept + 1], logprobs[i] if row.wants_logprobs else (), kept)
+                    except Exception as error:
+                        self._fail(row, error)
+                        continue
+                    row.drafted += result.proposed[i]
+                    if row.draft_length is not None:
+                        row.draft_length.learn(result.proposed[i], kept)
+                    past = past or count <= result.proposed[i]
+        if past:
+            # Forget rejected drafts and what came after a row's end. The newest token is not in the cache yet.
+            lengths = self.cache.lengths
+            for row in rows:
+                lengths[row.seat] = min(lengths[row.seat], len(row.ids) - 1)
+            self.cache.truncate(lengths)
+        return [self._leave(row) for row in rows if row.finish_reason is not None]
+
+    def _spoilt(self, row: Row) -> None:
+        """The row's logits are no numbers."""
+        (self.cache if self.one_request else self._alone(row.seat)).reset()  # its keys may be no numbers either
+        self._chunks[row.seat] = []
+        problem = NumericalError(
+            f"row {row.number}, new token {len(row.token_ids) + 1}: the model's logits are infinite or not a number: "
+            "activations exceed their dtype, or weights are damaged; try dtype='float32' or 'bfloat16'"
+        )
+        self._fail(row, problem)
+
+
+def _to_host(tensors: list[Tensor]) -> list[list]:
+    """Tensors as lists. From an accelerator all at once, since each reading waits for it: float64 holds ids exactly."""
+    if not tensors or tensors[0].device.type == "cpu":
+        return [tensor.tolist() for tensor in tensors]
+    flat = torch.cat([tensor.double().flatten() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(t.shape).to(t.dtype).tolist() for part, t in zip(parts, tensors, strict=True)]
