@@ -35,6 +35,14 @@ class BackendError(MinillmError):
     """The chosen attention backend, dtype or device cannot run this model."""
 
 
+class EngineError(MinillmError):
+    """The engine is closed, or its thread has failed."""
+
+
+class EngineFull(EngineError):
+    """As many requests are waiting as may: ask again later."""
+
+
 class NumericalError(MinillmError):
     """Weights or logits are infinite or not a number."""
 

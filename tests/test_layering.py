@@ -19,6 +19,7 @@ WINGS = {
     "load": "files families config_json chat_template tokenizer hub quantize checkpoint quantized_copy".split(),
     "cli": "flags commands".split(),
     "faster": "compiled steps".split(),
+    "serve": "engine".split(),
     "measure": "plot memory bench perplexity describe".split(),
 }
 ENTRANCES = {"__init__", "__main__"}  # may import anything
