@@ -1,6 +1,7 @@
 """LLM: a checkpoint ready to use. from_pretrained, generate, stream, conversation."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -17,7 +18,8 @@ from minillm.load.hub import find_checkpoint
 from minillm.load.tokenizer import load_tokenizer
 from minillm.model import Decoder
 from minillm.options import DTYPES, GenerationConfig, merge_options
-from minillm.request import Completion, Prompt, Request, check_drafting
+from minillm.progress import progress_bar
+from minillm.request import SEATS, Completion, Prompt, Request, check_drafting, completion
 from minillm.tokenizer import Tokenizer
 
 _DEFAULT_CONVERSATION = 4096  # tokens a conversation's cache holds unless told otherwise
@@ -116,29 +118,56 @@ class LLM:
         *,
         cache: StaticCache | None = None,
         assistant_model: "LLM | None" = None,
+        seats: int = SEATS,
+        progress: bool = False,
         **options,
     ) -> Completion | list[Completion]:
-        """Continue a prompt, or several at once.
+        """Continue a prompt, or as many as you like.
 
         Args:
-            prompt: text or token ids for one `Completion`; a list of texts, or of lists of ids, for a list.
-                Rows of different length in one batch give what they give alone.
+            prompt: text or token ids for one `Completion`; a list of texts, or of lists of ids, for a list in the same
+                order. Each gives what it gives alone.
             generation_config: options as an object; keywords override it.
             cache: a `StaticCache` of yours with one row per prompt. Where it already holds the beginning of
                 a prompt, that part is not computed again; afterwards it holds prompt and answer.
             assistant_model: a smaller `LLM` with the same tokenizer that drafts `num_assistant_tokens` per step
                 for this one to check: the same text (sampling: the same law) in fewer steps, see speculative.py.
+            seats: how many prompts run at a time; the next one takes the seat of one that has ended. Up to 16 give to
+                the last bit what they give alone. With a cache of yours all of them run at once.
+            progress: show a bar on stderr, a notch for each finished prompt.
             options: the fields of `GenerationConfig`; what is unset comes from the checkpoint's
                 `generation_config.json`.
 
         Raises `RequestError` before anything is computed: an unknown option, a value out of range, or a
         prompt that together with `max_new_tokens` exceeds the cache or the model's positions.
         """
-        request = Request(self, prompt, generation_config, cache, assistant_model, options)
-        for _ in request.loop():
-            pass
-        completions = request.completions()
+        request = Request(self, prompt, generation_config, cache, assistant_model, options, seats=seats)
+        with progress_bar(len(request.rows), "generating") if progress else nullcontext() as advance:
+            for ended in request.loop():
+                if progress:
+                    for _ in ended:
+                        advance()
+        completions = [completion(row) for row in request.rows]
         return completions[0] if request.single else completions
+
+    def as_completed(
+        self,
+        prompts: Sequence[Prompt],
+        generation_config: GenerationConfig | None = None,
+        *,
+        cache: StaticCache | None = None,
+        assistant_model: "LLM | None" = None,
+        seats: int = SEATS,
+        **options,
+    ) -> Iterator[tuple[int, Completion]]:
+        """`generate` for a list of prompts, as (number of the prompt, its `Completion`) whenever one has ended.
+
+        The request is checked here and now, not at the first result.
+        """
+        request = Request(self, prompts, generation_config, cache, assistant_model, options, seats=seats)
+        if request.single:
+            raise RequestError("as_completed takes a list of prompts; use generate or stream for one")
+        return ((row.number, completion(row)) for ended in request.loop() for row in ended)
 
     def stream(
         self,
@@ -219,7 +248,7 @@ class Conversation:
     def _keep(self, text: str, request: Request) -> Completion | None:
         row = request.rows[0]
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": row.text}]
-        return request.completions()[0] if row.finish_reason else None
+        return completion(row) if row.finish_reason else None
 
 
 def choose_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:

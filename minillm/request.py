@@ -111,9 +111,6 @@ class Request:
                 yield text[sent:]
                 sent = len(text)
 
-    def completions(self) -> list[Completion]:
-        return [completion(row) for row in self.rows]
-
 
 def completion(row: Row) -> Completion:
     """What a finished row has become."""

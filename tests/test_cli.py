@@ -57,6 +57,36 @@ def test_the_prompt_comes_from_a_file_or_stdin(run, tmp_path):
     assert run("generate", "-", *options, stdin="Once upon a time\n") == direct
 
 
+def test_each_line_is_a_prompt(run, llm, tmp_path):
+    lines = ["Once upon a time", "", "The wolf", "  ", "A"]
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(lines))
+    prompts = [line for line in lines if line.strip()]
+    options = ["--max-new-tokens", "9", "--temperature", "0.8", "--seed", "4"]
+    alone = [llm.generate(prompt, max_new_tokens=9, temperature=0.8, seed=4) for prompt in prompts]
+    expected = "".join(f"{prompt}{one.text}\n" for prompt, one in zip(prompts, alone, strict=True))
+    assert run("generate", "--file", str(path), "--each-line", *options)[1] == expected
+    assert run("generate", "--each-line", "--seats", "1", *options, stdin="\n".join(lines))[1] == expected
+    out = run("generate", "--file", str(path), "--each-line", "--jsonl", "--seats", "2", *options)[1]
+    told = sorted(map(json.loads, out.splitlines()), key=lambda one: one["number"])
+    assert [one["prompt"] + one["text"] for one in told] == [p + a.text for p, a in zip(prompts, alone, strict=True)]
+    assert [(one["new_tokens"], one["finish_reason"]) for one in told] == [
+        (a.stats.new_tokens, a.finish_reason) for a in alone
+    ]
+
+
+def test_flags_of_many_prompts_go_together(run):
+    for flags, word in [
+        (["x", "--jsonl"], "--each-line"),
+        (["x", "--seats", "3"], "--each-line"),
+        (["x", "--each-line", "--stream"], "--stream"),
+        ([" ", "--each-line"], "not blank"),
+    ]:
+        status, out, err = run("generate", *flags)
+        assert (status, out) == (1, "")
+        assert word in err
+
+
 def test_every_generation_option_reaches_the_library(run, llm):
     flags = "--max-new-tokens 9 --temperature 0.9 --top-k 20 --top-p 0.9 --min-p 0.01 --repetition-penalty 1.3 --seed 5"
     options = dict(

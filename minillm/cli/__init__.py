@@ -54,6 +54,10 @@ def _parser() -> argparse.ArgumentParser:
     add = command(commands.generate, model, generation)
     add("prompt", nargs="?", type=text, help="the text; without it (or with -) it is read from stdin")
     add("--file", type=Path, metavar="F", help="read the prompt from this file instead")
+    add("--each-line", action="store_true", help="each line that is not blank is a prompt of its own")
+    add("--seats", type=count, metavar="N", help="with --each-line: prompts that run at a time (default: 16)")
+    lines = "with --each-line: print each answer as a line of JSON as soon as it is complete"
+    add("--jsonl", action="store_true", help=lines)
     add("--stream", action=argparse.BooleanOptionalAction, help="print pieces as they come (default on a terminal)")
     marks = "mark the tokens that a draft guessed right: in colour on a terminal, else in [brackets]"
     add("--show-draft", action="store_true", help=marks)

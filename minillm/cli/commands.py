@@ -77,14 +77,37 @@ def generate(options: argparse.Namespace) -> None:
         raise RequestError("--show-draft prints the text when it is complete: leave out --stream")
     if options.show_draft and options.draft_model is None and options.prompt_lookup_num_tokens is None:
         raise RequestError("--show-draft needs somebody who drafts: --draft-model or --prompt-lookup-num-tokens")
+    if options.each_line and (options.stream or options.show_draft):
+        raise RequestError("--each-line prints answers when they are complete: leave out --stream and --show-draft")
+    if not options.each_line and (options.jsonl or options.seats is not None):
+        raise RequestError("--jsonl and --seats are for many prompts: give them with --each-line")
     asked, prompt = _asked(options), _read_prompt(options)
     llm = _load(options)
     asked["assistant_model"] = _draft(options)
+    if options.each_line:
+        _each_line(options, llm, prompt.splitlines(), asked)
+        return
     if options.show_draft:
         _show_draft(llm, prompt, llm.generate(prompt, **asked), options.stop_strings or ())
         return
     streaming = sys.stdout.isatty() if options.stream is None else options.stream
     _say(itertools.chain([prompt], llm.stream(prompt, **asked) if streaming else [llm.generate(prompt, **asked).text]))
+
+
+def _each_line(options: argparse.Namespace, llm, lines: Sequence[str], asked: dict) -> None:
+    """Print the continuation of each line that is not blank, in order; as JSON, each as soon as it is complete."""
+    prompts = [line for line in lines if line.strip()]
+    if not prompts:
+        raise RequestError("--each-line: there is no line that is not blank")
+    if options.seats is not None:
+        asked["seats"] = options.seats
+    if not options.jsonl:
+        for prompt, done in zip(prompts, llm.generate(prompts, progress=True, **asked), strict=True):
+            _say([prompt, done.text])
+        return
+    for number, done in llm.as_completed(prompts, **asked):
+        said = dict(text=done.text, finish_reason=done.finish_reason, new_tokens=done.stats.new_tokens)
+        print(json.dumps(dict(number=number, prompt=prompts[number]) | said, ensure_ascii=False), flush=True)
 
 
 def _say(pieces: Iterable[str]) -> None:
