@@ -14,6 +14,8 @@ from minillm.errors import (
     CacheError,
     CheckpointError,
     ConfigError,
+    EngineError,
+    EngineFull,
     MinillmError,
     NumericalError,
     RequestError,
@@ -30,7 +32,12 @@ __all__ = [
     "Completion",
     "ConfigError",
     "Conversation",
+    "Engine",
+    "EngineError",
+    "EngineFull",
+    "EngineStats",
     "GenerationConfig",
+    "Handle",
     "MinillmError",
     "NumericalError",
     "RequestError",
@@ -48,12 +55,16 @@ if TYPE_CHECKING:
     from minillm.llm import LLM, Conversation
     from minillm.request import Completion, Stats
     from minillm.sampling import Sampling
+    from minillm.serve.engine import Engine, EngineStats, Handle
     from minillm.tokenizer import TextStream
 else:
     _ROOMS = dict(
         LLM="llm",
         Completion="request",
         Conversation="llm",
+        Engine="serve.engine",
+        EngineStats="serve.engine",
+        Handle="serve.engine",
         Sampling="sampling",
         StaticCache="cache",
         Stats="request",

@@ -235,8 +235,8 @@ class Decoder(nn.Module):
         return super()._apply(fn, recurse)
 
     def fingerprint(self) -> tuple:
-        """Where the weights lie, how often each was written to, and whether anybody has hooked a module: equal as long
-        as the same is computed by a step that is replayed."""
+        """Where the weights lie, how often each was written to, and last whether anybody has hooked a module: equal as
+        long as the same is computed by a step that is replayed."""
         modules, waiting = [], [self]
         while waiting:  # as `self.modules()`, in a fifth of its time
             module = waiting.pop()
@@ -246,8 +246,8 @@ class Decoder(nn.Module):
         versions = (0 if t.is_inference() else t._version for t in tensors)
         everywhere = nn.modules.module
         hooks = (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
-        self.hooked = any(hooks) or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
-        return (*map(Tensor.data_ptr, tensors), *versions, self.hooked)
+        hooked = any(hooks) or any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+        return (*map(Tensor.data_ptr, tensors), *versions, hooked)
 
 
 def empty_decoder(

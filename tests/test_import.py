@@ -86,6 +86,7 @@ def test_import_adds_little_to_torch(measured):
 PUBLIC = """
     LLM Completion Stats Conversation StaticCache GenerationConfig Sampling TextStream decode_one_token MinillmError
     ConfigError CheckpointError TokenizerError RequestError CacheError BackendError NumericalError
+    Engine EngineStats Handle EngineError EngineFull
 """.split()
 
 

@@ -7,14 +7,14 @@ import torch
 from families import prompt_ids
 from rows import new_row
 
+from minillm.batch import Batch
 from minillm.cache import StaticCache
-from minillm.decode import prefill, run
+from minillm.decode import prefill
 from minillm.faster.steps import CapturedStep, Steps
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
 from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig
-from minillm.sampling import Sampling
 
 pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
@@ -50,19 +50,23 @@ def test_a_captured_step_follows_token_and_position(name, compile, checkpoint):
     assert {shape: type(step) for shape, step in captured.items()} == {(3, 1): CapturedStep, (3, 3): CapturedStep}
 
 
-def rows_of(tokenizer, prompts, budget=24):
-    return [new_row(ids, GenerationConfig(), budget, frozenset([2]), tokenizer) for ids in prompts]
+def rows_of(tokenizer, prompts, budget=24, **options):
+    config, eos = GenerationConfig(), frozenset([2])
+    return [
+        new_row(ids, config, budget, eos, tokenizer, device="cuda", seed=seed, **options)
+        for seed, ids in enumerate(prompts, start=1)
+    ]
 
 
 @pytest.mark.parametrize("sampled", [{}, dict(temperature=0.9, top_k=20, top_p=0.9, repetition_penalty=1.2)])
 def test_the_host_waits_only_at_looks(sampled, checkpoint, text_tokenizer_files):
     """24 tokens are three looks of eight steps or six of four: the waits double, they do not follow the steps."""
     steps, tokenizer = Steps(load(checkpoint, "llama3")), load_tokenizer(text_tokenizer_files.folder)
-    sampling = Sampling.uniform_rows([1, 2], "cuda", **sampled)
     waits = {}
     for look_every in (8, 8, 4):  # the first time captures
-        rows = rows_of(tokenizer, [prompt_ids(5, seed=1), prompt_ids(11, seed=2)])
-        loop = run(steps, StaticCache(steps.config, 2, 64, "cuda"), rows, sampling, True, look_every)
+        prompts = [prompt_ids(5, seed=1), prompt_ids(11, seed=2)]
+        rows = rows_of(tokenizer, prompts, wants_logprobs=True, **sampled)
+        loop = Batch(steps, StaticCache(steps.config, 2, 64, "cuda"), rows, look_every=look_every).run()
         next(loop)
         torch.cuda.set_sync_debug_mode("warn")
         try:
@@ -83,9 +87,8 @@ def test_text_equals_the_uncaptured_decoders(checkpoint, text_tokenizer_files):
     said = []
     for runner in (model, Steps(model)):
         rows, cache = rows_of(tokenizer, prompts), StaticCache(model.config, 2, 64, "cuda")
-        with torch.inference_mode():
-            for _ in run(runner, cache, rows, Sampling.uniform_rows([0, 0], "cuda"), logprobs=False):
-                pass
+        for _ in Batch(runner, cache, rows).run():
+            pass
         said.append([row.token_ids for row in rows])
         assert cache.token_ids == [row.prompt + row.token_ids[:-1] for row in rows]
     assert said[0] == said[1]

@@ -57,7 +57,7 @@ class Steps:
         # Per cache and (rows, tokens): the recorded step, or None where it cannot be recorded. A cache that is
         # dropped takes its steps along.
         self._recorded: WeakKeyDictionary[StaticCache, dict] = WeakKeyDictionary()
-        self._weights: tuple = ()  # where and which they were when the steps were recorded
+        self._weights: tuple = (False,)  # where and which they were when the steps were recorded
         self._moves = model.moves
 
     def __deepcopy__(self, memo) -> "Steps":
@@ -86,7 +86,7 @@ class Steps:
                 cache.hold.stepped_by = self
                 steps, shape = self._recorded.setdefault(cache, {}), tuple(input_ids.shape)
                 if shape not in steps:
-                    steps[shape] = None if self.model.hooked else self._make(self)
+                    steps[shape] = None if self._weights[-1] else self._make(self)  # a replay calls no hook
                 if steps[shape] is not None:
                     try:
                         return steps[shape](input_ids, cache_position, cache)
@@ -159,7 +159,6 @@ class CapturedStep:
 
     def _capture(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> None:
         self.input_ids, self.position = input_ids.clone(), cache_position.clone()  # [B, T] each
-        self.rotary = cache.rotary  # the graph reads these tables; `plan` makes others
 
         def step() -> Tensor:
             x, rotary = self.steps.embed(self.input_ids, self.position, cache)
