@@ -213,11 +213,10 @@ def blank_tape() -> tape.Tape:
     return tape.Tape(library(), REPLAY.pack)
 
 
-def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor, zero: Tensor) -> bool:
+def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor, zero: Tensor) -> None:
     """Fill packed [N, K / 2], scale and zero [K / G, N] with weight [N, K] in int4, a layout as in `int4_linear`.
 
-    Returns False, with nothing useful filled in, when a weight is infinite or not a number. Raises ValueError when the
-    tensors do not fit together.
+    The weights must be finite. Raises ValueError when the tensors do not fit together.
     """
     (outputs, inputs), grouped = weight.shape, (weight.shape[1] // group_size, weight.shape[0])
     if group_size not in (32, 64, 128) or inputs % group_size or packed.shape != (outputs, inputs // 2):
@@ -233,7 +232,7 @@ def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor
         FORMATS[weight.dtype], weight.data_ptr(), *weight.shape, group_size, address(packed), address(scale),
         address(zero), threads(),
     )  # fmt: skip
-    return not library().minillm_quantize_int4(arguments)
+    _call(QUANTIZE, arguments, weight, packed, scale, zero)
 
 
 def address(tensor: Tensor | None) -> int:
