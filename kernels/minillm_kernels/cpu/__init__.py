@@ -19,6 +19,7 @@ from torch import Tensor
 from minillm_kernels.cpu import build, tape
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
+GROUP_SIZES = (32, 64, 128)  # inputs that share a scale in int4
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
@@ -219,7 +220,7 @@ def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor
     The weights must be finite. Raises ValueError when the tensors do not fit together.
     """
     (outputs, inputs), grouped = weight.shape, (weight.shape[1] // group_size, weight.shape[0])
-    if group_size not in (32, 64, 128) or inputs % group_size or packed.shape != (outputs, inputs // 2):
+    if group_size not in GROUP_SIZES or inputs % group_size or packed.shape != (outputs, inputs // 2):
         raise ValueError(
             f"weight {tuple(weight.shape)} does not fill packed {tuple(packed.shape)} in groups of {group_size}"
         )
