@@ -81,6 +81,28 @@ def llm(text_checkpoint):
 
 
 @pytest.fixture(scope="session")
+def window_llm(tmp_path_factory, text_tokenizer_files):
+    """Another family, fp32 on the CPU; do not alter it. Its window of 9 wraps within a dozen tokens, and without a
+    padded vocabulary it has five tokens fewer than `llm`."""
+    folder = tmp_path_factory.mktemp("window") / "mistral"
+    config = FAMILIES["mistral-v0.1"].with_changes({"vocab_size": text_tokenizer_files.vocabulary})
+    save_checkpoint(folder, config, seed=13)
+    text_tokenizer_files.copy_to(folder)
+    return LLM.from_pretrained(folder, dtype="float32", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def quantizable(tmp_path_factory, text_tokenizer_files):
+    """A checkpoint with a tokenizer, all of whose matrices are whole groups of int4 wide."""
+    folder = tmp_path_factory.mktemp("quantizable") / "llama"
+    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
+    config = FAMILIES["llama2"].with_changes(sizes | {"vocab_size": text_tokenizer_files.vocabulary})
+    save_checkpoint(folder, config, seed=4)
+    text_tokenizer_files.copy_to(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def text_reference(text_checkpoint):
     """transformers' model of `text_checkpoint`."""
     return load_reference(text_checkpoint)

@@ -11,6 +11,7 @@ from minillm.cache import StaticCache
 from minillm.config import LayerSpec
 from minillm.errors import BackendError
 from minillm.load.config_json import parse_config
+from minillm.options import ATTENTION
 
 
 def plain_attention(q, keys, values, position, spec):
@@ -99,6 +100,11 @@ def test_low_precision(backend, dtype):
     expected = plain_attention(q[0].float(), k[0].float(), v[0].float(), list(range(9)), spec)
     epsilon = torch.finfo(dtype).eps
     torch.testing.assert_close(out[0].double(), expected, rtol=4 * epsilon, atol=4 * epsilon)
+
+
+def test_the_names_a_caller_may_give_are_those_of_the_backends():
+    """Written down a second time in options.py, which cannot ask here: it does without torch."""
+    assert ("auto", *BACKENDS) == ATTENTION
 
 
 def test_choose_backend():

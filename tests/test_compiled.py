@@ -177,6 +177,7 @@ def test_a_folder_the_user_chose_is_left_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "mine"))
     assert folder_used() == str(tmp_path / "mine") == os.environ["TORCHINDUCTOR_CACHE_DIR"]
+    assert not (tmp_path / "cache").exists()  # and none is made that nobody will use
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     assert folder_used() == str(tmp_path / "cache" / "minillm" / "compiled")
     assert "TORCHINDUCTOR_CACHE_DIR" not in os.environ

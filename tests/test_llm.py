@@ -22,16 +22,6 @@ PROMPTS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def window_llm(tmp_path_factory, text_tokenizer_files):
-    """A sliding-window model (window 9) with the text tokenizer."""
-    folder = tmp_path_factory.mktemp("window") / "mistral"
-    config = FAMILIES["mistral-v0.1"].with_changes({"vocab_size": text_tokenizer_files.vocabulary})
-    save_checkpoint(folder, config, seed=12)
-    text_tokenizer_files.copy_to(folder)
-    return LLM.from_pretrained(folder, dtype="float32", device="cpu")
-
-
 @pytest.fixture(params=["full", "window"])
 def any_llm(request, llm, window_llm):
     return llm if request.param == "full" else window_llm
@@ -661,15 +651,11 @@ LONG = [[(7 * i + row) % 300 + 5 for i in range(length)] for row, length in enum
 
 
 @pytest.mark.parametrize("form", [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("float32", "int4-g32")])
-def test_a_row_gives_in_a_list_what_it_gives_alone_to_the_bit(form, tmp_path_factory, text_tokenizer_files):
+def test_a_row_gives_in_a_list_what_it_gives_alone_to_the_bit(form, quantizable):
     """Prompts of one token and of several chunks; log-probabilities too, which show what a text may hide."""
     dtype, quantize = form
-    folder = tmp_path_factory.mktemp("rows") / "llama"
-    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    config = FAMILIES["llama2"].with_changes(sizes | {"vocab_size": text_tokenizer_files.vocabulary})
-    save_checkpoint(folder, config, seed=7)
-    text_tokenizer_files.copy_to(folder)
-    llm = LLM.from_pretrained(folder, dtype=dtype, quantize=quantize, quantize_head=quantize is not None, device="cpu")
+    options = dict(dtype=dtype, quantize=quantize, quantize_head=quantize is not None)
+    llm = LLM.from_pretrained(quantizable, device="cpu", **options)
     for options in (dict(temperature=0), dict(temperature=0.9, top_p=0.9, seed=3)):
         options |= dict(max_new_tokens=8, eos_token_id=[], logprobs=True)
         together = llm.generate(LONG, **options)

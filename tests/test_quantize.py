@@ -11,8 +11,14 @@ from minillm.linear import Int4Linear, Int8Linear, Linear, QuantizeSpec, make_li
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
 from minillm.load.quantize import dequantize_int8, fill_rows, quantize_int4, quantize_int8
+from minillm.options import GROUP_SIZES
 
 WORDS = (None, "int8", "int4-g32", "int4-g64", "int4-g128")
+
+
+def test_the_groups_a_caller_may_ask_for_are_those_of_the_kernels():
+    """Written down a second time in options.py, which cannot ask there: it does without torch."""
+    assert GROUP_SIZES == cpu.GROUP_SIZES
 
 
 def round_to_nearest(weight, group_size):

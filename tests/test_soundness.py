@@ -11,7 +11,6 @@ from contextlib import nullcontext, suppress
 
 import pytest
 import torch
-from families import FAMILIES, save_checkpoint
 
 from minillm import LLM, StaticCache, decode_one_token
 from minillm.errors import CacheError, NumericalError, RequestError
@@ -21,16 +20,6 @@ PROMPT = [5, 9, 17, 33, 12, 40, 7, 21, 60, 44, 31]
 GREEDY = dict(temperature=0, eos_token_id=[])
 # Float32 sums of a few dozen products in another order, through two layers, of values around 1.
 SAME = dict(atol=5e-5, rtol=0)
-
-
-@pytest.fixture(scope="module")
-def ringed(tmp_path_factory, text_tokenizer_files):
-    """A model whose rings wrap within a dozen tokens."""
-    folder = tmp_path_factory.mktemp("soundness") / "mistral"
-    config = FAMILIES["mistral-v0.1"].with_changes({"vocab_size": text_tokenizer_files.vocabulary})
-    save_checkpoint(folder, config, seed=3)
-    text_tokenizer_files.copy_to(folder)
-    return LLM.from_pretrained(folder, dtype="float32", device="cpu")
 
 
 def assert_truthful(cache, model):
@@ -93,7 +82,7 @@ def kinds(llm):
 
 
 @pytest.mark.parametrize("kind", ["plain", "batch", "sampled", "lookup", "draft", "draft, batch"])
-@pytest.mark.parametrize("which", ["llm", "ringed"])
+@pytest.mark.parametrize("which", ["llm", "window_llm"])
 def test_interrupted_anywhere_the_cache_tells_the_truth(which, kind, request):
     llm = request.getfixturevalue(which)
     rows, options = kinds(llm)[kind]
@@ -157,14 +146,14 @@ def step(cache, token=5, position=0):
 
 
 @pytest.mark.parametrize("way", ["model", "steps", "decode_one_token"])
-def test_a_cache_of_another_kind_is_refused(way, llm, ringed):
+def test_a_cache_of_another_kind_is_refused(way, llm, window_llm):
     run = {"model": llm.model, "steps": llm.steps, "decode_one_token": lambda *a: decode_one_token(llm.model, *a)}[way]
     config = llm.config
     for wrong, message in [
         (StaticCache(config, 1, 64, dtype=torch.bfloat16), "bfloat16"),
         (StaticCache(config, 1, 64, dtype=torch.float64), "float64"),
         (StaticCache(config, 1, 64, device="meta"), "meta"),
-        (StaticCache(ringed.config, 1, 64), "another model"),
+        (StaticCache(window_llm.config, 1, 64), "another model"),
     ]:
         with pytest.raises(CacheError, match=message):
             run(*step(wrong))
@@ -500,16 +489,6 @@ MODES = {
     "inference": torch.inference_mode,
     "deterministic": lambda: Setting(torch.use_deterministic_algorithms, True, False),
 }
-
-
-@pytest.fixture(scope="module")
-def quantizable(tmp_path_factory, text_tokenizer_files):
-    folder = tmp_path_factory.mktemp("modes") / "llama"
-    sizes = dict(hidden_size=64, intermediate_size=128, num_attention_heads=4, num_key_value_heads=2, head_dim=16)
-    config = FAMILIES["llama2"].with_changes(sizes | {"vocab_size": text_tokenizer_files.vocabulary})
-    save_checkpoint(folder, config, seed=4)
-    text_tokenizer_files.copy_to(folder)
-    return folder
 
 
 @pytest.mark.parametrize("form", [("float32", None), ("bfloat16", None), ("bfloat16", "int8"), ("float32", "int4-g32")])

@@ -276,16 +276,6 @@ def test_auto_drafts_more_where_drafts_are_accepted():
 # -- greedy: token for token ---------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def window_llm(tmp_path_factory, text_tokenizer_files):
-    """Window 9, another family, and no padded vocabulary: five tokens fewer than `llm` has."""
-    folder = tmp_path_factory.mktemp("window") / "mistral"
-    config = FAMILIES["mistral-v0.1"].with_changes({"vocab_size": text_tokenizer_files.vocabulary})
-    save_checkpoint(folder, config, seed=13)
-    text_tokenizer_files.copy_to(folder)
-    return LLM.from_pretrained(folder, dtype="float32", device="cpu")
-
-
 def noisy(llm, scale, seed=0):
     """A draft that agrees with `llm` now and then: the same weights with noise on them."""
     other = copy.copy(llm)

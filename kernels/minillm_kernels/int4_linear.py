@@ -19,14 +19,12 @@ from minillm_kernels.int8_linear import PIECE, in_c
 from minillm_kernels.linear import check_product, library_linear
 from minillm_kernels.op import op
 
-GROUP_SIZES = (32, 64, 128)
-
 
 def check_int4(
     name: str, x: Tensor, packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, bias: Tensor | None = None
 ) -> None:
-    if group_size not in GROUP_SIZES:
-        raise ValueError(f"{name}: group_size must be one of {GROUP_SIZES}, got {group_size}")
+    if group_size not in cpu.GROUP_SIZES:
+        raise ValueError(f"{name}: group_size must be one of {cpu.GROUP_SIZES}, got {group_size}")
     check_product(name, x, packed, bias, scale, zero, per_element=2)
     if packed.dtype != torch.uint8 or zero.dtype != torch.uint8 or scale.dtype != torch.float16:
         raise TypeError(

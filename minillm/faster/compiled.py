@@ -123,18 +123,26 @@ def artifact_folder() -> Iterator[None]:
     from torch._inductor.runtime.cache_dir_utils import default_cache_dir  # the compiler is slow to import
 
     name = "TORCHINDUCTOR_CACHE_DIR"
-    before, folder = os.environ.get(name), Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    try:
-        (folder / "minillm" / "compiled").mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        before = "as it is"
-    if before not in (None, default_cache_dir()):  # PyTorch sets the variable to its default by itself
+    before = os.environ.get(name)
+    # PyTorch sets the variable to its default by itself; anything else in it is the user's wish.
+    folder = _own_folder() if before in (None, default_cache_dir()) else None
+    if folder is None:
         yield
         return
-    os.environ[name] = str(folder / "minillm" / "compiled")
+    os.environ[name] = str(folder)
     try:
         yield
     finally:
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before
+
+
+def _own_folder() -> Path | None:
+    """Where PyTorch may keep what it compiles, made if it is not there yet; None where it cannot be made."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillm" / "compiled"
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError:
+        return None
+    return folder

@@ -2,33 +2,23 @@
 
 from minillm_kernels.int4_linear import int4_linear
 
-from catalog.entry import Entry, Results
+from catalog.entry import Entry
 from catalog.products import (
     dense_linear,
-    exact_weight,
-    linear_bound,
+    linear_bounds,
     linear_bytes,
     linear_flops,
     linear_inputs,
+    linear_reference,
     model_linear_cases,
     small_linear_cases,
 )
 
-
-def int4_reference(x, packed, scale, zero, group_size, bias=None) -> Results:
-    y = x.double() @ exact_weight(packed, scale, zero, group_size).t()
-    return (y if bias is None else y + bias.double(),)
-
-
-def int4_bounds(expected, x, packed, scale, zero, group_size, bias=None) -> Results:
-    return linear_bound(expected[0], x, packed, exact_weight(packed, scale, zero, group_size), bias)
-
-
 ENTRY = Entry(
     op=int4_linear,
     make_inputs=linear_inputs,
-    reference=int4_reference,
-    bounds=int4_bounds,
+    reference=linear_reference,
+    bounds=linear_bounds,
     bytes_moved=linear_bytes,
     small_cases={
         f"{name}, groups of {group}": case

@@ -2,26 +2,17 @@
 
 from minillm_kernels.linear import linear
 
-from catalog.entry import Entry, Results
+from catalog.entry import Entry
 from catalog.products import (
     dense_linear,
-    linear_bound,
+    linear_bounds,
     linear_bytes,
     linear_flops,
     linear_inputs,
+    linear_reference,
     model_linear_cases,
     small_linear_cases,
 )
-
-
-def linear_reference(x, weight, bias=None) -> Results:
-    y = x.double() @ weight.double().t()
-    return (y if bias is None else y + bias.double(),)
-
-
-def linear_bounds(expected, x, weight, bias=None) -> Results:
-    return linear_bound(expected[0], x, weight, weight.double(), bias)
-
 
 ENTRY = Entry(
     op=linear,

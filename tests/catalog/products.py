@@ -73,11 +73,18 @@ def product_bound(x: Tensor, weight: Tensor, exact: Tensor) -> Tensor:
     return bound
 
 
-def linear_bound(expected: Tensor, x: Tensor, weight: Tensor, exact: Tensor, bias) -> Results:
+def linear_reference(x: Tensor, weight=None, packed=None, bias=None, **form) -> Results:
+    """x W^T + bias in float64; `form`: what the weight's format has beside it, as `exact_weight` takes it."""
+    y = x.double() @ exact_weight(packed if weight is None else weight, **form).t()  # [..., N]
+    return (y if bias is None else y + bias.double(),)
+
+
+def linear_bounds(expected: Results, x: Tensor, weight=None, packed=None, bias=None, **form) -> Results:
     """The product's error and one rounding of the result; the library paths round before the bias as well."""
-    bound = product_bound(x, weight, exact) + rounding(expected, x.dtype)
+    weight = packed if weight is None else weight
+    bound = product_bound(x, weight, exact_weight(weight, **form)) + rounding(expected[0], x.dtype)
     if bias is not None:
-        bound = bound + rounding(expected - bias.double(), x.dtype) + rounding(bias.double(), torch.float32)
+        bound = bound + rounding(expected[0] - bias.double(), x.dtype) + rounding(bias.double(), torch.float32)
     return (bound,)
 
 

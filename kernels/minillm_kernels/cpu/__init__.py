@@ -19,6 +19,7 @@ from torch import Tensor
 from minillm_kernels.cpu import build, tape
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
+GROUP_SIZES = (32, 64, 128)  # inputs that share a scale in int4
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
@@ -213,14 +214,13 @@ def blank_tape() -> tape.Tape:
     return tape.Tape(library(), REPLAY.pack)
 
 
-def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor, zero: Tensor) -> bool:
+def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor, zero: Tensor) -> None:
     """Fill packed [N, K / 2], scale and zero [K / G, N] with weight [N, K] in int4, a layout as in `int4_linear`.
 
-    Returns False, with nothing useful filled in, when a weight is infinite or not a number. Raises ValueError when the
-    tensors do not fit together.
+    The weights must be finite. Raises ValueError when the tensors do not fit together.
     """
     (outputs, inputs), grouped = weight.shape, (weight.shape[1] // group_size, weight.shape[0])
-    if group_size not in (32, 64, 128) or inputs % group_size or packed.shape != (outputs, inputs // 2):
+    if group_size not in GROUP_SIZES or inputs % group_size or packed.shape != (outputs, inputs // 2):
         raise ValueError(
             f"weight {tuple(weight.shape)} does not fill packed {tuple(packed.shape)} in groups of {group_size}"
         )
@@ -233,7 +233,7 @@ def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor
         FORMATS[weight.dtype], weight.data_ptr(), *weight.shape, group_size, address(packed), address(scale),
         address(zero), threads(),
     )  # fmt: skip
-    return not library().minillm_quantize_int4(arguments)
+    _call(QUANTIZE, arguments, weight, packed, scale, zero)
 
 
 def address(tensor: Tensor | None) -> int:

@@ -1,9 +1,9 @@
 /* The int4 codes of a weight matrix, in the layout that linear.c multiplies.
  *
  * A few ranges are tried for each group of inputs, by squared error, and then the scale that fits the best one's codes
- * by least squares: minillm/quantize.py says why, and does the same in PyTorch. Here a group is read once and stays in
- * the first-level cache meanwhile. The results are the same to the bit: code times scale is exact (4 and 11 bits), so
- * that a fused multiply-add changes nothing, and sums are float64, where the order hardly ever shows.
+ * by least squares: minillm/load/quantize.py says why, and does the same in PyTorch. Here a group is read once and
+ * stays in the first-level cache meanwhile. The results are the same to the bit: code times scale is exact (4 and 11
+ * bits), so that a fused multiply-add changes nothing, and sums are float64, where the order hardly ever shows.
  *
  * Sixteen outputs side by side, a lane for each: the loops over lanes are written for the compiler to vectorise.
  */
@@ -87,21 +87,19 @@ INLINE void search(const float w[][OUTPUTS], int size, struct candidate *best) {
     keep_if_better(w, size, &new, best);
 }
 
-/* OUTPUTS rows from `row` on; returns 1 if a weight is infinite or not a number */
-INLINE int quantize_rows(const struct quantize_int4_call *c, int dtype, long row) {
+/* OUTPUTS rows from `row` on */
+INLINE void quantize_rows(const struct quantize_int4_call *c, int dtype, long row) {
     const void *weight = (const void *)(uintptr_t)c->weight;
     const long inputs = c->inputs, width = c->rows - row < OUTPUTS ? c->rows - row : OUTPUTS;
     const int size = (int)c->group_size;
     uint8_t *packed = (uint8_t *)(uintptr_t)c->packed, *zero = (uint8_t *)(uintptr_t)c->zero;
     uint16_t *scale = (uint16_t *)(uintptr_t)c->scale;
-    float check[OUTPUTS] = {0}, total = 0;
     for (long group = 0; group < inputs / size; group++) {
         float w[MAX_GROUP][OUTPUTS];
         EACH {
             long from = (row + (n < width ? n : 0)) * inputs + group * size;
             for (int k = 0; k < size; k++) w[k][n] = read_value(weight, from + k, dtype);
         }
-        for (int k = 0; k < size; k++) EACH check[n] += 0 * w[k][n];
         struct candidate best;
         search((const float(*)[OUTPUTS])w, size, &best);
         for (int k = 0; k < size; k++) EACH w[k][n] = code(w[k][n], best.scale[n], best.zero[n]);
@@ -112,19 +110,18 @@ INLINE int quantize_rows(const struct quantize_int4_call *c, int dtype, long row
             zero[group * c->rows + row + n] = (uint8_t)best.zero[n];
         }
     }
-    EACH total += check[n]; /* of 0 * weight: 0, or NaN */
-    return !(total == 0);
 }
 
 static int piece(const void *call, long i, int thread) {
     const struct quantize_int4_call *c = call;
     (void)thread;
-    if (c->dtype == FLOAT32) return quantize_rows(c, FLOAT32, i * OUTPUTS);
-    return c->dtype == BFLOAT16 ? quantize_rows(c, BFLOAT16, i * OUTPUTS) : quantize_rows(c, FLOAT16, i * OUTPUTS);
+    if (c->dtype == FLOAT32) quantize_rows(c, FLOAT32, i * OUTPUTS);
+    else if (c->dtype == BFLOAT16) quantize_rows(c, BFLOAT16, i * OUTPUTS);
+    else quantize_rows(c, FLOAT16, i * OUTPUTS);
+    return 0;
 }
 
-/* weight [rows, inputs] -> packed [rows, inputs / 2], scale and zero [inputs / group_size, rows]; returns 1, with
- * nothing usable written, when a weight is infinite or not a number. */
+/* weight [rows, inputs], all of it finite -> packed [rows, inputs / 2], scale and zero [inputs / group_size, rows] */
 int minillm_quantize_int4(const struct quantize_int4_call *c) {
     return minillm_parallel((c->rows + OUTPUTS - 1) / OUTPUTS, c->threads, piece, c);
 }
