@@ -294,12 +294,14 @@ class Batch:
         """Judge what a pass says, `logits [R, k + 1, V]`, of drafts `[R, k]` and what follows them."""
         index, sampling = group.index, group.sampling
         place = self._position[index]  # [R]
+        most = logits.shape[-1] - 1  # where logits are no numbers, what is drawn may be no id; the look will tell
         seen = None if sampling.repetition_penalty is None else self._seen[index]  # [R, V]
         if draft.tokens.shape[1] == 0:
-            token = next_token(logits[:, 0], sampling, place, seen)  # [R]
+            token = next_token(logits[:, 0], sampling, place, seen).clamp_(max=most)  # [R]
             accepted, tokens = torch.zeros_like(token), token[:, None]  # [R, 1]
         else:
             accepted, token = judge(logits, draft, place, sampling, seen)  # [R] each
+            token.clamp_(max=most)
             column = torch.arange(logits.shape[1], device=place.device)  # [k + 1]
             tokens = torch.where(column < accepted[:, None], F.pad(draft.tokens, (0, 1)), token[:, None])  # [R, k + 1]
         if seen is not None:
