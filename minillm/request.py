@@ -27,7 +27,7 @@ class Stats:
     prompt_tokens: int
     reused_tokens: int  # of the prompt, found in the cache and not computed again
     new_tokens: int
-    prefill_seconds: float  # until the first new token
+    prefill_seconds: float  # until the first new token, if there was one
     decode_seconds: float  # from the first new token to the last
     target_steps: int  # forward passes of the model that gave tokens, the prompt's included; plain: new_tokens
     drafted: int  # tokens that a draft model or prompt lookup proposed
@@ -124,7 +124,7 @@ def completion(row: Row) -> Completion:
             prompt_tokens=len(row.prompt),
             reused_tokens=row.reused,
             new_tokens=len(row.token_ids),
-            prefill_seconds=row.first_at - row.started,
+            prefill_seconds=row.first_at - row.started if row.token_ids else 0.0,
             decode_seconds=row.last_at - row.first_at,
             target_steps=row.target_steps,
             drafted=row.drafted,
