@@ -85,7 +85,7 @@ class Request:
     ):
         if type(seats) is not int or seats < 1:
             raise RequestError(f"seats must be a whole number >= 1, not {shown(seats)}")
-        prompts, self.single = _prompts(prompt)
+        prompts, self.single = as_prompts(prompt)
         room = None if cache is None else _checked(cache, llm, len(prompts))
         self.rows, config = new_rows(llm, prompts, generation_config, options, room)
         if cache is None:
@@ -168,7 +168,7 @@ def new_rows(
     return rows, config
 
 
-def _prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+def as_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """The prompts as a list, and whether there was just one."""
     if isinstance(prompt, str):
         return [prompt], True

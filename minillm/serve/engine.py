@@ -24,7 +24,16 @@ from minillm.drafting import PromptLookup
 from minillm.errors import EngineError, EngineFull, RequestError, first_line, shown
 from minillm.llm import LLM
 from minillm.options import GenerationConfig
-from minillm.request import Completion, Prompt, check_drafting, choose_proposer, completion, draft_with, new_rows
+from minillm.request import (
+    Completion,
+    Prompt,
+    as_prompts,
+    check_drafting,
+    choose_proposer,
+    completion,
+    draft_with,
+    new_rows,
+)
 from minillm.row import Row
 
 
@@ -169,8 +178,13 @@ class Engine:
         max_waiting: int = 32,
         assistant_model: LLM | None = None,
     ):
-        if type(max_waiting) is not int or max_waiting < 0:
-            raise RequestError(f"max_waiting must be a whole number >= 0, not {shown(max_waiting)}")
+        for name, value, least in (
+            ("seats", seats, 1),
+            ("max_cache_len", max_cache_len, 1),
+            ("max_waiting", max_waiting, 0),
+        ):
+            if type(value) is not int or value < least:
+                raise RequestError(f"{name} must be a whole number >= {least}, not {shown(value)}")
         check_drafting(llm, assistant_model, GenerationConfig())
         length = min(max_cache_len, llm.config.max_positions)
         cache = StaticCache(llm.config, seats, length, device=llm.device, dtype=llm.dtype)
@@ -191,7 +205,10 @@ class Engine:
         if "assistant_model" in options:
             raise RequestError("assistant_model is for the whole engine: Engine(llm, assistant_model=...)")
         cache = self._worker.batch.cache
-        (row,), config = new_rows(self._llm, [prompt], generation_config, options, cache.max_cache_len)
+        prompts, single = as_prompts(prompt)
+        if not single:
+            raise RequestError("submit takes one prompt: call it for each of a list")
+        (row,), config = new_rows(self._llm, prompts, generation_config, options, cache.max_cache_len)
         looks_up = config.prompt_lookup_num_tokens is not None
         check_drafting(self._llm, None if looks_up else self._assistant, config)
         draft_with(row, self._lookup if looks_up else self._draft, config, cache.max_step)
