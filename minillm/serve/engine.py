@@ -265,9 +265,8 @@ class _Worker:
             counts = dict(self._ended)
             for handle, _ in self._served:
                 _count(counts, handle._row)
-            in_use = sum(row is not None for row in self.batch.seats)
-            waiting = len(self._waiting) + len(self._served) - in_use
-            return EngineStats(len(self.batch.seats), in_use, waiting, seconds=self._seconds, **counts)
+            taken = len(self._served), len(self._waiting)
+            return EngineStats(len(self.batch.seats), *taken, seconds=self._seconds, **counts)
 
     def close(self, cancel: bool) -> None:
         with self._changed:
@@ -301,32 +300,34 @@ class _Worker:
         with self._changed:
             if patiently:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
-            for handle in [handle for handle in self._waiting if handle._row.cancelled]:
+            cancelled = [handle for handle in self._waiting if handle._row.cancelled]
+            for handle in cancelled:
                 self._waiting.remove(handle)
-                handle._row.finish("cancelled")
-                handle._tell("", completion(handle._row))
             while self._waiting and len(self._served) < len(self.batch.seats):
                 handle = self._waiting.popleft()
                 self._served.append((handle, 0))
                 self.batch.waiting.append(handle._row)
-            return bool(self._served) or not self._closed
+            going_on = bool(self._served) or not self._closed
+        for handle in cancelled:
+            handle._row.finish("cancelled")
+            handle._tell("", completion(handle._row))
+        return going_on
 
     def _report(self) -> None:
-        """Hand out what is new."""
-        going_on = []
-        for handle, sent in self._served:
+        """Hand out what is new; first the places of those that ended: who has an answer may ask again."""
+        served = self._served
+        with self._changed:
+            self._served = []
+            for handle, _ in served:
+                if handle._row.finish_reason is None:
+                    self._served.append((handle, len(handle._row.text)))
+                else:
+                    _count(self._ended, handle._row)
+        for handle, sent in served:
             row = handle._row
             ended = row.finish_reason is not None
-            outcome = (row.error or completion(row)) if ended else None
             if ended or len(row.text) > sent:
-                handle._tell(row.text[sent:], outcome)
-            if not ended:
-                going_on.append((handle, len(row.text)))
-        with self._changed:
-            for handle, _ in self._served:
-                if handle.done:
-                    _count(self._ended, handle._row)
-            self._served = going_on
+                handle._tell(row.text[sent:], (row.error or completion(row)) if ended else None)
 
 
 def _count(counts: dict[str, int], row: Row) -> None:
