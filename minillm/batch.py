@@ -119,8 +119,9 @@ class Batch:
                         chunk = row.prompt[row.read : row.read + self.cache.max_step]
                         hidden = read_chunk(self.model, self._alone(row.seat), chunk, row.read)  # [1, d]
                         row.read += len(chunk)
-                        if row.planned_length and len(chunk) == self.cache.max_step:
-                            self._chunks[row.seat] = row.prompt[: row.read]
+                        held = self._chunks[row.seat]
+                        if row.planned_length and len(held) + self.cache.max_step == row.read:
+                            held += chunk
                         if row.read == len(row.prompt):
                             self._begin(self._unread.popleft(), hidden)
                         if not self.one_request:
@@ -139,7 +140,7 @@ class Batch:
         if not self.cache.hold.same_weights(self.model.fingerprint()):
             for seat in free:  # their keys were made by others
                 self._alone(seat).reset()
-                self._chunks[seat] = []
+            self._chunks = [[] for _ in self.seats]  # so were some of those that a running row goes on from
         if row.planned_length is None:
             row.seat = free[0]
             row.read = row.reused = reuse_prefix(self._alone(row.seat), row.prompt)
@@ -294,12 +295,14 @@ class Batch:
         """Judge what a pass says, `logits [R, k + 1, V]`, of drafts `[R, k]` and what follows them."""
         index, sampling = group.index, group.sampling
         place = self._position[index]  # [R]
+        most = logits.shape[-1] - 1  # where logits are no numbers, what is drawn may be no id; the look will tell
         seen = None if sampling.repetition_penalty is None else self._seen[index]  # [R, V]
         if draft.tokens.shape[1] == 0:
-            token = next_token(logits[:, 0], sampling, place, seen)  # [R]
+            token = next_token(logits[:, 0], sampling, place, seen).clamp_(max=most)  # [R]
             accepted, tokens = torch.zeros_like(token), token[:, None]  # [R, 1]
         else:
             accepted, token = judge(logits, draft, place, sampling, seen)  # [R] each
+            token.clamp_(max=most)
             column = torch.arange(logits.shape[1], device=place.device)  # [k + 1]
             tokens = torch.where(column < accepted[:, None], F.pad(draft.tokens, (0, 1)), token[:, None])  # [R, k + 1]
         if seen is not None:

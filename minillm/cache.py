@@ -198,8 +198,9 @@ class StaticCache:
     def copy_row(self, source: int, target: int) -> None:
         """Make row `target` hold what row `source` holds."""
         with self.hold.writing():
+            self._ids[target] = _LOST  # until the keys are complete
             clocks = (table.inverse_frequency for table in self.rotary if len(table.inverse_frequency) > 1)
-            for tensor in (*self.keys, *self.values, self._ids, *clocks):
+            for tensor in (*self.keys, *self.values, *clocks, self._ids):
                 tensor[target].copy_(tensor[source])
 
     # ---- what it holds ----

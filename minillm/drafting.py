@@ -152,7 +152,8 @@ class DraftModel:
                 tokens.append(penalized(logits[:, None, :common], sampling, shared)[:, 0].argmax(dim=-1))  # [R]
                 continue
             q = distribution(logits[:, None, :common], sampling, shared)[:, 0]  # [R, common]
-            tokens.append(sample(q, numbers[:, i]))  # [R]
+            # Where the draft's logits are no numbers, what is drawn may be no id. The target rejects any.
+            tokens.append(sample(q, numbers[:, i]).clamp_(max=common - 1))  # [R]
             probs.append(q)
         if greedy:
             return Draft(torch.stack(tokens, dim=1), None, counts)  # tokens [R, k]

@@ -27,7 +27,7 @@ class Stats:
     prompt_tokens: int
     reused_tokens: int  # of the prompt, found in the cache and not computed again
     new_tokens: int
-    prefill_seconds: float  # until the first new token
+    prefill_seconds: float  # until the first new token, if there was one
     decode_seconds: float  # from the first new token to the last
     target_steps: int  # forward passes of the model that gave tokens, the prompt's included; plain: new_tokens
     drafted: int  # tokens that a draft model or prompt lookup proposed
@@ -85,7 +85,7 @@ class Request:
     ):
         if type(seats) is not int or seats < 1:
             raise RequestError(f"seats must be a whole number >= 1, not {shown(seats)}")
-        prompts, self.single = _prompts(prompt)
+        prompts, self.single = as_prompts(prompt)
         room = None if cache is None else _checked(cache, llm, len(prompts))
         self.rows, config = new_rows(llm, prompts, generation_config, options, room)
         if cache is None:
@@ -124,7 +124,7 @@ def completion(row: Row) -> Completion:
             prompt_tokens=len(row.prompt),
             reused_tokens=row.reused,
             new_tokens=len(row.token_ids),
-            prefill_seconds=row.first_at - row.started,
+            prefill_seconds=row.first_at - row.started if row.token_ids else 0.0,
             decode_seconds=row.last_at - row.first_at,
             target_steps=row.target_steps,
             drafted=row.drafted,
@@ -168,7 +168,7 @@ def new_rows(
     return rows, config
 
 
-def _prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
+def as_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     """The prompts as a list, and whether there was just one."""
     if isinstance(prompt, str):
         return [prompt], True

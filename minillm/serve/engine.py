@@ -24,7 +24,16 @@ from minillm.drafting import PromptLookup
 from minillm.errors import EngineError, EngineFull, RequestError, first_line, shown
 from minillm.llm import LLM
 from minillm.options import GenerationConfig
-from minillm.request import Completion, Prompt, check_drafting, choose_proposer, completion, draft_with, new_rows
+from minillm.request import (
+    Completion,
+    Prompt,
+    as_prompts,
+    check_drafting,
+    choose_proposer,
+    completion,
+    draft_with,
+    new_rows,
+)
 from minillm.row import Row
 
 
@@ -169,8 +178,13 @@ class Engine:
         max_waiting: int = 32,
         assistant_model: LLM | None = None,
     ):
-        if type(max_waiting) is not int or max_waiting < 0:
-            raise RequestError(f"max_waiting must be a whole number >= 0, not {shown(max_waiting)}")
+        for name, value, least in (
+            ("seats", seats, 1),
+            ("max_cache_len", max_cache_len, 1),
+            ("max_waiting", max_waiting, 0),
+        ):
+            if type(value) is not int or value < least:
+                raise RequestError(f"{name} must be a whole number >= {least}, not {shown(value)}")
         check_drafting(llm, assistant_model, GenerationConfig())
         length = min(max_cache_len, llm.config.max_positions)
         cache = StaticCache(llm.config, seats, length, device=llm.device, dtype=llm.dtype)
@@ -191,7 +205,10 @@ class Engine:
         if "assistant_model" in options:
             raise RequestError("assistant_model is for the whole engine: Engine(llm, assistant_model=...)")
         cache = self._worker.batch.cache
-        (row,), config = new_rows(self._llm, [prompt], generation_config, options, cache.max_cache_len)
+        prompts, single = as_prompts(prompt)
+        if not single:
+            raise RequestError("submit takes one prompt: call it for each of a list")
+        (row,), config = new_rows(self._llm, prompts, generation_config, options, cache.max_cache_len)
         looks_up = config.prompt_lookup_num_tokens is not None
         check_drafting(self._llm, None if looks_up else self._assistant, config)
         draft_with(row, self._lookup if looks_up else self._draft, config, cache.max_step)
@@ -248,9 +265,8 @@ class _Worker:
             counts = dict(self._ended)
             for handle, _ in self._served:
                 _count(counts, handle._row)
-            in_use = sum(row is not None for row in self.batch.seats)
-            waiting = len(self._waiting) + len(self._served) - in_use
-            return EngineStats(len(self.batch.seats), in_use, waiting, seconds=self._seconds, **counts)
+            taken = len(self._served), len(self._waiting)
+            return EngineStats(len(self.batch.seats), *taken, seconds=self._seconds, **counts)
 
     def close(self, cancel: bool) -> None:
         with self._changed:
@@ -284,32 +300,34 @@ class _Worker:
         with self._changed:
             if patiently:
                 self._changed.wait_for(lambda: self._waiting or self._closed)
-            for handle in [handle for handle in self._waiting if handle._row.cancelled]:
+            cancelled = [handle for handle in self._waiting if handle._row.cancelled]
+            for handle in cancelled:
                 self._waiting.remove(handle)
-                handle._row.finish("cancelled")
-                handle._tell("", completion(handle._row))
             while self._waiting and len(self._served) < len(self.batch.seats):
                 handle = self._waiting.popleft()
                 self._served.append((handle, 0))
                 self.batch.waiting.append(handle._row)
-            return bool(self._served) or not self._closed
+            going_on = bool(self._served) or not self._closed
+        for handle in cancelled:
+            handle._row.finish("cancelled")
+            handle._tell("", completion(handle._row))
+        return going_on
 
     def _report(self) -> None:
-        """Hand out what is new."""
-        going_on = []
-        for handle, sent in self._served:
+        """Hand out what is new; first the places of those that ended: who has an answer may ask again."""
+        served = self._served
+        with self._changed:
+            self._served = []
+            for handle, _ in served:
+                if handle._row.finish_reason is None:
+                    self._served.append((handle, len(handle._row.text)))
+                else:
+                    _count(self._ended, handle._row)
+        for handle, sent in served:
             row = handle._row
             ended = row.finish_reason is not None
-            outcome = (row.error or completion(row)) if ended else None
             if ended or len(row.text) > sent:
-                handle._tell(row.text[sent:], outcome)
-            if not ended:
-                going_on.append((handle, len(row.text)))
-        with self._changed:
-            for handle, _ in self._served:
-                if handle.done:
-                    _count(self._ended, handle._row)
-            self._served = going_on
+                handle._tell(row.text[sent:], (row.error or completion(row)) if ended else None)
 
 
 def _count(counts: dict[str, int], row: Row) -> None:
