@@ -21,13 +21,6 @@ from minillm.options import DTYPES, QUANTIZED_FORMATS, GenerationConfig
 _LARGEST = 2**24
 _MOST_LAYERS = 1024
 _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")  # Phi-3's first name of longrope
-_ROPE_KEYS = frozenset(
-    """
-    rope_theta rope_type type factor original_max_position_embeddings partial_rotary_factor low_freq_factor
-    high_freq_factor beta_fast beta_slow truncate mscale mscale_all_dim attention_factor short_factor
-    long_factor
-    """.split()
-)
 
 
 def load_config(folder: str | Path, strict: bool = True) -> ModelConfig:
@@ -50,13 +43,11 @@ def parse_config(raw: dict[str, Any], strict: bool = True) -> ModelConfig:
     text = raw
     if nested:
         # The outer file describes a vision tower as well; the decoder is entirely in text_config.
-        outer = {key: value for key, value in raw.items() if key in ("dtype", "torch_dtype")}
+        outer = {key: raw[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in raw}
         text = outer | {"model_type": f"{raw.get('model_type')}_text"} | raw["text_config"]
         ids = [*token_ids(text.get("eos_token_id"), "text_config.eos_token_id")]
-        ids += [token for token in token_ids(raw.get("eos_token_id"), "eos_token_id") if token not in ids]
-        text["eos_token_id"] = ids
-        if "quantization_config" in raw:
-            text["quantization_config"] = raw["quantization_config"]
+        ids += token_ids(raw.get("eos_token_id"), "eos_token_id")
+        text["eos_token_id"] = list(dict.fromkeys(ids))
     model_type = _Reader(text, {}).one_of(FAMILIES, "model_type")
     family = FAMILIES[model_type]
     reader = _Reader(text, family.defaults)
@@ -93,10 +84,13 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         )
     if num_heads * head_dim > _LARGEST:
         raise ConfigError(f"config.json: num_attention_heads {num_heads} of head_dim {head_dim} are over {_LARGEST}")
-    windows = _windows(reader, family, num_layers)
     ropes = _ropes(reader, family, head_dim)
     scalar = reader.number("query_pre_attn_scalar", default=head_dim) if family.softcaps else head_dim
     softcap = reader.number("attn_logit_softcapping", optional=True) if family.softcaps else None
+    layers = [
+        LayerSpec(window, rope=1 if family.local_rope and window else 0, query_scale=scalar**-0.5, softcap=softcap)
+        for window in _windows(reader, family, num_layers)
+    ]
     bias = family.bias_keys and reader.flag("attention_bias")
     return ModelConfig(
         family=model_type,
@@ -107,15 +101,7 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_positions=_max_positions(reader, ropes[0], family),
-        layers=tuple(
-            LayerSpec(
-                window=window,
-                rope=1 if family.local_rope and window is not None else 0,
-                query_scale=scalar**-0.5,
-                softcap=softcap,
-            )
-            for window in windows
-        ),
+        layers=tuple(layers),
         ropes=ropes,
         norm=NormSpec(reader.number("rms_norm_eps", default=1e-6), family.norm_offset, family.norm_in_fp32),
         pre_norm=family.pre_norm,
@@ -148,16 +134,13 @@ def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | N
     if names is None:
         slides = {
             "none": lambda layer: False,
-            "all": lambda layer: window is not None,
-            "from_layer": lambda layer: window is not None and layer >= first_window,
+            "all": lambda layer: True,
+            "from_layer": lambda layer: layer >= first_window,
             "pattern": lambda layer: (layer + 1) % pattern != 0,
         }[family.windows]
         return [window if slides(layer) else None for layer in range(num_layers)]
-    if (
-        not isinstance(names, list)
-        or len(names) != num_layers
-        or not all(name in ("full_attention", "sliding_attention") for name in names)
-    ):
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(names, list) or len(names) != num_layers or any(name not in kinds for name in names):
         raise ConfigError(
             f"config.json: layer_types must name full_attention or sliding_attention for each of {num_layers} "
             f"layers, not {shown(names)}"
@@ -173,16 +156,11 @@ def _ropes(reader: "_Reader", family: Family, head_dim: int) -> tuple[RopeSpec, 
     original = reader.integer("original_max_position_embeddings", optional=True)
     theta = reader.number("rope_theta", default=1e4)
     partial = reader.number("partial_rotary_factor", default=1.0)
-    local_theta = reader.number("rope_local_base_freq", default=1e4)
-    scaling, newer = reader.get("rope_scaling"), reader.get("rope_parameters")
-    for name, value in (("rope_scaling", scaling), ("rope_parameters", newer)):
-        if value is not None and not isinstance(value, dict):
-            raise ConfigError(f"config.json: {name} must be an object, not {shown(value)}")
     common = dict(rope_theta=theta, partial_rotary_factor=partial, original_max_position_embeddings=original)
+    local = common | dict(rope_theta=reader.number("rope_local_base_freq", default=1e4))
+    scaling, newer = reader.table("rope_scaling"), reader.table("rope_parameters")
     if newer is None:
-        tables = [common | (scaling or {})]
-        if family.local_rope:
-            tables.append(common | dict(rope_theta=local_theta))
+        tables = [common | (scaling or {}), local]
     elif family.local_rope and "full_attention" in newer:
         by_layer = [newer["full_attention"], newer.get("sliding_attention", {})]
         if not all(isinstance(table, dict) for table in by_layer):
@@ -193,16 +171,11 @@ def _ropes(reader: "_Reader", family: Family, head_dim: int) -> tuple[RopeSpec, 
             raise ConfigError(
                 f"config.json: rope_theta {theta} contradicts rope_parameters.rope_theta {shown(newer['rope_theta'])}"
             )
-        tables = [common | newer]
-        if family.local_rope:
-            tables.append(common | dict(rope_theta=local_theta))
-    return tuple(_rope(table, head_dim, max_positions) for table in tables)
+        tables = [common | newer, local]
+    return tuple(_rope(table, head_dim, max_positions) for table in tables[: 1 + family.local_rope])
 
 
 def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
-    unknown = sorted(set(table) - _ROPE_KEYS)
-    if unknown:
-        raise ConfigError(f"config.json: RoPE parameters not understood: {', '.join(map(shown, unknown))}")
     values = _Reader(table, {}, where="RoPE parameters")
     kind = values.one_of(_ROPE_KINDS, "rope_type", "type", default="default")
     kind = "longrope" if kind == "su" else kind
@@ -216,8 +189,10 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
     stretched = max_positions / original if kind in ("yarn", "longrope") else None
     factor = values.number("factor", default=stretched if kind != "default" else 1.0, maximum=1e6)
     lists = {}
-    for name in ("short_factor", "long_factor") if kind == "longrope" else ():
+    for name in ("short_factor", "long_factor"):
         entries = values.get(name)
+        if kind != "longrope":
+            continue  # other kinds may list them, and have no use for them
         if not isinstance(entries, list) or len(entries) != dim // 2:
             raise ConfigError(f"config.json: longrope {name} must list {dim // 2} positive numbers")
         each = _Reader({f"{name}[{i}]": entry for i, entry in enumerate(entries)}, {}, where="RoPE parameters")
@@ -226,7 +201,7 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
     high_freq_factor = values.number("high_freq_factor", default=None if kind == "llama3" else 4.0)
     if kind == "llama3" and not low_freq_factor < high_freq_factor:
         raise ConfigError(f"config.json: low_freq_factor {low_freq_factor} must be below high_freq_factor")
-    return RopeSpec(
+    spec = RopeSpec(
         # One clock for all channels, or one that runs backwards, was never trained.
         theta=values.number("rope_theta", minimum=1.001),
         dim=dim,
@@ -243,6 +218,9 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
         attention_factor=values.number("attention_factor", optional=True),
         **lists,
     )
+    if unknown := sorted(set(table) - values.seen):
+        raise ConfigError(f"config.json: RoPE parameters not understood: {', '.join(map(shown, unknown))}")
+    return spec
 
 
 def _max_positions(reader: "_Reader", rope: RopeSpec, family: Family) -> int:
@@ -346,3 +324,6 @@ class _Reader:
 
     def flag(self, name: str, default: bool = False) -> bool:
         return self.value((name,), "true or false", lambda value: isinstance(value, bool), default)
+
+    def table(self, name: str) -> dict[str, Any] | None:
+        return self.value((name,), "an object", lambda value: isinstance(value, dict), optional=True)
