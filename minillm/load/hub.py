@@ -9,17 +9,10 @@ DEMOS = {"demo": Path(__file__).parent.parent / "demo", "demo-draft": Path(__fil
 
 # What is asked of the Hub: weights as safetensors and the small files that describe them. Original-format
 # copies ("consolidated.safetensors") and pickle files stay where they are.
-HUB_PATTERNS = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-]
+HUB_PATTERNS = """
+    config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja chat_template.json
+    model.safetensors model-*.safetensors model.safetensors.index.json
+""".split()
 
 
 def find_checkpoint(
@@ -43,9 +36,8 @@ def find_checkpoint(
         folder = Path(name).expanduser()
         there, holds_files = bool(str(name)) and folder.exists(), folder.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, nobody's home, a NUL
-        raise CheckpointError(
-            f"{str(name)!r} cannot be a folder: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{str(name)!r} cannot be a folder: {why}") from None
     if there and holds_files:
         return folder
     if there:
@@ -62,16 +54,10 @@ def find_checkpoint(
         RevisionNotFoundError,
     )
 
+    patterns = HUB_PATTERNS if weights else ["config.json"]
+    options = dict(revision=revision, token=token, local_files_only=local_files_only)
     try:
-        return Path(
-            snapshot_download(
-                str(name),
-                revision=revision,
-                token=token,
-                local_files_only=local_files_only,
-                allow_patterns=HUB_PATTERNS if weights else ["config.json"],
-            )
-        )
+        return Path(snapshot_download(str(name), allow_patterns=patterns, **options))
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"no folder {name}, and the Hub id {name} is not in the local cache and cannot be downloaded: "
