@@ -84,13 +84,18 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         )
     if num_heads * head_dim > _LARGEST:
         raise ConfigError(f"config.json: num_attention_heads {num_heads} of head_dim {head_dim} are over {_LARGEST}")
-    ropes = _ropes(reader, family, head_dim)
+    max_positions = reader.integer("max_position_embeddings")
+    ropes = _ropes(reader, family, head_dim, max_positions)
+    # Files of these kinds may state the unstretched length; Gemma 3's state the stretched one.
+    if ropes[0].kind in ("linear", "dynamic", "yarn") and not family.local_rope:
+        max_positions = max(max_positions, int(ropes[0].original_length * ropes[0].factor))
     scalar = reader.number("query_pre_attn_scalar", default=head_dim) if family.softcaps else head_dim
     softcap = reader.number("attn_logit_softcapping", optional=True) if family.softcaps else None
     layers = [
         LayerSpec(window, rope=1 if family.local_rope and window else 0, query_scale=scalar**-0.5, softcap=softcap)
         for window in _windows(reader, family, num_layers)
     ]
+    dtypes = {prefix + name: name for prefix in ("", "torch.") for name in DTYPES}
     bias = family.bias_keys and reader.flag("attention_bias")
     return ModelConfig(
         family=model_type,
@@ -100,7 +105,7 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_positions=_max_positions(reader, ropes[0], family),
+        max_positions=max_positions,
         layers=tuple(layers),
         ropes=ropes,
         norm=NormSpec(reader.number("rms_norm_eps", default=1e-6), family.norm_offset, family.norm_in_fp32),
@@ -117,7 +122,7 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         fused_tensors=family.fused,
         nested=nested,
         **_quantization(reader),
-        dtype=_dtype(reader),
+        dtype=dtypes.get(reader.one_of(dtypes, "dtype", "torch_dtype", optional=True)),
         bos_token_id=reader.integer("bos_token_id", optional=True, minimum=0),
         eos_token_ids=token_ids(reader.get("eos_token_id"), "config.json: eos_token_id"),
     )
@@ -150,9 +155,8 @@ def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | N
     return [window if name == "sliding_attention" else None for name in names]
 
 
-def _ropes(reader: "_Reader", family: Family, head_dim: int) -> tuple[RopeSpec, ...]:
+def _ropes(reader: "_Reader", family: Family, head_dim: int, max_positions: int) -> tuple[RopeSpec, ...]:
     """The rotary tables: one, or (global, local) for Gemma 3."""
-    max_positions = reader.integer("max_position_embeddings")
     original = reader.integer("original_max_position_embeddings", optional=True)
     theta = reader.number("rope_theta", default=1e4)
     partial = reader.number("partial_rotary_factor", default=1.0)
@@ -186,8 +190,7 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
         raise ConfigError("config.json: dynamic RoPE needs more than 2 rotary channels")
     original = values.integer("original_max_position_embeddings", default=max_positions, minimum=2)
     # A file that stretches the context without saying how far means max / original.
-    stretched = max_positions / original if kind in ("yarn", "longrope") else None
-    factor = values.number("factor", default=stretched if kind != "default" else 1.0, maximum=1e6)
+    factors = {"default": 1.0, "yarn": max_positions / original, "longrope": max_positions / original}
     lists = {}
     for name in ("short_factor", "long_factor"):
         entries = values.get(name)
@@ -197,19 +200,15 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
             raise ConfigError(f"config.json: longrope {name} must list {dim // 2} positive numbers")
         each = _Reader({f"{name}[{i}]": entry for i, entry in enumerate(entries)}, {}, where="RoPE parameters")
         lists[name] = tuple(each.number(entry) for entry in each.raw)
-    low_freq_factor = values.number("low_freq_factor", default=None if kind == "llama3" else 1.0)
-    high_freq_factor = values.number("high_freq_factor", default=None if kind == "llama3" else 4.0)
-    if kind == "llama3" and not low_freq_factor < high_freq_factor:
-        raise ConfigError(f"config.json: low_freq_factor {low_freq_factor} must be below high_freq_factor")
     spec = RopeSpec(
         # One clock for all channels, or one that runs backwards, was never trained.
         theta=values.number("rope_theta", minimum=1.001),
         dim=dim,
         kind=kind,
-        factor=factor,
+        factor=values.number("factor", default=factors.get(kind), maximum=1e6),
         original_length=original,
-        low_freq_factor=low_freq_factor,
-        high_freq_factor=high_freq_factor,
+        low_freq_factor=values.number("low_freq_factor", default=None if kind == "llama3" else 1.0),
+        high_freq_factor=values.number("high_freq_factor", default=None if kind == "llama3" else 4.0),
         beta_fast=values.number("beta_fast", default=32.0),
         beta_slow=values.number("beta_slow", default=1.0),
         truncate=values.flag("truncate", default=True),
@@ -218,17 +217,11 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
         attention_factor=values.number("attention_factor", optional=True),
         **lists,
     )
+    if kind == "llama3" and not spec.low_freq_factor < spec.high_freq_factor:
+        raise ConfigError(f"config.json: low_freq_factor {spec.low_freq_factor} must be below high_freq_factor")
     if unknown := sorted(set(table) - values.seen):
         raise ConfigError(f"config.json: RoPE parameters not understood: {', '.join(map(shown, unknown))}")
     return spec
-
-
-def _max_positions(reader: "_Reader", rope: RopeSpec, family: Family) -> int:
-    """The longest sequence to allow: linear, dynamic and yarn files may state the unstretched length."""
-    stated = reader.integer("max_position_embeddings")
-    if rope.kind in ("linear", "dynamic", "yarn") and not family.local_rope:  # Gemma 3 states the stretched one
-        return max(stated, int(rope.original_length * rope.factor))
-    return stated
 
 
 def _activation(reader: "_Reader", family: Family) -> str:
@@ -251,11 +244,6 @@ def _quantization(reader: "_Reader") -> dict[str, Any]:
         )
     values = _Reader(table, {}, where="quantization_config")
     return dict(quantization=values.one_of(QUANTIZED_FORMATS, "format"), quantized_head=values.flag("head"))
-
-
-def _dtype(reader: "_Reader") -> str | None:
-    names = {prefix + name: name for prefix in ("", "torch.") for name in DTYPES}
-    return names.get(reader.one_of(names, "dtype", "torch_dtype", optional=True))
 
 
 def token_ids(value: Any, where: str) -> tuple[int, ...]:
