@@ -306,7 +306,6 @@ class _Reader:
         return None if found is None else float(found)
 
     def one_of(self, words: Collection[str], *names: str, **absent) -> str | None:
-        """One of the supported words."""
         rule = f"one of the supported {', '.join(words)}"
         return self.value(names, rule, lambda value: isinstance(value, str) and value in words, **absent)
 
