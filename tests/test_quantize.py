@@ -10,7 +10,7 @@ from minillm.errors import MinillmError
 from minillm.linear import Int4Linear, Int8Linear, Linear, QuantizeSpec, make_linear, parse_quantize
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
-from minillm.load.quantize import dequantize_int8, fill_rows, quantize_int4, quantize_int8
+from minillm.load.quantize import fill_rows, quantize_int4, quantize_int8
 from minillm.options import GROUP_SIZES
 
 WORDS = (None, "int8", "int4-g32", "int4-g64", "int4-g128")
@@ -28,6 +28,11 @@ def round_to_nearest(weight, group_size):
     scale = ((high - low) / 15).half().float().clamp(min=2**-24)
     zero = (-low / scale).round().clamp(0, 15)
     return (((grouped / scale + zero).round().clamp(0, 15) - zero) * scale).view_as(weight)
+
+
+def dequantize_int8(codes, scale):
+    """codes [N, K] int8, scale [N] -> float32 [N, K]."""
+    return codes.float() * scale[:, None]
 
 
 def test_int8_moves_no_weight_by_more_than_half_a_step():

@@ -104,10 +104,8 @@ class _Sandbox(ImmutableSandboxedEnvironment):
     def __init__(self):
         # optimized=False, finalize with a context: nothing is computed while compiling, without an account.
         finalize = pass_context(lambda context, value: self.made(value))
-        extensions = [LoopControlExtension]
-        super().__init__(
-            trim_blocks=True, lstrip_blocks=True, optimized=False, extensions=extensions, finalize=finalize
-        )
+        super().__init__(trim_blocks=True, lstrip_blocks=True, optimized=False, finalize=finalize)
+        self.add_extension(LoopControlExtension)
         self.account = threading.local()
         self.filters = {name: self._guard(name, self.filters[name]) for name in _FILTERS}
         self.filters["tojson"] = self._to_json

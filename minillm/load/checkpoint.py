@@ -26,40 +26,22 @@ from minillm.load.quantize import fill_rows
 from minillm.model import Decoder, empty_decoder
 from minillm.progress import progress_bar
 
-# Where each tensor of the file goes: name in the file -> (name in Decoder, which part of a fused matrix).
-# {} stands for the layer number and the suffix weight/bias is carried over.
-_NAMES = {
-    "embed_tokens": ("embedding", 0),
-    "norm": ("norm", 0),
-    "layers.{}.self_attn.q_proj": ("blocks.{}.attention.qkv", 0),
-    "layers.{}.self_attn.k_proj": ("blocks.{}.attention.qkv", 1),
-    "layers.{}.self_attn.v_proj": ("blocks.{}.attention.qkv", 2),
-    "layers.{}.self_attn.o_proj": ("blocks.{}.attention.output", 0),
-    "layers.{}.self_attn.q_norm": ("blocks.{}.attention.q_norm", 0),
-    "layers.{}.self_attn.k_norm": ("blocks.{}.attention.k_norm", 0),
-    "layers.{}.mlp.gate_proj": ("blocks.{}.mlp.gate_up", 0),
-    "layers.{}.mlp.up_proj": ("blocks.{}.mlp.gate_up", 1),
-    "layers.{}.mlp.down_proj": ("blocks.{}.mlp.down", 0),
+# What the rows of a block's modules are called in the files, first to last. The suffix weight/bias is carried over;
+# a module that a model does not have is passed over.
+_BLOCK = {
+    "attention_norm": ["input_layernorm"],
+    "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
+    "attention.q_norm": ["self_attn.q_norm"],
+    "attention.k_norm": ["self_attn.k_norm"],
+    "attention.output": ["self_attn.o_proj"],
+    "attention_post_norm": ["post_attention_layernorm"],
+    "mlp_norm": ["pre_feedforward_layernorm"],
+    "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
+    "mlp.down": ["mlp.down_proj"],
+    "mlp_post_norm": ["post_feedforward_layernorm"],
 }
-_FUSED_NAMES = {
-    "layers.{}.self_attn.qkv_proj": ("blocks.{}.attention.qkv", 0),
-    "layers.{}.mlp.gate_up_proj": ("blocks.{}.mlp.gate_up", 0),
-}
-# The same file name means different norms, depending on which norms the family has.
-_NORM_NAMES = {
-    (True, False): {"input_layernorm": "attention_norm", "post_attention_layernorm": "mlp_norm"},
-    (True, True): {
-        "input_layernorm": "attention_norm",
-        "post_attention_layernorm": "attention_post_norm",
-        "pre_feedforward_layernorm": "mlp_norm",
-        "post_feedforward_layernorm": "mlp_post_norm",
-    },
-    (False, True): {
-        "post_attention_layernorm": "attention_post_norm",
-        "post_feedforward_layernorm": "mlp_post_norm",
-    },
-}
-
+_FUSED = {"attention.qkv": ["self_attn.qkv_proj"], "mlp.gate_up": ["mlp.gate_up_proj"]}
+_NO_POST_NORM = {"mlp_norm": ["post_attention_layernorm"]}  # the same name, for another norm
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -125,26 +107,22 @@ def _fill(model: Decoder, place: Destination, tensor: Tensor) -> None:
 def destinations(config: ModelConfig, model: Decoder) -> dict[str, Destination]:
     """Every tensor a checkpoint of this config must hold (without the file's name prefix), and where it goes."""
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    parts = {"qkv": (q_rows, kv_rows, kv_rows), "gate_up": (config.intermediate_size,) * 2}
-    names = dict(_NAMES)
-    for old, new in _NORM_NAMES[config.pre_norm, config.post_norm].items():
-        names[f"layers.{{}}.{old}"] = (f"blocks.{{}}.{new}", 0)
-    if config.fused_tensors:
-        names = {old: new for old, new in names.items() if new[0].rsplit(".", 1)[-1] not in parts} | _FUSED_NAMES
-        parts = {}
-    names = {f"model.{old}": new for old, new in names.items()}
+    rows = {"qkv": [q_rows, kv_rows, kv_rows], "gate_up": [config.intermediate_size] * 2}
+    block = _BLOCK | (_FUSED if config.fused_tensors else {}) | ({} if config.post_norm else _NO_POST_NORM)
+    parts = {"embedding": ["model.embed_tokens"], "norm": ["model.norm"]}
     if not config.tie_word_embeddings or config.quantized_head:
-        names["lm_head"] = ("head", 0)
-    modules = dict(model.named_modules())
-    places = {}
-    for old, (new, part) in names.items():
-        for layer in range(config.num_layers) if "{}" in old else [0]:
-            path = new.format(layer)
-            for tensor, dimension, shape, dtype in _tensors(modules.get(path), config.quantization is not None):
-                rows = parts.get(path.rsplit(".", 1)[-1])
-                start, count = (sum(rows[:part]), rows[part]) if rows else (0, shape[dimension])
-                shape = (*shape[:dimension], count, *shape[dimension + 1 :])
-                places[f"{old.format(layer)}.{tensor}"] = Destination(path, tensor, dimension, start, shape, dtype)
+        parts["head"] = ["lm_head"]
+    for layer in range(config.num_layers):
+        for module, names in block.items():
+            parts[f"blocks.{layer}.{module}"] = [f"model.layers.{layer}.{name}" for name in names]
+    modules, places = dict(model.named_modules()), {}
+    for module, names in parts.items():
+        for tensor, dimension, shape, dtype in _tensors(modules.get(module), config.quantization is not None):
+            start, counts = 0, rows[module.rsplit(".", 1)[-1]] if len(names) > 1 else [shape[dimension]]
+            for name, count in zip(names, counts, strict=True):
+                part = (*shape[:dimension], count, *shape[dimension + 1 :])
+                places[f"{name}.{tensor}"] = Destination(module, tensor, dimension, start, part, dtype)
+                start += count
     return places
 
 
@@ -215,9 +193,8 @@ def plan_loading(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dic
     if problems:
         listed = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise CheckpointError(f"{folder}: tensors do not match config.json: {listed}")
-    return {renamed[name]: place for name, place in places.items()}, {
-        renamed[name]: files[renamed[name]] for name in places
-    }
+    plan = {renamed[name]: place for name, place in places.items()}
+    return plan, {name: files[name] for name in plan}
 
 
 def stored_numbers(folder: Path) -> dict[str, int]:

@@ -21,13 +21,6 @@ from minillm.options import DTYPES, QUANTIZED_FORMATS, GenerationConfig
 _LARGEST = 2**24
 _MOST_LAYERS = 1024
 _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")  # Phi-3's first name of longrope
-_ROPE_KEYS = frozenset(
-    """
-    rope_theta rope_type type factor original_max_position_embeddings partial_rotary_factor low_freq_factor
-    high_freq_factor beta_fast beta_slow truncate mscale mscale_all_dim attention_factor short_factor
-    long_factor
-    """.split()
-)
 
 
 def load_config(folder: str | Path, strict: bool = True) -> ModelConfig:
@@ -50,13 +43,11 @@ def parse_config(raw: dict[str, Any], strict: bool = True) -> ModelConfig:
     text = raw
     if nested:
         # The outer file describes a vision tower as well; the decoder is entirely in text_config.
-        outer = {key: value for key, value in raw.items() if key in ("dtype", "torch_dtype")}
+        outer = {key: raw[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in raw}
         text = outer | {"model_type": f"{raw.get('model_type')}_text"} | raw["text_config"]
         ids = [*token_ids(text.get("eos_token_id"), "text_config.eos_token_id")]
-        ids += [token for token in token_ids(raw.get("eos_token_id"), "eos_token_id") if token not in ids]
-        text["eos_token_id"] = ids
-        if "quantization_config" in raw:
-            text["quantization_config"] = raw["quantization_config"]
+        ids += token_ids(raw.get("eos_token_id"), "eos_token_id")
+        text["eos_token_id"] = list(dict.fromkeys(ids))
     model_type = _Reader(text, {}).one_of(FAMILIES, "model_type")
     family = FAMILIES[model_type]
     reader = _Reader(text, family.defaults)
@@ -93,10 +84,18 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         )
     if num_heads * head_dim > _LARGEST:
         raise ConfigError(f"config.json: num_attention_heads {num_heads} of head_dim {head_dim} are over {_LARGEST}")
-    windows = _windows(reader, family, num_layers)
-    ropes = _ropes(reader, family, head_dim)
+    max_positions = reader.integer("max_position_embeddings")
+    ropes = _ropes(reader, family, head_dim, max_positions)
+    # Files of these kinds may state the unstretched length; Gemma 3's state the stretched one.
+    if ropes[0].kind in ("linear", "dynamic", "yarn") and not family.local_rope:
+        max_positions = max(max_positions, int(ropes[0].original_length * ropes[0].factor))
     scalar = reader.number("query_pre_attn_scalar", default=head_dim) if family.softcaps else head_dim
     softcap = reader.number("attn_logit_softcapping", optional=True) if family.softcaps else None
+    layers = [
+        LayerSpec(window, rope=1 if family.local_rope and window else 0, query_scale=scalar**-0.5, softcap=softcap)
+        for window in _windows(reader, family, num_layers)
+    ]
+    dtypes = {prefix + name: name for prefix in ("", "torch.") for name in DTYPES}
     bias = family.bias_keys and reader.flag("attention_bias")
     return ModelConfig(
         family=model_type,
@@ -106,16 +105,8 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
-        max_positions=_max_positions(reader, ropes[0], family),
-        layers=tuple(
-            LayerSpec(
-                window=window,
-                rope=1 if family.local_rope and window is not None else 0,
-                query_scale=scalar**-0.5,
-                softcap=softcap,
-            )
-            for window in windows
-        ),
+        max_positions=max_positions,
+        layers=tuple(layers),
         ropes=ropes,
         norm=NormSpec(reader.number("rms_norm_eps", default=1e-6), family.norm_offset, family.norm_in_fp32),
         pre_norm=family.pre_norm,
@@ -131,7 +122,7 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         fused_tensors=family.fused,
         nested=nested,
         **_quantization(reader),
-        dtype=_dtype(reader),
+        dtype=dtypes.get(reader.one_of(dtypes, "dtype", "torch_dtype", optional=True)),
         bos_token_id=reader.integer("bos_token_id", optional=True, minimum=0),
         eos_token_ids=token_ids(reader.get("eos_token_id"), "config.json: eos_token_id"),
     )
@@ -148,16 +139,13 @@ def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | N
     if names is None:
         slides = {
             "none": lambda layer: False,
-            "all": lambda layer: window is not None,
-            "from_layer": lambda layer: window is not None and layer >= first_window,
+            "all": lambda layer: True,
+            "from_layer": lambda layer: layer >= first_window,
             "pattern": lambda layer: (layer + 1) % pattern != 0,
         }[family.windows]
         return [window if slides(layer) else None for layer in range(num_layers)]
-    if (
-        not isinstance(names, list)
-        or len(names) != num_layers
-        or not all(name in ("full_attention", "sliding_attention") for name in names)
-    ):
+    kinds = ("full_attention", "sliding_attention")
+    if not isinstance(names, list) or len(names) != num_layers or any(name not in kinds for name in names):
         raise ConfigError(
             f"config.json: layer_types must name full_attention or sliding_attention for each of {num_layers} "
             f"layers, not {shown(names)}"
@@ -167,22 +155,16 @@ def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | N
     return [window if name == "sliding_attention" else None for name in names]
 
 
-def _ropes(reader: "_Reader", family: Family, head_dim: int) -> tuple[RopeSpec, ...]:
+def _ropes(reader: "_Reader", family: Family, head_dim: int, max_positions: int) -> tuple[RopeSpec, ...]:
     """The rotary tables: one, or (global, local) for Gemma 3."""
-    max_positions = reader.integer("max_position_embeddings")
     original = reader.integer("original_max_position_embeddings", optional=True)
     theta = reader.number("rope_theta", default=1e4)
     partial = reader.number("partial_rotary_factor", default=1.0)
-    local_theta = reader.number("rope_local_base_freq", default=1e4)
-    scaling, newer = reader.get("rope_scaling"), reader.get("rope_parameters")
-    for name, value in (("rope_scaling", scaling), ("rope_parameters", newer)):
-        if value is not None and not isinstance(value, dict):
-            raise ConfigError(f"config.json: {name} must be an object, not {shown(value)}")
     common = dict(rope_theta=theta, partial_rotary_factor=partial, original_max_position_embeddings=original)
+    local = common | dict(rope_theta=reader.number("rope_local_base_freq", default=1e4))
+    scaling, newer = reader.table("rope_scaling"), reader.table("rope_parameters")
     if newer is None:
-        tables = [common | (scaling or {})]
-        if family.local_rope:
-            tables.append(common | dict(rope_theta=local_theta))
+        tables = [common | (scaling or {}), local]
     elif family.local_rope and "full_attention" in newer:
         by_layer = [newer["full_attention"], newer.get("sliding_attention", {})]
         if not all(isinstance(table, dict) for table in by_layer):
@@ -193,16 +175,11 @@ def _ropes(reader: "_Reader", family: Family, head_dim: int) -> tuple[RopeSpec, 
             raise ConfigError(
                 f"config.json: rope_theta {theta} contradicts rope_parameters.rope_theta {shown(newer['rope_theta'])}"
             )
-        tables = [common | newer]
-        if family.local_rope:
-            tables.append(common | dict(rope_theta=local_theta))
-    return tuple(_rope(table, head_dim, max_positions) for table in tables)
+        tables = [common | newer, local]
+    return tuple(_rope(table, head_dim, max_positions) for table in tables[: 1 + family.local_rope])
 
 
 def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
-    unknown = sorted(set(table) - _ROPE_KEYS)
-    if unknown:
-        raise ConfigError(f"config.json: RoPE parameters not understood: {', '.join(map(shown, unknown))}")
     values = _Reader(table, {}, where="RoPE parameters")
     kind = values.one_of(_ROPE_KINDS, "rope_type", "type", default="default")
     kind = "longrope" if kind == "su" else kind
@@ -213,28 +190,25 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
         raise ConfigError("config.json: dynamic RoPE needs more than 2 rotary channels")
     original = values.integer("original_max_position_embeddings", default=max_positions, minimum=2)
     # A file that stretches the context without saying how far means max / original.
-    stretched = max_positions / original if kind in ("yarn", "longrope") else None
-    factor = values.number("factor", default=stretched if kind != "default" else 1.0, maximum=1e6)
+    factors = {"default": 1.0, "yarn": max_positions / original, "longrope": max_positions / original}
     lists = {}
-    for name in ("short_factor", "long_factor") if kind == "longrope" else ():
+    for name in ("short_factor", "long_factor"):
         entries = values.get(name)
+        if kind != "longrope":
+            continue  # other kinds may list them, and have no use for them
         if not isinstance(entries, list) or len(entries) != dim // 2:
             raise ConfigError(f"config.json: longrope {name} must list {dim // 2} positive numbers")
         each = _Reader({f"{name}[{i}]": entry for i, entry in enumerate(entries)}, {}, where="RoPE parameters")
         lists[name] = tuple(each.number(entry) for entry in each.raw)
-    low_freq_factor = values.number("low_freq_factor", default=None if kind == "llama3" else 1.0)
-    high_freq_factor = values.number("high_freq_factor", default=None if kind == "llama3" else 4.0)
-    if kind == "llama3" and not low_freq_factor < high_freq_factor:
-        raise ConfigError(f"config.json: low_freq_factor {low_freq_factor} must be below high_freq_factor")
-    return RopeSpec(
+    spec = RopeSpec(
         # One clock for all channels, or one that runs backwards, was never trained.
         theta=values.number("rope_theta", minimum=1.001),
         dim=dim,
         kind=kind,
-        factor=factor,
+        factor=values.number("factor", default=factors.get(kind), maximum=1e6),
         original_length=original,
-        low_freq_factor=low_freq_factor,
-        high_freq_factor=high_freq_factor,
+        low_freq_factor=values.number("low_freq_factor", default=None if kind == "llama3" else 1.0),
+        high_freq_factor=values.number("high_freq_factor", default=None if kind == "llama3" else 4.0),
         beta_fast=values.number("beta_fast", default=32.0),
         beta_slow=values.number("beta_slow", default=1.0),
         truncate=values.flag("truncate", default=True),
@@ -243,14 +217,11 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
         attention_factor=values.number("attention_factor", optional=True),
         **lists,
     )
-
-
-def _max_positions(reader: "_Reader", rope: RopeSpec, family: Family) -> int:
-    """The longest sequence to allow: linear, dynamic and yarn files may state the unstretched length."""
-    stated = reader.integer("max_position_embeddings")
-    if rope.kind in ("linear", "dynamic", "yarn") and not family.local_rope:  # Gemma 3 states the stretched one
-        return max(stated, int(rope.original_length * rope.factor))
-    return stated
+    if kind == "llama3" and not spec.low_freq_factor < spec.high_freq_factor:
+        raise ConfigError(f"config.json: low_freq_factor {spec.low_freq_factor} must be below high_freq_factor")
+    if unknown := sorted(set(table) - values.seen):
+        raise ConfigError(f"config.json: RoPE parameters not understood: {', '.join(map(shown, unknown))}")
+    return spec
 
 
 def _activation(reader: "_Reader", family: Family) -> str:
@@ -273,11 +244,6 @@ def _quantization(reader: "_Reader") -> dict[str, Any]:
         )
     values = _Reader(table, {}, where="quantization_config")
     return dict(quantization=values.one_of(QUANTIZED_FORMATS, "format"), quantized_head=values.flag("head"))
-
-
-def _dtype(reader: "_Reader") -> str | None:
-    names = {prefix + name: name for prefix in ("", "torch.") for name in DTYPES}
-    return names.get(reader.one_of(names, "dtype", "torch_dtype", optional=True))
 
 
 def token_ids(value: Any, where: str) -> tuple[int, ...]:
@@ -340,9 +306,11 @@ class _Reader:
         return None if found is None else float(found)
 
     def one_of(self, words: Collection[str], *names: str, **absent) -> str | None:
-        """One of the supported words."""
         rule = f"one of the supported {', '.join(words)}"
         return self.value(names, rule, lambda value: isinstance(value, str) and value in words, **absent)
 
     def flag(self, name: str, default: bool = False) -> bool:
         return self.value((name,), "true or false", lambda value: isinstance(value, bool), default)
+
+    def table(self, name: str) -> dict[str, Any] | None:
+        return self.value((name,), "an object", lambda value: isinstance(value, dict), optional=True)

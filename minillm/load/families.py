@@ -29,10 +29,11 @@ class Family:
     fused: bool = False
 
 
+_OLMO2 = dict(rms_norm_eps=1e-5, max_position_embeddings=2048)
+_PHI3 = dict(rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096)
 _QWEN = dict(max_position_embeddings=32768, sliding_window=4096, max_window_layers=28)
 _GEMMA = Family(
-    defaults=dict(rms_norm_eps=1e-6, head_dim=256, tie_word_embeddings=True, max_position_embeddings=8192)
-    | dict(hidden_act="gelu_pytorch_tanh"),
+    dict(head_dim=256, tie_word_embeddings=True, max_position_embeddings=8192, hidden_act="gelu_pytorch_tanh"),
     norm_offset=1.0,
     norm_in_fp32=True,
     bias_keys=True,
@@ -68,19 +69,8 @@ FAMILIES: dict[str, Family] = {
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA3,
-    "phi3": Family(
-        dict(rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096),
-        windows="all",
-        fused=True,
-    ),
-    "olmo2": Family(
-        dict(rms_norm_eps=1e-5, max_position_embeddings=2048),
-        norm_in_fp32=True,
-        pre_norm=False,
-        post_norm=True,
-        qk_norm="full",
-        bias_keys=True,
-    ),
+    "phi3": Family(_PHI3, windows="all", fused=True),
+    "olmo2": Family(_OLMO2, norm_in_fp32=True, pre_norm=False, post_norm=True, qk_norm="full", bias_keys=True),
 }
 
 # Keys that never change a forward pass. Anything else unread is an error (or, with strict=False, let by).

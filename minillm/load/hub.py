@@ -9,17 +9,10 @@ DEMOS = {"demo": Path(__file__).parent.parent / "demo", "demo-draft": Path(__fil
 
 # What is asked of the Hub: weights as safetensors and the small files that describe them. Original-format
 # copies ("consolidated.safetensors") and pickle files stay where they are.
-HUB_PATTERNS = [
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "model.safetensors",
-    "model-*.safetensors",
-    "model.safetensors.index.json",
-]
+HUB_PATTERNS = """
+    config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja chat_template.json
+    model.safetensors model-*.safetensors model.safetensors.index.json
+""".split()
 
 
 def find_checkpoint(
@@ -43,9 +36,8 @@ def find_checkpoint(
         folder = Path(name).expanduser()
         there, holds_files = bool(str(name)) and folder.exists(), folder.is_dir()
     except (OSError, RuntimeError, ValueError) as error:  # too long a name, nobody's home, a NUL
-        raise CheckpointError(
-            f"{str(name)!r} cannot be a folder: {getattr(error, 'strerror', None) or error}"
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{str(name)!r} cannot be a folder: {why}") from None
     if there and holds_files:
         return folder
     if there:
@@ -53,37 +45,24 @@ def find_checkpoint(
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", str(name)):
         raise CheckpointError(f"no folder {str(name)!r}, and it is no Hub id (owner/name) nor one of {list(DEMOS)}")
     # Imported here: a folder on disk should not pay for the network client.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HFValidationError,
-        HTTPError,  # of whichever client it uses: a connection that breaks
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import errors, snapshot_download
 
+    patterns = HUB_PATTERNS if weights else ["config.json"]
+    options = dict(revision=revision, token=token, local_files_only=local_files_only)
     try:
-        return Path(
-            snapshot_download(
-                str(name),
-                revision=revision,
-                token=token,
-                local_files_only=local_files_only,
-                allow_patterns=HUB_PATTERNS if weights else ["config.json"],
-            )
-        )
-    except LocalEntryNotFoundError as error:
+        return Path(snapshot_download(str(name), allow_patterns=patterns, **options))
+    except errors.LocalEntryNotFoundError as error:
         raise CheckpointError(
             f"no folder {name}, and the Hub id {name} is not in the local cache and cannot be downloaded: "
             f"{first_line(error)}"
         ) from error
-    except RepositoryNotFoundError as error:  # also what the Hub answers for a private or gated one
+    except errors.RepositoryNotFoundError as error:  # also what the Hub answers for a private or gated one
         raise CheckpointError(
             f"the Hub id {name} does not exist or needs another token: check the name, give token=... or set HF_TOKEN"
         ) from error
-    except RevisionNotFoundError as error:
+    except errors.RevisionNotFoundError as error:
         raise CheckpointError(f"the Hub id {name} has no revision {revision!r}") from error
-    except (HTTPError, HFValidationError, OSError) as error:
+    except (errors.HTTPError, errors.HFValidationError, OSError) as error:  # HTTPError: of whichever client it uses
         raise CheckpointError(
             f"the Hub id {name} cannot be downloaded (another try resumes): {first_line(error)}"
         ) from error

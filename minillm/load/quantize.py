@@ -1,4 +1,4 @@
-"""From full precision to codes and back. Only weights are quantized, and only by their own values: no data is run
+"""From full precision to codes. Only weights are quantized, and only by their own values: no data is run
 through the model. The layouts are `linear.py`'s."""
 
 import torch
@@ -41,11 +41,6 @@ def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
         scale[rows] = largest / 127
         codes[rows] = (wide * (127 / largest.clamp(min=1e-35))[:, None]).round_()
     return codes, scale
-
-
-def dequantize_int8(codes: Tensor, scale: Tensor) -> Tensor:
-    """codes [N, K] int8, scale [N] -> float32 [N, K]."""
-    return codes.float() * scale[:, None]
 
 
 def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:

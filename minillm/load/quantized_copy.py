@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -52,21 +53,24 @@ def quantize_checkpoint(source: str | Path, out: str | Path, quantize: str, quan
 
 
 def _write(source: Path, out: Path, quantize: str, quantize_head: bool) -> None:
-    config = load_config(source)
-    # The dtype does not matter here: what is not quantized is written as it was read.
-    model = empty_decoder(config, torch.float32, quantize=quantize, quantize_head=quantize_head)
-    plan, files = plan_loading(source, config, model)
-    modules, writer = dict(model.named_modules()), _ShardWriter(out)
-    for name, tensor in stream_tensors(source, files, f"quantizing {source.name}"):
-        module, plain = modules[plan[name].module], plain_name(name, config)
-        with naming(name):
-            if plan[name].tensor == "weight" and isinstance(module, QuantizedLinear):
-                writer.add_quantized(plain.removesuffix(".weight"), tensor, module)
-            else:
-                writer.add(plain, tensor)
-        if config.tie_word_embeddings and quantize_head and plan[name].module == "embedding":
-            writer.add_quantized("lm_head", tensor, model.head)
-    writer.finish()
+    waiting, weight_map = {}, {}
+
+    def write_shard() -> None:
+        shard = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        save_file(waiting, out / shard, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(waiting, shard))
+        waiting.clear()
+
+    for name, tensor in _tensors(source, quantize, quantize_head):
+        waiting[name] = tensor
+        if sum(one.nbytes for one in waiting.values()) >= _SHARD_BYTES:
+            write_shard()
+    if waiting:
+        write_shard()
+    index = out / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=2) + "\n")
+    for shard in set(weight_map.values()):
+        shutil.copymode(index, out / shard)  # safetensors writes for the owner alone
     for pattern in HUB_PATTERNS:
         if "safetensors" not in pattern and (source / pattern).exists():
             shutil.copy(source / pattern, out)
@@ -75,36 +79,27 @@ def _write(source: Path, out: Path, quantize: str, quantize_head: bool) -> None:
     (out / "config.json").write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
 
 
-class _ShardWriter:
-    """Collects tensors and writes a shard whenever enough have come together, the index at the end."""
+def _tensors(source: Path, quantize: str, quantize_head: bool) -> Iterator[tuple[str, Tensor]]:
+    """Everything the copy holds, by name, one tensor of the source at a time."""
+    config = load_config(source)
+    # The dtype does not matter here: what is not quantized is written as it was read.
+    model = empty_decoder(config, torch.float32, quantize=quantize, quantize_head=quantize_head)
+    plan, files = plan_loading(source, config, model)
+    modules = dict(model.named_modules())
+    for name, tensor in stream_tensors(source, files, f"quantizing {source.name}"):
+        place, plain = plan[name], plain_name(name, config)
+        with naming(name):
+            if place.tensor == "weight" and isinstance(modules[place.module], QuantizedLinear):
+                yield from _quantized(plain.removesuffix(".weight"), tensor, modules[place.module])
+            else:
+                yield plain, tensor.clone()  # the original is a window on the source file
+            if config.tie_word_embeddings and quantize_head and place.module == "embedding":
+                yield from _quantized("lm_head", tensor, model.head)
 
-    def __init__(self, folder: Path):
-        self.folder, self.waiting, self.weight_map, self.size = folder, {}, {}, 0
 
-    def add(self, name: str, tensor: Tensor) -> None:
-        self.waiting[name] = tensor.clone()  # the original is a window on the source file
-        self.size += tensor.nbytes
-        if self.size >= _SHARD_BYTES:
-            self._write()
-
-    def add_quantized(self, name: str, weight: Tensor, like: QuantizedLinear) -> None:
-        spec = QuantizeSpec(4, like.group_size) if isinstance(like, Int4Linear) else QuantizeSpec(8)
-        layer = make_linear(weight.shape[1], weight.shape[0], False, spec, weight.dtype, "cpu")
-        fill_rows(layer, 0, weight)
-        for part in like.row_dimension:
-            self.add(f"{name}.{part}", getattr(layer, part))
-
-    def _write(self) -> None:
-        shard = f"model-{len(set(self.weight_map.values())) + 1:05d}.safetensors"
-        save_file(self.waiting, self.folder / shard, metadata={"format": "pt"})
-        self.weight_map |= dict.fromkeys(self.waiting, shard)
-        self.waiting, self.size = {}, 0
-
-    def finish(self) -> None:
-        if self.waiting:
-            self._write()
-        index = {"metadata": {}, "weight_map": self.weight_map}
-        path = self.folder / "model.safetensors.index.json"
-        path.write_text(json.dumps(index, indent=2) + "\n")
-        for shard in set(self.weight_map.values()):
-            shutil.copymode(path, self.folder / shard)  # safetensors writes for the owner alone
+def _quantized(name: str, weight: Tensor, like: QuantizedLinear) -> Iterator[tuple[str, Tensor]]:
+    spec = QuantizeSpec(4, like.group_size) if isinstance(like, Int4Linear) else QuantizeSpec(8)
+    layer = make_linear(weight.shape[1], weight.shape[0], False, spec, weight.dtype, "cpu")
+    fill_rows(layer, 0, weight)
+    for part in like.row_dimension:
+        yield f"{name}.{part}", getattr(layer, part)

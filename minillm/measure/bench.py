@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, astuple, dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from minillm.cache import StaticCache
@@ -27,7 +29,6 @@ from minillm.measure.memory import format_bytes
 from minillm.measure.plot import picture
 from minillm.model import Decoder
 from minillm.progress import progress_bar
-from minillm.tokenizer import Tokenizer
 
 LENGTHS = (64, 256, 1024)  # prompts, and so positions at which decoding is timed
 CAPACITIES = (128, 1024, 4096, 16384)  # of a cache in which the shortest prompt is continued
@@ -183,19 +184,16 @@ def measure(
     load_seconds = time.perf_counter() - started - sum(seconds for _, seconds in compilations)
 
     def peak() -> int:
-        on_gpu = llm.device.type == "cuda"
-        return torch.cuda.max_memory_allocated(llm.device) if on_gpu else _process_peak() - before
+        return torch.cuda.max_memory_allocated(llm.device) if llm.device.type == "cuda" else _process_peak() - before
 
     load_peak = peak()
     lengths, capacities = _sizes(llm.config, lengths, capacities, new_tokens)
-    prompts = {length: _prompt(llm.tokenizer, length) for length in lengths}
+    ids = llm.tokenizer.encode(_TEXT, add_special_tokens=False)
+    prompts = {length: (ids * (length // len(ids) + 1))[:length] for length in lengths}
     first_request, _ = _request(llm, ([prompts[lengths[0]]], None), 1)
     _request(llm, ([prompts[lengths[-1]]], None), new_tokens)  # warm up, and the peak
     longest_peak = peak()
-
-    def cache(rows: int, size: int) -> StaticCache:
-        return StaticCache(llm.config, rows, size, llm.device, llm.dtype)
-
+    cache = partial(StaticCache, llm.config, device=llm.device, dtype=llm.dtype)
     # What is timed: prompts and, but for plain decoding, a cache of their own.
     lowest, room = lengths[0], new_tokens + 1
     timed = {("decode", length): ([prompts[length]], None) for length in lengths}
@@ -289,11 +287,6 @@ def _sizes(config: ModelConfig, lengths, capacities, new_tokens: int) -> tuple[l
     return lengths, capacities
 
 
-def _prompt(tokenizer: Tokenizer, length: int) -> list[int]:
-    ids = tokenizer.encode(_TEXT, add_special_tokens=False)
-    return (ids * (length // len(ids) + 1))[:length]
-
-
 def _request(llm: LLM, what: tuple[list[list[int]], StaticCache | None], new_tokens: int) -> tuple[float, float]:
     """(seconds to the first token, seconds per step of the `new_tokens` after it) for prompts and their cache."""
     prompts, cache = what
@@ -367,25 +360,20 @@ def processor_features(path: Path = Path("/proc/cpuinfo")) -> list[str]:
 def save_plot(path: Path, speeds: Speeds) -> None:
     """Decode speed against position and against cache capacity, time to first token against prompt length."""
 
-    def draw(axes, xs: list[int], spreads: list[Spread], scale: float = 1.0) -> None:
-        middle = [spread.median * scale for spread in spreads]
-        below = [m - spread.lowest * scale for m, spread in zip(middle, spreads, strict=True)]
-        above = [spread.highest * scale - m for m, spread in zip(middle, spreads, strict=True)]
-        axes.errorbar(xs, middle, yerr=[below, above], marker="o", capsize=3)
+    def draw(axes, x: str, y: str, points: dict[int, Spread], scale: float = 1.0) -> None:
+        middle, lowest, highest = np.array([astuple(spread) for spread in points.values()]).reshape(-1, 3).T * scale
+        axes.errorbar([*points], middle, yerr=[middle - lowest, highest - middle], marker="o", capsize=3)
         axes.set_xscale("log", base=2)
-        axes.set_xticks(xs, map(str, xs))
-        axes.set_ylim(0, None)
+        axes.set_xticks([*points], map(str, points))
+        axes.set(xlabel=x, ylabel=y, ylim=(0, None))
 
     with picture(path, 12, 4) as figure:
         at_position, at_capacity, first = figure.subplots(1, 3)
-        draw(at_position, [d.position for d in speeds.decode], [d.tokens_per_second for d in speeds.decode])
-        draw(at_capacity, [d.capacity for d in speeds.capacity], [d.tokens_per_second for d in speeds.capacity])
-        draw(first, [p.prompt_tokens for p in speeds.prefill], [p.first_token_seconds for p in speeds.prefill], 1e3)
-        at_position.set(xlabel="position", ylabel="decode, tokens/s")
-        at_capacity.set(
-            xlabel=f"capacity of the cache, at position {speeds.decode[0].position}", ylabel="decode, tokens/s"
-        )
-        first.set(xlabel="prompt, tokens", ylabel="time to first token, ms")
-        figure.suptitle(
-            f"{speeds.name}, {speeds.format}, {speeds.device}: median, lowest and highest of {speeds.repeats}"
-        )
+        decode = "decode, tokens/s"
+        draw(at_position, "position", decode, {one.position: one.tokens_per_second for one in speeds.decode})
+        where = f"capacity of the cache, at position {speeds.decode[0].position}"
+        draw(at_capacity, where, decode, {one.capacity: one.tokens_per_second for one in speeds.capacity})
+        firsts = {one.prompt_tokens: one.first_token_seconds for one in speeds.prefill}
+        draw(first, "prompt, tokens", "time to first token, ms", firsts, 1e3)
+        what = f"{speeds.name}, {speeds.format}, {speeds.device}"
+        figure.suptitle(f"{what}: median, lowest and highest of {speeds.repeats}")

@@ -35,6 +35,11 @@ def facts(
     group = config.num_heads // config.num_kv_heads
     sharing = "MHA" if group == 1 else "MQA" if config.num_kv_heads == 1 else f"GQA, {group} queries per key"
     tied = "tied to" if config.tie_word_embeddings else "apart from"
+    biases = {"q, k, v": config.qkv_bias, "attention output": config.output_bias, "MLP": config.mlp_bias}
+    windows = [
+        f"{count} layer{'s' * (count > 1)} {'see everything' if window is None else f'slide over {window}'}"
+        for window, count in Counter(layer.window for layer in config.layers).items()
+    ]
     names = ["RoPE"] if len(config.ropes) == 1 else ["RoPE full layers", "RoPE sliding layers"]
     rows = [
         ("family", config.family),
@@ -44,10 +49,10 @@ def facts(
         ("MLP", f"{config.intermediate_size} wide, {config.activation}"),
         ("vocabulary", f"{config.vocab_size}, head {tied} embedding"),
         ("positions", str(config.max_positions)),
-        ("attention", _windows(config)),
+        ("attention", ", ".join(windows)),
         *zip(names, map(_rope, config.ropes), strict=True),
         ("norms", _norms(config)),
-        ("biases", _biases(config)),
+        ("biases", ", ".join(name for name, there in biases.items() if there) or "none"),
     ]
     caps = {f"scores {layer.softcap:g}" for layer in config.layers if layer.softcap is not None}
     if config.final_softcap is not None:
@@ -78,14 +83,6 @@ def how_it_runs(
     return [("device", device_name(device)), ("attention by", backend), ("steps", steps)]
 
 
-def _windows(config: ModelConfig) -> str:
-    counts = Counter(layer.window for layer in config.layers)
-    return ", ".join(
-        f"{count} layer{'s' * (count > 1)} {'see everything' if window is None else f'slide over {window}'}"
-        for window, count in counts.items()
-    )
-
-
 def _rope(spec: RopeSpec) -> str:
     text = f"base {spec.theta:g}, {spec.dim} channels"
     return text if spec.kind == "default" else f"{text}, {spec.kind} x{spec.factor:g} over {spec.original_length}"
@@ -96,11 +93,6 @@ def _norms(config: ModelConfig) -> str:
     text = f"RMSNorm {' and '.join(places)} attention and MLP, eps {config.norm.eps:g}"
     extra = {None: "", "head": ", on each q/k head", "full": ", on the whole q/k projection"}[config.qk_norm]
     return text + extra + (", weight + 1" if config.norm.offset else "")
-
-
-def _biases(config: ModelConfig) -> str:
-    biases = (("q, k, v", config.qkv_bias), ("attention output", config.output_bias), ("MLP", config.mlp_bias))
-    return ", ".join(name for name, there in biases if there) or "none"
 
 
 @dataclass(frozen=True)

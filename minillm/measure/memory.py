@@ -150,10 +150,8 @@ class Sizes:
         lines = [f"{self.name}: batch {self.batch_size}, context {self.context}", ""]
         for label, *cells in [("", *self.estimates), *zip(_ROWS, *columns, strict=True)]:
             lines.append(f"{label:<26}" + "".join(f"{cell:>13}" for cell in cells))
-        lines += [
-            "",
-            "KV cache by heads shared: " + ", ".join(f"{k} {format_bytes(v)}" for k, v in self.sharing.items()),
-        ]
+        sharing = ", ".join(f"{k} {format_bytes(v)}" for k, v in self.sharing.items())
+        lines += ["", f"KV cache by heads shared: {sharing}"]
         if self.stored:
             lines.append("in the files: " + ", ".join(f"{format_bytes(v)} of {k}" for k, v in self.stored.items()))
         return "\n".join(lines)
