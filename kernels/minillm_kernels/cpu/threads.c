@@ -11,13 +11,14 @@
  *   - the caller works as well, and by itself would finish the loop;
  *   - the pieces are dealt out in runs of neighbours, one run for each thread, the same in every step, so that a core
  *     finds in its cache what it has read before; who has finished a run goes on with what is left of the others';
- *   - helpers look out for the next loop for a moment, since within a step it follows at once, then they sleep.
+ *   - helpers look out for the next loop for a moment, since within a step it follows at once and the next step soon,
+ *     then they sleep; at once when an eager loop begins.
  *
  * Every piece is computed by one thread in one way, so results do not depend on who does what.
  *
  * How a helper that was away for long is kept out of a later loop: loops have numbers, and a piece is taken by one
  * compare-and-swap on a word that holds both the number and what is left of a run. Only who holds a piece may look at
- * `loop`, and until that piece is finished the caller cannot begin another one.
+ * the plain members of `loop`, and until that piece is finished the caller cannot begin another one.
  */
 #include <pthread.h>
 #include <signal.h>
@@ -32,24 +33,35 @@
 #include "values.h"
 
 enum { MAX_THREADS = 256 };
-enum { SPIN = 200 * 1000 }; /* ns of looking out before sleep: more than lies between two steps of a small model */
+enum {                       /* ns of looking out before sleep: */
+    BETWEEN_STEPS = 2000000, /* a helper, for more than Python takes from one step of a small model to the next */
+    WITHIN_A_LOOP = 200000,  /* the caller, for a helper's piece: asleep it leaves its core to a helper without one */
+};
 
+/* What one core writes while another reads it lies in lines of its own: _Alignas. */
 static struct seat {
     _Alignas(128) _Atomic uint64_t left; /* a loop's number << 32 | pieces of this seat's run that nobody has begun */
-    _Atomic uint32_t called;             /* the newest loop to work on; at seat 0, the caller's, that is finished */
+    _Alignas(128) _Atomic uint32_t called; /* the newest loop to work on; at seat 0, the caller's, that is finished */
     atomic_int asleep;
     pthread_cond_t wake;
 } seats[MAX_THREADS];
 
 static struct {
-    piece_function *piece;
+    _Alignas(128) piece_function *piece;
     const void *context;
     long count, threads;
+    atomic_int sharing, failed; /* how many share it; whether a piece failed */
 } loop;
 
+static struct {
+    _Alignas(128) atomic_long pieces;
+} unfinished; /* of the loop */
+
+static struct {
+    _Alignas(128) atomic_int newest; /* the newest loop was OpenMP's, whose threads want the cores: helpers sleep */
+} eager;
+
 static uint32_t number;             /* of the loop; like the loop itself it belongs to the caller */
-static atomic_long unfinished;      /* pieces of it */
-static atomic_int sharing, failed;  /* how many share it; whether a piece failed */
 static atomic_flag taken = ATOMIC_FLAG_INIT; /* there is one step at a time; another one does without helpers */
 static int started;                 /* helpers, in seats 1 to `started` */
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* held around falling asleep */
@@ -61,8 +73,8 @@ static uint64_t nanoseconds(void) {
 }
 
 /* Wait until the seat is called for another loop than `last`; returns its number. */
-static uint32_t await(struct seat *seat, uint32_t last) {
-    for (uint64_t end = nanoseconds() + SPIN; seat->called == last && nanoseconds() < end;) {
+static uint32_t await(struct seat *seat, uint32_t last, uint64_t patience) {
+    for (uint64_t end = nanoseconds() + patience; seat->called == last && !eager.newest && nanoseconds() < end;) {
 #ifdef __x86_64__
         __builtin_ia32_pause();
 #endif
@@ -97,16 +109,16 @@ static long take(struct seat *seat, uint32_t loop_number) {
 /* Compute pieces until none is left to take, those of one's own run first. */
 static void work(int thread, uint32_t loop_number) {
     long done = 0, left;
-    for (int i = 0, all = sharing; i < all; i++) {
+    for (int i = 0, all = loop.sharing; i < all; i++) {
         int owner = (thread + i) % all;
         for (; (left = take(&seats[owner], loop_number)); done++)
-            if (loop.piece(loop.context, (owner + 1) * loop.count / loop.threads - left, thread)) failed = 1;
+            if (loop.piece(loop.context, (owner + 1) * loop.count / loop.threads - left, thread)) loop.failed = 1;
     }
-    if (done && atomic_fetch_sub(&unfinished, done) == done) call(&seats[0], loop_number);
+    if (done && atomic_fetch_sub(&unfinished.pieces, done) == done) call(&seats[0], loop_number);
 }
 
 static void *help(void *seat) {
-    for (uint32_t last = 0;; work((int)((struct seat *)seat - seats), last)) last = await(seat, last);
+    for (uint32_t last = 0;; work((int)((struct seat *)seat - seats), last)) last = await(seat, last, BETWEEN_STEPS);
     return NULL;
 }
 
@@ -136,15 +148,15 @@ static int share(long count, long threads, piece_function *piece, const void *co
     if (started < threads - 1) start_helpers(threads - 1);
     uint32_t last = number++;
     loop.piece = piece, loop.context = context, loop.count = count, loop.threads = threads;
-    unfinished = count;
-    sharing = (int)threads;
-    failed = 0;
+    unfinished.pieces = count;
+    loop.sharing = (int)threads;
+    loop.failed = 0;
     for (long i = 0; i < threads; i++)
         seats[i].left = (uint64_t)number << 32 | (uint32_t)((i + 1) * count / threads - i * count / threads);
     for (long i = 1; i < threads; i++) call(&seats[i], number);
     work(0, number);
-    await(&seats[0], last);
-    return failed;
+    await(&seats[0], last, WITHIN_A_LOOP);
+    return loop.failed;
 }
 
 /* ---- whose threads help ---- */
@@ -173,7 +185,7 @@ int minillm_parallel(long count, long threads, piece_function *piece, const void
     threads = threads < count ? threads : count;
     threads = threads < 1 || alone ? 1 : threads < MAX_THREADS ? threads : MAX_THREADS;
     if (threads > 1 && mode == HELPED) return share(count, threads, piece, context);
-    if (threads > 1) spinning = most - 1;
+    if (threads > 1) spinning = most - 1, eager.newest = 1;
 #pragma omp parallel for num_threads((int)threads) if (threads > 1) schedule(static) reduction(| : any)
     for (long i = 0; i < count; i++) any |= piece(context, i, this_thread());
     return any;
@@ -195,6 +207,7 @@ static void let_openmp_sleep(void) {
 /* The calls of this thread from here on are a step without anything of PyTorch's in between: they get the helpers. */
 void minillm_begin_step(void) {
     if (spinning) let_openmp_sleep();
+    eager.newest = 0;
     mode = atomic_flag_test_and_set(&taken) ? ALONE : HELPED;
 }
 
