@@ -345,7 +345,10 @@ def _count(counts: dict[str, int], row: Row) -> None:
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+    try:
+        return f"{type(error).__name__}: {first_line(error)}"
+    except Exception:  # one that cannot even say what it is must not keep the callers waiting
+        return type(error).__name__
 
 
 _workers: weakref.WeakSet[_Worker] = weakref.WeakSet()
