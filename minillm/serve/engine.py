@@ -10,11 +10,13 @@ One thread owns model and cache and runs a `Batch` (continuous batching); caller
 """
 
 import asyncio
+import atexit
 import threading
 import time
 import weakref
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 
@@ -192,8 +194,8 @@ class Engine:
         self._lookup = PromptLookup(cache.device)
         self._draft = choose_proposer(llm, assistant_model, GenerationConfig(), cache)
         self._worker = _Worker(Batch(llm.steps, cache, one_request=False), max_waiting)
-        # Also where nobody closes the engine: when it is collected, and when the interpreter ends.
-        self._closing = weakref.finalize(self, self._worker.close, True)
+        # Without waiting: a collector works anywhere, also under a lock that the thread needs, also in the thread.
+        weakref.finalize(self, self._worker.close, cancel=True, wait=False)
 
     def submit(self, prompt: Prompt, generation_config: GenerationConfig | None = None, **options) -> Handle:
         """Ask for a continuation; options as for `LLM.generate`. It is tokenized and checked here, in the caller's
@@ -220,7 +222,6 @@ class Engine:
     def close(self, cancel: bool = False) -> None:
         """Serve what was submitted to the end, or cancel it, and wait for that; nothing more can be submitted."""
         self._worker.close(cancel)
-        self._closing.detach()
 
     def __enter__(self) -> "Engine":
         return self
@@ -244,10 +245,11 @@ class _Worker:
         self._ended = dict.fromkeys(("new_tokens", "reused_tokens", "drafted", "accepted"), 0)  # of finished requests
         self._thread = threading.Thread(target=self._work, name="minillm engine", daemon=True)
         self._thread.start()
+        _workers.add(self)
 
     def submit(self, row: Row) -> Handle:
         handle = Handle(row)
-        with self._changed:
+        with self._guard:
             if self._failure is not None:
                 raise EngineError(f"the engine has stopped: {_told(self._failure)}") from self._failure
             if self._closed:
@@ -261,21 +263,28 @@ class _Worker:
         return handle
 
     def stats(self) -> EngineStats:
-        with self._changed:
+        with self._guard:
             counts = dict(self._ended)
             for handle, _ in self._served:
                 _count(counts, handle._row)
             taken = len(self._served), len(self._waiting)
             return EngineStats(len(self.batch.seats), *taken, seconds=self._seconds, **counts)
 
-    def close(self, cancel: bool) -> None:
-        with self._changed:
-            self._closed = True
-            if cancel:
-                for handle in (*self._waiting, *(handle for handle, _ in self._served)):
-                    handle.cancel()
-            self._changed.notify()
-        self._thread.join()
+    def close(self, cancel: bool, wait: bool = True) -> None:
+        if self._thread.is_alive():
+            with self._changed:
+                self._closed = True
+                if cancel:
+                    for handle in (*self._waiting, *(handle for handle, _ in self._served)):
+                        handle.cancel()
+                self._changed.notify()
+        if wait:
+            self._thread.join()
+
+    @property
+    def _guard(self) -> AbstractContextManager:
+        """The lock, while there is a thread to share it with. A fork leaves the thread behind, the lock as it was."""
+        return self._changed if self._thread.is_alive() else nullcontext()
 
     def _work(self) -> None:
         try:
@@ -336,4 +345,17 @@ def _count(counts: dict[str, int], row: Row) -> None:
 
 
 def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {first_line(error)}"
+    try:
+        return f"{type(error).__name__}: {first_line(error)}"
+    except Exception:  # one that cannot even say what it is must not keep the callers waiting
+        return type(error).__name__
+
+
+_workers: weakref.WeakSet[_Worker] = weakref.WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """A thread that works on while the interpreter goes would crash it."""
+    for worker in [*_workers]:
+        worker.close(cancel=True)
