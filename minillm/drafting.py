@@ -18,6 +18,10 @@ from minillm.model import Decoder
 from minillm.sampling import Sampling, distribution, penalized, sample, uniform
 
 DRAFT_STREAM = 1  # random numbers beside plain decoding's stream 0, see `sampling.uniform`
+# What a step costs beside reading weights, as bytes that could be read meanwhile (some 30 GB/s): the calls of a pass,
+# and judging drafts. Rough, but the same everywhere, so that a seed's text does not depend on a clock.
+PASS_BYTES, JUDGING_BYTES = 4e6, 6e6
+WIDER = 0.05  # the share of a pass that one more token of each row adds to it
 _MAX_NGRAM = 3  # the longest n-gram prompt lookup tries to match
 
 
@@ -33,7 +37,7 @@ class Draft:
 class Proposer(Protocol):
     """Somebody cheap who guesses what comes next, for the rows of one batch."""
 
-    cost: float  # of one drafted token, in forward passes of the target
+    cost: float  # of one drafted token, in forward passes of the target: to make it and to verify it
 
     def start(self, seat: int, prompt: list[int], planned_length: int | None = None) -> None:
         """A row with this prompt takes this seat; see `batch.Row` for its planned length."""
@@ -56,7 +60,7 @@ class PromptLookup:
     Needs no model; pays where answers repeat their prompt: summaries, edits, code.
     """
 
-    cost = 0.0
+    cost = WIDER
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -104,7 +108,7 @@ class DraftModel:
     def __init__(self, model: Decoder, target: Decoder, cache: StaticCache):
         self.model, self.cache = model, cache
         self.vocab_size = target.config.vocab_size
-        self.cost = model.weight_bytes / target.weight_bytes  # a decode step's time is reading its weights
+        self.cost = WIDER + (PASS_BYTES + model.weight_bytes) / (PASS_BYTES + target.weight_bytes)
 
     def start(self, seat: int, prompt: list[int], planned_length: int | None = None) -> None:
         if not self.cache.hold.same_weights(self.model.fingerprint()):

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from minillm.batch import Batch
 from minillm.cache import StaticCache
-from minillm.drafting import DraftModel, PromptLookup, Proposer
+from minillm.drafting import JUDGING_BYTES, PASS_BYTES, DraftModel, PromptLookup, Proposer
 from minillm.errors import RequestError, shown
 from minillm.options import GenerationConfig, as_list, merge_options
 from minillm.row import Row
 from minillm.sampling import Sampling
-from minillm.speculative import DraftLength
+from minillm.speculative import AUTO_LENGTHS, DraftLength
 from minillm.tokenizer import TextStream, Tokenizer
 
 Prompt = str | Sequence[int]
@@ -96,7 +96,7 @@ class Request:
                 row.planned_length = None  # whatever the cache was made for
         self.proposer = choose_proposer(llm, assistant, config, cache, previous)
         for row in self.rows:
-            draft_with(row, self.proposer, config, cache.max_step)
+            draft_with(row, self.proposer, config, cache, llm)
         self.batch = Batch(llm.steps, cache, self.rows)
 
     def loop(self) -> Iterator[list[Row]]:
@@ -252,18 +252,27 @@ def choose_proposer(
     return DraftModel(assistant.steps, target.model, StaticCache(assistant.config, cache.batch_size, size, *where))
 
 
-def draft_with(row: Row, proposer: Proposer | None, config: GenerationConfig, max_step: int) -> None:
-    """Let the proposer draft for the row, as much as was asked for; a `RequestError` for more than a step holds."""
+def draft_with(row: Row, proposer: Proposer | None, config: GenerationConfig, cache: StaticCache, target) -> None:
+    """Let the proposer draft for the row, as much as was asked for; a `RequestError` for more than a step holds.
+
+    `target` is the `LLM` that will verify.
+    """
     if proposer is None:
         return
-    asked = config.prompt_lookup_num_tokens or config.num_assistant_tokens or "auto"
-    longest = min(1 if asked == "auto" else asked, row.max_new_tokens - 1)
-    if longest >= max_step:
+    lookup, asked = config.prompt_lookup_num_tokens, config.num_assistant_tokens or "auto"
+    longest = min(lookup or (1 if asked == "auto" else asked), row.max_new_tokens - 1)
+    if longest >= cache.max_step:
         raise RequestError(
-            f"{longest} drafted tokens make a step of {longest + 1}, but the cache takes {max_step} per step: "
+            f"{longest} drafted tokens make a step of {longest + 1}, but the cache takes {cache.max_step} per step: "
             f"draft fewer, or pass a StaticCache with max_step={longest + 1}"
         )
-    row.proposer, row.draft_length = proposer, DraftLength(asked, proposer.cost, max_step - 1)
+    lengths = [asked]
+    if lookup is not None:
+        lengths = [0, lookup]  # where nothing is copied it is of no use
+    elif asked == "auto":
+        lengths = [length for length in AUTO_LENGTHS if length < cache.max_step]
+    judging = JUDGING_BYTES / (PASS_BYTES + target.model.weight_bytes)
+    row.proposer, row.draft_length = proposer, DraftLength(lengths, proposer.cost, judging)
 
 
 def check_drafting(target, assistant, config: GenerationConfig) -> None:

@@ -20,6 +20,8 @@ In a batch each row accepts its own number. A row that kept fewer tokens than it
 the cache (`StaticCache.truncate`), and positions are data, so nothing else has to know.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,36 +29,47 @@ from torch import Tensor
 from minillm.drafting import Draft
 from minillm.sampling import Sampling, distribution, penalized, sample, uniform
 
-_AUTO_LENGTHS = (1, 2, 4, 8)  # what "auto" chooses from: few, so that there are few shapes of verify steps
-_AUTO_DECAY = 0.9  # how fast "auto" forgets: about the last ten steps count
+AUTO_LENGTHS = (0, 1, 2, 4, 8)  # what "auto" chooses from: few, so that there are few shapes of verify steps
+_DECAY = 0.9  # how fast luck is forgotten: about the last ten steps count
+_REST = 32  # steps without drafts, then luck is tried again
 _ACCEPT_STREAM = 2  # random numbers beside plain decoding's stream 0 and the draft's 1, see `sampling.uniform`
 
 
 class DraftLength:
-    """How many tokens to draft for one row: a fixed number, or as many as its luck so far suggests.
+    """How many tokens to draft for one row: of several lengths the best for its luck so far.
 
     With a chance `a` that a drafted token is accepted, k drafts yield 1 + a + ... + a^k tokens per step on
     average, for the time of one pass of the target and k of the draft (Leviathan et al. 2022, section 3.4).
-    "auto" estimates `a` from the row's own recent steps, so that no neighbour changes a row's text, and
-    takes the k with the most tokens per time.
+    `a` is estimated from the row's own recent steps, so that no neighbour changes a row's text, and the times
+    from the sizes of the models, so that no clock does. Where no draft pays, none is made, but for one try now
+    and then.
+
+    Args:
+        lengths: what to choose from.
+        cost: of a drafted token, in plain steps of the target.
+        judging: what a step with any drafts at all costs on top, likewise.
     """
 
-    def __init__(self, asked: int | str, cost: float, longest: int):
-        self.asked, self.cost, self.longest = asked, cost, longest
+    def __init__(self, lengths: Sequence[int], cost: float, judging: float = 0.0):
+        self.lengths, self.cost, self.judging = lengths, cost, judging
         self.accepted, self.rejected = 3.0, 1.0  # before anything is known: three in four
+        self.rested = 0  # steps since the last draft
 
     def choose(self) -> int:
-        if self.asked != "auto":
-            return self.asked
         rate = self.accepted / (self.accepted + self.rejected)
-        lengths = [k for k in _AUTO_LENGTHS if k <= self.longest]
-        return max(lengths, key=lambda k: sum(rate**i for i in range(k + 1)) / (1 + k * self.cost), default=0)
+
+        def tokens_per_time(k: int) -> float:
+            return sum(rate**i for i in range(k + 1)) / (1 + k * self.cost + (k > 0) * self.judging)
+
+        best = max(self.lengths, key=tokens_per_time)
+        return min(filter(None, self.lengths), default=0) if best == 0 and self.rested >= _REST else best
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Count a step. Drafts after the first rejected one tell nothing: they continue a wrong text."""
+        self.rested = 0 if drafted else self.rested + 1
         if drafted:
-            self.accepted = _AUTO_DECAY * self.accepted + accepted
-            self.rejected = _AUTO_DECAY * self.rejected + (accepted < drafted)
+            self.accepted = _DECAY * self.accepted + accepted
+            self.rejected = _DECAY * self.rejected + (accepted < drafted)
 
 
 def verify(

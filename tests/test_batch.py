@@ -42,7 +42,7 @@ def row_of(ids, config, logprobs=True, proposer=None, drafts=0):
         planned_length=len(ids) + config.max_new_tokens,
     )
     if proposer is not None:
-        row.proposer, row.draft_length = proposer, DraftLength(drafts, proposer.cost, 8)
+        row.proposer, row.draft_length = proposer, DraftLength([drafts], proposer.cost)
     return row
 
 

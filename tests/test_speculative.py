@@ -20,7 +20,7 @@ from minillm.errors import RequestError
 from minillm.faster.steps import Steps
 from minillm.model import Decoder
 from minillm.sampling import Sampling
-from minillm.speculative import DraftLength, verify
+from minillm.speculative import AUTO_LENGTHS, DraftLength, verify
 
 # -- verify, by enumeration ----------------------------------------------------------------------
 
@@ -252,25 +252,40 @@ def test_prompt_lookup_reads_each_token_once():
 
 
 def test_auto_drafts_more_where_drafts_are_accepted():
-    lucky, unlucky = DraftLength("auto", cost=0.1, longest=255), DraftLength("auto", cost=0.1, longest=255)
+    lucky, unlucky = DraftLength(AUTO_LENGTHS, cost=0.1), DraftLength(AUTO_LENGTHS, cost=0.1)
     for _ in range(20):
         lucky.learn(lucky.choose(), lucky.choose())
         unlucky.learn(unlucky.choose(), 0)
     assert lucky.choose() == 8
-    assert unlucky.choose() == 1
+    assert unlucky.choose() == 0
     for _ in range(40):  # luck turns
         lucky.learn(lucky.choose(), 0)
-    assert lucky.choose() == 1
-    assert DraftLength("auto", cost=1.0, longest=255).choose() == 1  # a draft as slow as its target
-    assert DraftLength("auto", cost=0.0, longest=3).choose() == 2  # the cache's step has room for no more
-    assert DraftLength(5, cost=1.0, longest=255).choose() == 5
+    assert lucky.choose() == 0
+    assert DraftLength(AUTO_LENGTHS, cost=1.0).choose() == 0  # a draft as slow as its target
+    assert DraftLength(AUTO_LENGTHS, cost=0.0, judging=4.0).choose() == 0  # judging costs more than all that it yields
+    assert DraftLength([5], cost=1.0).choose() == 5
     # One rejection a step at most: what follows it continues a wrong text and tells nothing.
-    late, early = (DraftLength("auto", cost=0.1, longest=255) for _ in range(2))
+    late, early = (DraftLength(AUTO_LENGTHS, cost=0.1) for _ in range(2))
     late.learn(2, 1)
     early.learn(8, 1)
     assert (late.accepted, late.rejected) == (early.accepted, early.rejected) == pytest.approx((3.7, 1.9))
     early.learn(0, 0)  # a step without drafts tells nothing either
     assert (late.accepted, late.rejected) == (early.accepted, early.rejected)
+
+
+def test_a_row_that_rests_tries_its_luck_now_and_then():
+    """Once in 33 steps with the smallest draft; if that is accepted, sooner."""
+    tried = DraftLength([0, 2, 8], cost=0.4, judging=0.2)
+    drafts = []
+    for _ in range(200):
+        drafts.append(tried.choose())
+        tried.learn(drafts[-1], 0)
+    rests = drafts[10:]
+    assert set(rests) == {0, 2}
+    assert [i - j for j, i in itertools.pairwise(i for i, k in enumerate(rests) if k)] == [33] * (rests.count(2) - 1)
+    for _ in range(300):
+        tried.learn(tried.choose(), tried.choose())
+    assert tried.choose() == 8
 
 
 # -- greedy: token for token ---------------------------------------------------------------------
@@ -503,9 +518,9 @@ def test_rows_that_finish_at_different_times(targets, drafts, plain):
 
 @pytest.fixture
 def cheap_drafts(targets, monkeypatch):
-    """Drafts as large as the target would make "auto" choose 1 for ever; let it believe they are a tenth."""
+    """Drafts as large as the target would make "auto" rest for ever; let it believe they are a tenth of 10 GB."""
     large = [llm.model for llm in targets.values()]
-    cheap = property(lambda model: 10 if any(model is m for m in large) else 1)
+    cheap = property(lambda model: 10**10 if any(model is m for m in large) else 10**9)
     monkeypatch.setattr(Decoder, "weight_bytes", cheap)
 
 
@@ -519,7 +534,7 @@ def test_auto_equals_plain(targets, drafts, plain, cheap_drafts):
 
 
 def test_auto_learns_in_the_loop(llm, cheap_drafts):
-    """A draft that is never right is soon asked for one token a step; one that always is, for more."""
+    """A draft that is never right is soon asked for nothing; one that always is, for more."""
     options = dict(max_new_tokens=40, eos_token_id=[], temperature=0)
     for scale, low, high in ((0.0, 4, 8), (5.0, 0, 1.3)):
         for out in llm.generate(PROMPTS, assistant_model=noisy(llm, scale), **options):

@@ -213,7 +213,7 @@ class Engine:
         (row,), config = new_rows(self._llm, prompts, generation_config, options, cache.max_cache_len)
         looks_up = config.prompt_lookup_num_tokens is not None
         check_drafting(self._llm, None if looks_up else self._assistant, config)
-        draft_with(row, self._lookup if looks_up else self._draft, config, cache.max_step)
+        draft_with(row, self._lookup if looks_up else self._draft, config, cache, self._llm)
         return self._worker.submit(row)
 
     def stats(self) -> EngineStats:
