@@ -5,10 +5,13 @@ import random
 import pytest
 import torch
 from families import FAMILIES, prompt_ids
+from test_soundness import Interrupt, assert_truthful, calls_of
 
 from minillm import StaticCache
+from minillm import batch as batch_module
 from minillm.batch import Batch
-from minillm.decode import generate_plain
+from minillm.decode import generate_plain, prefill
+from minillm.drafting import PromptLookup
 from minillm.faster.steps import Steps
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
@@ -139,3 +142,257 @@ SERVED = ["llama-dynamic", "mistral-v0.1", "gemma2", "gemma3", "phi4-mini", "olm
 @pytest.mark.parametrize("name", SERVED)
 def test_random_arrivals_in_every_format(name, form, checkpoint):
     check_arrivals(steps_of(checkpoint(name), *form), seed=f"{name} {form}", count=16)
+
+
+# -- a prefix is read once, whoever holds it -------------------------------------------------------
+
+SHORT = 8  # tokens per chunk
+
+
+def served(steps, rows, seats, each_tick=lambda tick: None, **options):
+    """Serve rows that all wait from the start; returns the batch."""
+    cache = StaticCache(steps.config, seats, LENGTH, dtype=steps.embedding.weight.dtype, max_step=SHORT)
+    batch = Batch(steps, cache, rows, **options)
+    for tick, _ in enumerate(batch.run()):
+        each_tick(tick)
+    return batch
+
+
+@pytest.mark.parametrize("one_request", [True, False])
+@pytest.mark.parametrize("name", ["llama2", "mistral-v0.1", "gemma2", "gemma3", "llama-dynamic", "phi4-mini"])
+def test_prompts_that_begin_alike(name, one_request, checkpoint):
+    """Random ones, over few beginnings; those with a prefix in a seat say to the bit what they say without."""
+    steps, dice = steps_of(checkpoint(name)), random.Random(name)
+    vocabulary = steps.config.vocab_size
+    beginnings = [prompt_ids(24, seed=seed, vocabulary=vocabulary) for seed in range(3)]
+    rows = []
+    for _ in range(30):
+        begin = dice.choice(beginnings)[: dice.choice([8, 16, 20, 24])]
+        prompt = begin + prompt_ids(dice.randint(1, 3), seed=dice.randrange(10**6), vocabulary=vocabulary)
+        rows.append(row_of(prompt, GenerationConfig(max_new_tokens=dice.randint(1, 6), eos_token_id=[])))
+    served(steps, rows, seats=3, one_request=one_request)
+    reused = [row.reused for row in rows]
+    if any(spec.follows_length for spec in steps.config.ropes):
+        assert not any(reused)
+    else:
+        assert sum(reused) > 60 and all(count % SHORT == 0 for count in reused)
+    for row in rows:
+        assert said(row) == said(alone(steps, row, SHORT))
+
+
+@pytest.mark.parametrize("name", ["llama2", "gemma3"])
+def test_a_prefix_that_a_running_row_holds(name, checkpoint):
+    steps = steps_of(checkpoint(name))
+    prefix = prompt_ids(24, seed=1, vocabulary=steps.config.vocab_size)
+    first = row_of([*prefix, 3], GenerationConfig(max_new_tokens=7, eos_token_id=[]))
+    later = [row_of([*prefix, n, 4], GenerationConfig(max_new_tokens=9, eos_token_id=[])) for n in (5, 6)]
+    cache = StaticCache(steps.config, 3, LENGTH, max_step=SHORT)
+    batch = Batch(steps, cache, [first], one_request=False)
+    for tick, _ in enumerate(batch.run()):
+        if tick == 4:
+            assert first.token_ids and first.finish_reason is None
+            batch.waiting += later
+    assert [row.reused for row in later] == [24, 24]
+    for row in (first, *later):
+        assert said(row) == said(alone(steps, row, SHORT))
+
+
+@pytest.mark.parametrize("tick", [0, 1, 2, 4, 6])
+def test_keys_of_other_weights_are_not_handed_on(tick, checkpoint):
+    """Whether the row that holds them is still reading, speaks, or is gone."""
+    steps = steps_of(checkpoint("llama2"))
+    prefix = prompt_ids(24, seed=1, vocabulary=steps.config.vocab_size)
+    first = row_of([*prefix, 3], GenerationConfig(max_new_tokens=12, eos_token_id=[]))
+    later = [row_of([*prefix, n], GenerationConfig(max_new_tokens=4, eos_token_id=[])) for n in range(5, 9)]
+    batch = Batch(steps, StaticCache(steps.config, 2, LENGTH, max_step=SHORT), [first], one_request=False)
+    for now, _ in enumerate(batch.run()):
+        if now == tick:
+            steps.model.blocks[0].attention.qkv.weight *= 1.5
+            batch.waiting.append(later[0])
+        elif now == tick + 8:
+            batch.waiting += later[1:]
+    assert first.finish_reason == "length"
+    assert later[0].reused == 0 and sum(row.reused for row in later[1:]) >= 24
+    for row in later:
+        assert said(row) == said(alone(steps, row, SHORT))
+
+
+# -- nobody waits longer than for a chunk ----------------------------------------------------------
+
+
+def test_a_long_prompt_delays_the_others_by_a_chunk_per_tick(checkpoint, monkeypatch):
+    steps = steps_of(checkpoint("llama2"))
+    talkers = [row_of([n, 7, 9], GenerationConfig(max_new_tokens=40, eos_token_id=[])) for n in (3, 4, 5)]
+    long = [row_of(prompt_ids(40, seed=n), GenerationConfig(max_new_tokens=3, eos_token_id=[])) for n in (1, 2)]
+    chunks, passes = [], []
+    read = batch_module.read_chunk
+    monkeypatch.setattr(batch_module, "read_chunk", lambda *given: chunks.append(len(given[2])) or read(*given))
+    model = CountedSteps(steps, passes)
+    batch = Batch(model, StaticCache(steps.config, 5, LENGTH, max_step=SHORT), talkers, one_request=False)
+    before = []
+    for tick, _ in enumerate(batch.run()):
+        assert len(chunks) <= 1 and len(passes) <= 1 and sum(chunks) <= SHORT
+        if 3 <= tick < 20:
+            assert [len(row.token_ids) for row in talkers] == [count + 1 for count in before]
+        before = [len(row.token_ids) for row in talkers]
+        chunks.clear()
+        passes.clear()
+        if tick == 4:
+            batch.waiting += long
+        if tick == 4 + 5:
+            assert [len(row.token_ids) for row in long] == [1, 0]  # one after the other
+    assert {row.finish_reason for row in (*talkers, *long)} == {"length"}
+
+
+class CountedSteps:
+    """Notes every step."""
+
+    def __init__(self, steps, passes):
+        self.steps, self.passes = steps, passes
+
+    def __getattr__(self, name):
+        return getattr(self.steps, name)
+
+    def __call__(self, *given):
+        self.passes.append(given)
+        return self.steps(*given)
+
+
+# -- errors of one row -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("part", ["push", "finish", "first push"])
+def test_a_row_whose_text_fails_leaves_alone(part, drafts, checkpoint):
+    steps = steps_of(checkpoint("mistral-v0.1"))
+    lookup = PromptLookup(torch.device("cpu")) if drafts else None
+    config = GenerationConfig(max_new_tokens=12, eos_token_id=[])
+    rows = [row_of([n, 7, n, 7, 9, n, 7], config, proposer=lookup, drafts=drafts) for n in range(3, 8)]
+    sick = rows[1]
+    good, calls = sick.stream.push, []
+
+    def fail(*token):
+        calls.append(token)
+        if part != "push" or len(calls) == 4:
+            raise UnicodeError("no such word")
+        return good(*token)
+
+    setattr(sick.stream, part.split()[-1], fail)
+    served(steps, rows, seats=2, one_request=False)
+    assert sick.finish_reason == "error" and isinstance(sick.error, UnicodeError)
+    for row in rows:
+        if row is not sick:
+            assert row.error is None and said(row) == said(alone(steps, row, SHORT))
+    again = [row_of(row.prompt, config, proposer=lookup, drafts=drafts) for row in rows]
+    again[1].stream.finish, again[1].cancelled = lambda: next(iter(())), True
+    served(steps, again, seats=2, one_request=False)
+    assert isinstance(again[1].error, StopIteration) and again[0].finish_reason == "length"
+
+
+# -- interrupted -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama2", "gemma3", "llama-dynamic"])
+@pytest.mark.parametrize("one_request", [True, False])
+def test_interrupted_in_any_tick_the_cache_tells_the_truth(name, one_request, checkpoint):
+    """With rows that join, copy a prefix from a running row, and leave."""
+    steps = steps_of(checkpoint(name))
+    prefix = prompt_ids(16, seed=1, vocabulary=steps.config.vocab_size)
+
+    def new():
+        config = GenerationConfig(max_new_tokens=4, eos_token_id=[])
+        rows = [row_of([*prefix, n] if n % 3 else [n, 8], config) for n in range(3, 9)]
+        rows[4].cancelled = True
+        return Batch(steps, StaticCache(steps.config, 2, 32, max_step=SHORT), rows, one_request)
+
+    def run(batch):
+        for _ in batch.run():
+            pass
+
+    planned = new()
+    total = calls_of(lambda: run(planned))
+    follows = any(spec.follows_length for spec in steps.config.ropes)
+    for number in range(1, total + 1, max(1, total // 40)):
+        batch = new()
+        with Interrupt(number):
+            run(batch)
+        if not follows:  # there a fresh pass would have to know each row's plan
+            assert_truthful(batch.cache, steps.model)
+        batch.cache.reset()  # nobody holds it any more
+
+
+def until_interrupted(tensors):
+    yield from tensors
+    raise KeyboardInterrupt
+
+
+def test_a_copy_of_a_row_that_is_interrupted_claims_nothing(checkpoint):
+    steps = steps_of(checkpoint("gemma3"))
+    prompts = [prompt_ids(20, seed=seed, vocabulary=steps.config.vocab_size) for seed in (1, 2)]
+    for place in range(2 * len(steps.config.layers) + 2):
+        cache = StaticCache(steps.config, 2, 32, max_step=SHORT)
+        with torch.inference_mode():
+            prefill(steps, cache, prompts, [0, 0])
+        kept = cache.keys
+        cache.keys = until_interrupted([*cache.keys, *cache.values][:place])
+        with pytest.raises(KeyboardInterrupt):
+            cache.copy_row(0, 1)
+        cache.keys = kept
+        assert cache.lengths == [20, 0]
+        assert_truthful(cache, steps.model)
+        cache.copy_row(0, 1)
+        assert cache.token_ids == [prompts[0]] * 2
+        assert_truthful(cache, steps.model)
+
+
+# -- lists -----------------------------------------------------------------------------------------
+
+
+def some_list(llm, count):
+    vocabulary = llm.tokenizer.vocab_size
+    prompts = [prompt_ids(1 + seed % 9, seed=seed, vocabulary=vocabulary) for seed in range(count)]
+    return prompts, dict(max_new_tokens=3, temperature=0.9, top_k=20, seed=[*range(count)], logprobs=True)
+
+
+def test_five_hundred_prompts_on_eight_seats(llm):
+    prompts, options = some_list(llm, 500)
+    options["eos_token_id"] = [*range(0, llm.tokenizer.vocab_size, 9)]
+    rows = llm.generate(prompts, seats=8, **options)
+    assert len({row.finish_reason for row in rows}) == 2
+    for seed, (prompt, row) in enumerate(zip(prompts, rows, strict=True)):
+        single = llm.generate(prompt, **options | dict(seed=seed))
+        assert (row.text, row.token_ids, row.logprobs) == (single.text, single.token_ids, single.logprobs)
+
+
+@pytest.mark.parametrize("seats", [1, 3, 16])
+def test_as_completed_yields_each_once(seats, llm):
+    prompts, options = some_list(llm, 40)
+    options["eos_token_id"] = [*range(0, llm.tokenizer.vocab_size, 9)]
+    expected = llm.generate(prompts, **options)
+    numbers = []
+    for number, completion in llm.as_completed(prompts, seats=seats, **options):
+        numbers.append(number)
+        assert (completion.text, completion.logprobs) == (expected[number].text, expected[number].logprobs)
+    assert sorted(numbers) == [*range(40)]
+    assert numbers != sorted(numbers) or seats == 1
+
+
+@pytest.mark.parametrize("way", ["close", "drop", "never begun", "error in the loop"])
+def test_an_abandoned_list_leaves_a_usable_cache(way, llm):
+    prompts, options = [[5, 9, 17], [33, 12, 40, 7, 21]], dict(temperature=0)
+    cache = StaticCache(llm.config, 2, LENGTH, max_step=SHORT)
+    expected = [row.token_ids for row in llm.generate(prompts, max_new_tokens=20, eos_token_id=[], **options)]
+    eos = expected[0][3]
+    results = llm.as_completed(prompts, cache=cache, max_new_tokens=20, eos_token_id=[eos], **options)
+    if way == "error in the loop":
+        with pytest.raises(ZeroDivisionError):
+            for _ in results:
+                raise ZeroDivisionError
+    if way != "never begun":
+        next(results, None)
+    if way == "close":
+        results.close()
+    results = None
+    assert_truthful(cache, llm.model)
+    again = llm.generate(prompts, cache=cache, max_new_tokens=20, eos_token_id=[], **options)
+    assert [row.token_ids for row in again] == expected
