@@ -105,23 +105,34 @@ def probabilities(
         return _one_hot(logits)
     greedy = temperature == 0  # [B]
     scaled = logits / torch.where(greedy, 1.0, temperature)[:, None].to(logits.dtype)  # [B, V]
-    if top_k is None and top_p is None and min_p is None:
-        probs = scaled.softmax(dim=-1)
-    else:
-        ordered, order = scaled.sort(dim=-1, descending=True, stable=True)  # [B, V] each
-        if top_k is not None:
-            kth = ordered.gather(-1, (top_k.clamp(max=logits.shape[-1]) - 1)[:, None])  # [B, 1]
-            ordered = ordered.masked_fill(ordered < kth, float("-inf"))
-        kept = ordered.softmax(dim=-1)
-        if top_p is not None:
-            # Keep a token if the likelier ones together do not reach top_p: the first always stays.
-            before = kept.cumsum(dim=-1) - kept
-            kept = kept.masked_fill(before >= top_p[:, None], 0.0)
-        if min_p is not None:
-            kept = kept.masked_fill(kept < min_p[:, None] * kept[:, :1], 0.0)
-        kept = kept / kept.sum(dim=-1, keepdim=True)
-        probs = torch.zeros_like(scaled).scatter(-1, order, kept)  # [B, V], back in vocabulary order
+    probs = scaled.softmax(dim=-1)
+    filters = (top_k, None if top_p is None else torch.where(top_p < 1, top_p, torch.inf), min_p)
+    if any(column is not None for column in filters):
+        probs = _filtered(scaled, probs, *filters)
     return torch.where(greedy[:, None], _one_hot(logits), probs)
+
+
+def _filtered(scaled: Tensor, probs: Tensor, *filters: Tensor | None) -> Tensor:
+    """What the filters (`[B]` each) leave of `probs [B, n]`, the softmax of `scaled [B, n]`.
+
+    No bit depends on other rows or on the number of threads, because sums run from the
+    likeliest token down. (`sum` adds up a single long row in as many parts as it has threads.)
+    """
+    top_k, top_p, min_p = filters
+    order = scaled.argsort(dim=-1, descending=True, stable=True)  # [B, n]
+    if top_k is not None:
+        kth = order.gather(-1, (top_k.clamp(max=scaled.shape[-1]) - 1)[:, None])  # [B, 1]
+        probs = probs.masked_fill(scaled < scaled.gather(-1, kth), 0.0)
+    kept = probs.gather(-1, order)
+    if top_p is not None:
+        # Keep a token if the likelier ones together do not reach top_p: the first always stays.
+        mass = kept.cumsum(dim=-1, dtype=torch.float64)
+        left = 1.0 if top_k is None else torch.where(top_k < kept.shape[-1], mass[:, -1], 1.0)[:, None]  # by top-k
+        kept = kept.masked_fill(mass - kept >= top_p[:, None] * left, 0.0)
+    if min_p is not None:
+        kept = kept.masked_fill(kept < min_p[:, None] * kept[:, :1], 0.0)
+    kept = kept / kept.cumsum(dim=-1, dtype=torch.float64)[:, -1:]
+    return torch.zeros_like(probs).scatter(-1, order, kept.to(probs.dtype))
 
 
 def penalized(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
