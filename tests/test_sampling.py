@@ -3,6 +3,7 @@
 import itertools
 import math
 from collections import Counter
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from minillm import sampling as room
 from minillm.options import GenerationConfig
 from minillm.sampling import Sampling, distribution, next_token, penalize, probabilities, sample, uniform
 
@@ -249,7 +251,30 @@ def test_equal_logits_in_a_long_vocabulary(vocabulary):
         assert torch.equal(probs.nonzero()[:, 0], torch.arange(int(kept * vocabulary)))
 
 
-def test_what_stays_at_the_borders():
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_look_changes_no_bit(data):
+    """On the CPU only tokens near the best are sorted; a GPU and a compiled graph sort all, and look at nothing."""
+    vocabulary, rows = data.draw(st.sampled_from([40, 999, 5000])), 3
+    draw = lambda *values: torch.tensor([data.draw(st.sampled_from(values)) for _ in range(rows)])  # noqa: E731
+    logits = logits_of(data.draw(st.integers(0, 2**31)), rows, vocabulary) * draw(0.0, 0.2, 1.0, 2.0, 9.0)[:, None]
+    if data.draw(st.booleans()):
+        logits = logits.round()  # ties everywhere
+    logits[:, 7] += draw(0.0, 20.0, 60.0)
+    logits = logits.masked_fill(logits < draw(-1e9, 0.0, 5.0)[:, None].minimum(logits.amax(1, True)), -math.inf)
+    columns = [
+        draw(0.0, 0.5, 1.0, 1.7),
+        draw(1, 2, 50, vocabulary - 1, vocabulary, 10**6),
+        draw(1e-6, 0.3, 0.9, 0.999, 1 - 2.0**-20, 1.0),
+        draw(0.0, 1e-12, 2.5e-4, 0.02, 1.0),
+    ]
+    columns[1:] = [column if data.draw(st.booleans()) else None for column in columns[1:]]
+    ours = probabilities(logits, *columns)
+    with patch.object(room, "_may_look", lambda x: False):
+        assert torch.equal(ours, probabilities(logits, *columns))
+
+
+def test_a_look_at_the_borders():
     """As many as top-k asks for stand out, nine nats above thousands; and top-p 1 beside sums that are rounded up."""
     logits = torch.zeros(1, 5000)
     logits[0, [7, 4000]] = 9.0  # 0.38 each: of these two 0.45 is reached by one
@@ -257,6 +282,27 @@ def test_what_stays_at_the_borders():
     assert probabilities(logits, column(1.0), column(2), column(0.51))[0].nonzero()[:, 0].tolist() == [7, 4000]
     thirds = torch.tensor([[0.0, 0.0, 0.0, -20.0]])  # three times 0.33333334
     assert (probabilities(thirds, column(1.0), None, column(1.0)) > 0).all()
+
+
+def test_other_dtypes_are_as_good():
+    logits = logits_of(7, rows=3).round()  # exact in each
+    columns = column(1.0, 3), column(9, 3), column(0.8, 3), column(0.01, 3)
+    for dtype in (torch.float64, torch.bfloat16):
+        probs = probabilities(logits.to(dtype), *columns)
+        assert probs.dtype == dtype
+        torch.testing.assert_close(probs.float(), probabilities(logits, *columns), rtol=2.0**-6, atol=0)
+
+
+def test_few_tokens_are_sorted():
+    """Of a sure row; and of an unsure one, all."""
+    for scale, longest in ((0.0, 128_000), (2.0, 2000)):
+        logits = scale * logits_of(3, 2, 128_000)
+        for filters in (dict(top_p=0.9), dict(min_p=0.02), dict(top_k=50, top_p=0.9)):
+            with patch.object(room, "_filtered", wraps=room._filtered) as filtered:
+                next_token(logits, Sampling.uniform_rows([1, 2], "cpu", temperature=0.8, **filters), torch.arange(2))
+            sizes = [call.args[0].shape[1] for call in filtered.call_args_list]
+            assert len(sizes) == 2
+            assert all(size == longest if scale == 0 else size < longest for size in sizes)
 
 
 EVERY_FILTER = [
@@ -278,7 +324,8 @@ def test_a_row_is_to_the_bit_what_it_is_alone(vocabulary, filters):
     def results(begin, end):
         sampling = Sampling.uniform_rows(range(begin, end), "cpu", temperature=0.8, **filters)
         token = next_token(logits[begin:end], sampling, torch.arange(begin, end))
-        return distribution(logits[begin:end, None], sampling, None)[:, 0], token
+        logprobs = logits[begin:end].log_softmax(dim=-1)  # what `decode.run` tells of them
+        return distribution(logits[begin:end, None], sampling, None)[:, 0], token, logprobs
 
     alone = [torch.cat(parts) for parts in zip(*(results(b, b + 1) for b in range(16)), strict=True)]
     threads = torch.get_num_threads()
@@ -290,6 +337,17 @@ def test_a_row_is_to_the_bit_what_it_is_alone(vocabulary, filters):
                     assert torch.equal(result, expected[begin : begin + size])
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("filters", EVERY_FILTER, ids=named)
+def test_choosing_is_traced_whole_and_looks_at_no_value(filters):
+    logits, position = logits_of(8, 3, 999), torch.arange(3)
+    sampling = Sampling.uniform_rows([1, 2, 3], "cpu", temperature=0.8, **filters)
+    compiled = torch.compile(next_token, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(logits, sampling, position), next_token(logits, sampling, position))
+    # Tensors without values, as on a GPU: whoever asked for one would raise.
+    nothing = Sampling.uniform_rows([1, 2, 3], "meta", temperature=0.8, **filters)
+    assert next_token(logits.to("meta"), nothing, position.to("meta")).shape == (3,)
 
 
 # -- random numbers --------------------------------------------------------------------------
