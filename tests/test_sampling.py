@@ -2,9 +2,13 @@
 
 import itertools
 import math
+from collections import Counter
+from unittest.mock import patch
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -14,6 +18,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from minillm import sampling as room
 from minillm.options import GenerationConfig
 from minillm.sampling import Sampling, distribution, next_token, penalize, probabilities, sample, uniform
 
@@ -182,6 +187,167 @@ def test_next_token_is_the_composition():
     assert torch.equal(next_token(logits, sampling, position, seen), expected)
     greedy = Sampling.uniform_rows([1, 2, 3, 4], "cpu")
     assert torch.equal(next_token(logits, greedy, position), logits.argmax(-1))
+
+
+# -- every border, and long vocabularies -----------------------------------------------------
+
+
+def law(logits, temperature, top_k, top_p, min_p):
+    """The ids that stay for sure and those that may where numbers are rounded: in float64, one token after the other.
+
+    float32 probabilities of V tokens are off by (V + 8) 2^-23 at most: each addition, exp and quotient by 2^-24 of
+    itself, or 2^-23. Shares of the likeliest, which are not summed, by 2^-20: exp of a difference of up to 64.
+    """
+    scaled = [x / temperature for x in logits]
+    order = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
+    kth = scaled[order[min(top_k or len(scaled), len(scaled)) - 1]]
+    weights = {i: math.exp(scaled[i] - scaled[order[0]]) for i in order if scaled[i] >= kth}
+    surely, perhaps, before, off = set(), set(), 0.0, (len(scaled) + 8) * 2.0**-23
+    for i, weight in weights.items():
+        share = before / sum(weights.values())
+        far_from_top = share - top_p if top_p not in (None, 1.0) and share > 0 else -1.0
+        far_above_min = weight / min_p - 1 if min_p and weight < 1 else 1.0
+        if far_from_top < off and far_above_min > -(2.0**-20) and weight > 0:
+            perhaps.add(i)
+            if far_from_top < -off and far_above_min > 2.0**-20 and weight > 1e-30:
+                surely.add(i)
+        before += weight
+    return surely, perhaps
+
+
+@settings(max_examples=400, deadline=None)
+@given(
+    logits=st.lists(
+        st.sampled_from([-math.inf, -4.0, -0.5, -0.0, 0.0, 0.25, 1.0, 2.5, 60.0]) | st.floats(-20, 20, width=32),
+        min_size=1,
+        max_size=40,
+    ),
+    temperature=st.sampled_from([0.5, 1.0, 2.0]),
+    top_k=st.sampled_from([None, 1, 2, 3, 5, 40, 1000]),
+    top_p=st.sampled_from([None, 1e-6, 0.25, 0.5, 0.9, 1 - 2.0**-20, 1.0]) | st.floats(2**-7, 1 - 2**-7, width=32),
+    min_p=st.sampled_from([None, 0.0, 1e-5, 0.5, 1.0]) | st.floats(2**-7, 1 - 2**-7, width=32),
+)
+def test_what_stays(logits, temperature, top_k, top_p, min_p):
+    assume(max(logits) > -math.inf)
+    row, arguments = torch.tensor([logits]), (temperature, top_k, top_p, min_p)
+    ours = probabilities(row, *map(column, arguments))[0]
+    kept = set(ours.nonzero()[:, 0].tolist())
+    surely, perhaps = law(logits, *arguments)
+    assert surely <= kept <= perhaps
+    if surely == perhaps:  # of equals transformers' top-p keeps others than the first, but as many
+        them = theirs(row, *arguments)[0].nonzero()[:, 0].tolist()
+        assert Counter(logits[i] for i in them) == Counter(logits[i] for i in kept)
+        exact = (row[0].double() / temperature).masked_fill(
+            torch.tensor([i not in kept for i in range(len(logits))]), -math.inf
+        )
+        torch.testing.assert_close(ours.double(), exact.softmax(-1), rtol=(len(logits) + 8) * 2.0**-22, atol=1e-30)
+
+
+@pytest.mark.parametrize("vocabulary", [4096, 2**17])
+def test_equal_logits_in_a_long_vocabulary(vocabulary):
+    """Powers of two: nothing is rounded, and of equals the first ones stay."""
+    for top_k, top_p, kept in ((None, 0.5, 0.5), (None, 1 - 2.0**-12, 1 - 2.0**-12), (64, 0.25, 0.25), (64, None, 1.0)):
+        probs = probabilities(torch.zeros(1, vocabulary), column(1.0), column(top_k), column(top_p), column(1.0))[0]
+        assert torch.equal(probs.nonzero()[:, 0], torch.arange(int(kept * vocabulary)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_a_look_changes_no_bit(data):
+    """On the CPU only tokens near the best are sorted; a GPU and a compiled graph sort all, and look at nothing."""
+    vocabulary, rows = data.draw(st.sampled_from([40, 999, 5000])), 3
+    draw = lambda *values: torch.tensor([data.draw(st.sampled_from(values)) for _ in range(rows)])  # noqa: E731
+    logits = logits_of(data.draw(st.integers(0, 2**31)), rows, vocabulary) * draw(0.0, 0.2, 1.0, 2.0, 9.0)[:, None]
+    if data.draw(st.booleans()):
+        logits = logits.round()  # ties everywhere
+    logits[:, 7] += draw(0.0, 20.0, 60.0)
+    logits = logits.masked_fill(logits < draw(-1e9, 0.0, 5.0)[:, None].minimum(logits.amax(1, True)), -math.inf)
+    columns = [
+        draw(0.0, 0.5, 1.0, 1.7),
+        draw(1, 2, 50, vocabulary - 1, vocabulary, 10**6),
+        draw(1e-6, 0.3, 0.9, 0.999, 1 - 2.0**-20, 1.0),
+        draw(0.0, 1e-12, 2.5e-4, 0.02, 1.0),
+    ]
+    columns[1:] = [column if data.draw(st.booleans()) else None for column in columns[1:]]
+    ours = probabilities(logits, *columns)
+    with patch.object(room, "_may_look", lambda x: False):
+        assert torch.equal(ours, probabilities(logits, *columns))
+
+
+def test_a_look_at_the_borders():
+    """As many as top-k asks for stand out, nine nats above thousands; and top-p 1 beside sums that are rounded up."""
+    logits = torch.zeros(1, 5000)
+    logits[0, [7, 4000]] = 9.0  # 0.38 each: of these two 0.45 is reached by one
+    assert probabilities(logits, column(1.0), column(2), column(0.45))[0].nonzero()[:, 0].tolist() == [7]
+    assert probabilities(logits, column(1.0), column(2), column(0.51))[0].nonzero()[:, 0].tolist() == [7, 4000]
+    thirds = torch.tensor([[0.0, 0.0, 0.0, -20.0]])  # three times 0.33333334
+    assert (probabilities(thirds, column(1.0), None, column(1.0)) > 0).all()
+
+
+def test_other_dtypes_are_as_good():
+    logits = logits_of(7, rows=3).round()  # exact in each
+    columns = column(1.0, 3), column(9, 3), column(0.8, 3), column(0.01, 3)
+    for dtype in (torch.float64, torch.bfloat16):
+        probs = probabilities(logits.to(dtype), *columns)
+        assert probs.dtype == dtype
+        torch.testing.assert_close(probs.float(), probabilities(logits, *columns), rtol=2.0**-6, atol=0)
+
+
+def test_few_tokens_are_sorted():
+    """Of a sure row; and of an unsure one, all."""
+    for scale, longest in ((0.0, 128_000), (2.0, 2000)):
+        logits = scale * logits_of(3, 2, 128_000)
+        for filters in (dict(top_p=0.9), dict(min_p=0.02), dict(top_k=50, top_p=0.9)):
+            with patch.object(room, "_filtered", wraps=room._filtered) as filtered:
+                next_token(logits, Sampling.uniform_rows([1, 2], "cpu", temperature=0.8, **filters), torch.arange(2))
+            sizes = [call.args[0].shape[1] for call in filtered.call_args_list]
+            assert len(sizes) == 2
+            assert all(size == longest if scale == 0 else size < longest for size in sizes)
+
+
+EVERY_FILTER = [
+    dict(top_k=top_k, top_p=top_p, min_p=min_p)
+    for top_k, top_p, min_p in itertools.product([None, 50], [None, 0.9], [None, 0.02])
+]
+
+
+def named(filters):
+    return "-".join(name for name, value in filters.items() if value) or "none"
+
+
+@pytest.mark.parametrize("vocabulary", [4096, 40_000, 128_000])
+@pytest.mark.parametrize("filters", EVERY_FILTER, ids=named)
+def test_a_row_is_to_the_bit_what_it_is_alone(vocabulary, filters):
+    """Sure and unsure rows, in any batch, with any number of threads: their probabilities and their tokens."""
+    logits = logits_of(1, 16, vocabulary) * torch.tensor([2.0, 0.3, 0.0, 1.0]).repeat(4)[:, None]
+
+    def results(begin, end):
+        sampling = Sampling.uniform_rows(range(begin, end), "cpu", temperature=0.8, **filters)
+        token = next_token(logits[begin:end], sampling, torch.arange(begin, end))
+        logprobs = logits[begin:end].log_softmax(dim=-1)  # what `decode.run` tells of them
+        return distribution(logits[begin:end, None], sampling, None)[:, 0], token, logprobs
+
+    alone = [torch.cat(parts) for parts in zip(*(results(b, b + 1) for b in range(16)), strict=True)]
+    threads = torch.get_num_threads()
+    try:
+        for count, size in itertools.product((2, 1), (1, 2, 16)):
+            torch.set_num_threads(count)
+            for begin in range(0, 16, size):
+                for result, expected in zip(results(begin, begin + size), alone, strict=True):
+                    assert torch.equal(result, expected[begin : begin + size])
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("filters", EVERY_FILTER, ids=named)
+def test_choosing_is_traced_whole_and_looks_at_no_value(filters):
+    logits, position = logits_of(8, 3, 999), torch.arange(3)
+    sampling = Sampling.uniform_rows([1, 2, 3], "cpu", temperature=0.8, **filters)
+    compiled = torch.compile(next_token, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(logits, sampling, position), next_token(logits, sampling, position))
+    # Tensors without values, as on a GPU: whoever asked for one would raise.
+    nothing = Sampling.uniform_rows([1, 2, 3], "meta", temperature=0.8, **filters)
+    assert next_token(logits.to("meta"), nothing, position.to("meta")).shape == (3,)
 
 
 # -- random numbers --------------------------------------------------------------------------

@@ -15,12 +15,12 @@ from families import FAMILIES, make_model, prompt_ids, save_checkpoint
 
 from minillm import LLM, StaticCache, speculative
 from minillm.cli import main
-from minillm.drafting import DRAFT_STREAM, DraftModel, PromptLookup
+from minillm.drafting import DRAFT_STREAM, Draft, DraftModel, PromptLookup
 from minillm.errors import RequestError
 from minillm.faster.steps import Steps
 from minillm.model import Decoder
-from minillm.sampling import Sampling
-from minillm.speculative import AUTO_LENGTHS, DraftLength, verify
+from minillm.sampling import Sampling, next_token
+from minillm.speculative import AUTO_LENGTHS, DraftLength, judge, verify
 
 # -- verify, by enumeration ----------------------------------------------------------------------
 
@@ -702,6 +702,24 @@ def test_prompt_lookup_samples_exactly_the_plain_text(targets):
         out = llm.generate(prompts, prompt_lookup_num_tokens=3, **options)
         same(out, llm.generate(prompts, **options))
         assert sum(o.stats.drafted for o in out) > 0
+
+
+@pytest.mark.parametrize(
+    "filters", [dict(top_p=0.9), dict(top_k=50, min_p=0.02), dict(top_k=50, top_p=0.9, min_p=0.02)]
+)
+def test_the_target_draws_what_plain_decoding_draws(filters):
+    """In a long vocabulary, at each place of each row, whether its logits are sure or not: a seed means one text."""
+    rows, k, vocabulary = 4, 3, 40_000
+    logits = torch.randn(rows, k + 1, vocabulary, generator=torch.Generator().manual_seed(0))
+    logits *= torch.tensor([6.0, 3.0, 1.0, 0.0])[:, None, None]
+    sampling = Sampling.uniform_rows(range(rows), "cpu", temperature=0.8, **filters)
+    start = torch.tensor([5, 900, 17, 33])
+    own = torch.stack([next_token(logits[:, i], sampling, start + i) for i in range(k + 1)], dim=1)  # [B, k + 1]
+    right = torch.tensor([0, 1, 2, 3])  # how many drafts are the target's own tokens
+    drafts = torch.where(torch.arange(k) < right[:, None], own[:, :k], own[:, :k] + 1)
+    accepted, following = judge(logits, Draft(drafts, None, [k] * rows), start, sampling, None)
+    assert accepted.tolist() == right.tolist()
+    assert following.tolist() == own.gather(1, right[:, None])[:, 0].tolist()
 
 
 KINDS = 3  # top_k: three tokens can come at each place
