@@ -199,10 +199,15 @@ class Batch:
         """The row's seat is free; what it has said stays in the cache for whoever goes on from there."""
         if row in self._unread:
             self._unread.remove(row)
+            self._empty(row.seat)  # nobody has seen whether its keys are numbers
         self.seats[row.seat] = None
         self._idle[row.seat] = True
         self._groups = None
         return row
+
+    def _empty(self, seat: int) -> None:
+        self._alone(seat).reset()
+        self._chunks[seat] = []
 
     def _cancel(self, row: Row) -> Row:
         try:
@@ -353,8 +358,9 @@ class Batch:
 
     def _spoilt(self, row: Row) -> None:
         """The row's logits are no numbers."""
-        (self.cache if self.one_request else self._alone(row.seat)).reset()  # its keys may be no numbers either
-        self._chunks[row.seat] = []
+        if self.one_request:
+            self.cache.reset()
+        self._empty(row.seat)  # its keys may be no numbers either
         problem = NumericalError(
             f"row {row.number}, new token {len(row.token_ids) + 1}: the model's logits are infinite or not a number: "
             "activations exceed their dtype, or weights are damaged; try dtype='float32' or 'bfloat16'"

@@ -289,6 +289,31 @@ def test_a_row_whose_text_fails_leaves_alone(part, drafts, checkpoint):
     assert isinstance(again[1].error, StopIteration) and again[0].finish_reason == "length"
 
 
+@pytest.mark.parametrize("attention", ["math", "sdpa", "kernels"])
+def test_keys_that_are_no_numbers_leave_with_their_row(attention, checkpoint):
+    """Also where it is cancelled before anybody has seen that they are none; here all slots are multiplied."""
+    folder = checkpoint("llama2")
+    steps = Steps(load_decoder(folder, load_config(folder), torch.float32, "cpu", attention))
+    steps.embedding.weight[12] = float("nan")
+
+    def run(disturbed):
+        ids = ([5, 9, 7, 3] * 5, [12] + [7] * 30, [8, 9, 10])
+        long, sick, well = (row_of(i, GenerationConfig(max_new_tokens=30, eos_token_id=[])) for i in ids)
+        batch = Batch(steps, StaticCache(steps.config, 2, LENGTH, max_step=SHORT), [long], one_request=False)
+        for tick, _ in enumerate(batch.run()):
+            if tick == 4 and disturbed:
+                batch.waiting.append(sick)
+            elif tick == 6:
+                sick.cancelled = True
+            elif tick == 8:
+                batch.waiting.append(well)
+        assert (sick.seat, sick.token_ids, well.seat) == (1 if disturbed else -1, [], 1)
+        assert said(long)[0] == said(alone(steps, long, SHORT))[0]
+        return well.error or said(well)
+
+    assert run(True) == run(False)
+
+
 # -- interrupted -----------------------------------------------------------------------------------
 
 

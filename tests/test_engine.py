@@ -73,10 +73,11 @@ class Turnstile:
     """The model makes as many passes as are let through."""
 
     def __init__(self, llm):
-        self._passes = threading.Semaphore(0)
+        self._passes, self.reached = threading.Semaphore(0), threading.Event()
         llm.model.blocks[0].register_forward_pre_hook(self)
 
     def __call__(self, *_):
+        self.reached.set()
         if not self._passes.acquire(timeout=SOON):
             raise RuntimeError("nobody opened the turnstile")
 
@@ -361,6 +362,7 @@ def test_a_full_queue_says_so_and_a_cancelled_place_is_free(own):
     turnstile = Turnstile(own)
     with Engine(own, seats=1, max_cache_len=64, max_waiting=1) as engine:
         running, waiting = (engine.submit(PROMPT, max_new_tokens=40, **GREEDY) for _ in range(2))
+        assert turnstile.reached.wait(SOON)
         for _ in range(3):
             started = time.perf_counter()
             with pytest.raises(EngineFull, match="waiting"):
@@ -410,7 +412,7 @@ def test_cancelled_before_the_first_word(own):
     with Engine(own, seats=1, max_cache_len=64) as engine:
         engine._worker.batch.cache.max_step = 8
         handle = engine.submit(PROMPT * 3, max_new_tokens=4, **GREEDY)
-        turnstile.let(1)
+        assert turnstile.reached.wait(SOON)
         handle.cancel()
         turnstile.let(1)
         answer = handle.result(SOON)
