@@ -7,6 +7,7 @@ client runs in a process of its own, because huggingface_hub reads its environme
 import hashlib
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -196,9 +197,10 @@ for line in sys.stdin:
         os.environ.update(request["environ"])
         try:
             if request["command"]:
-                with contextlib.redirect_stdout(io.StringIO()) as output:
+                output, said = io.StringIO(), io.StringIO()
+                with contextlib.redirect_stdout(output), contextlib.redirect_stderr(said):
                     status = main(request["command"])
-                answer = {"status": status, "output": output.getvalue()}
+                answer = {"status": status, "output": output.getvalue(), "said": said.getvalue()}
             else:
                 llm = LLM.from_pretrained(request["name"], dtype="float32", device="cpu", **request["arguments"])
                 out = llm.generate([5, 6, 7, 8], max_new_tokens=6, temperature=0.0, eos_token_id=[])
@@ -317,6 +319,18 @@ def test_memory_of_a_hub_id_reads_headers_and_no_weights(hub, client, repository
     # The same from the cache, which holds config.json only.
     offline = client({"HF_HUB_OFFLINE": "1"}, command=["memory", REPO, "--json", "--local-files-only"])
     assert json.loads(offline["output"]) == report | {"stored": {}}
+
+
+def test_headers_that_cannot_be_had_are_one_clear_error(hub, client, repository, tmp_path):
+    """Whatever the libraries in between raise: a connection that breaks, an index that is JSON and no index."""
+    shutil.copytree(repository[0], tmp_path / "odd")
+    (tmp_path / "odd" / "model.safetensors.index.json").write_text("[]")
+    hub.publish("odd", tmp_path / "odd")
+    hub.faults[a_shard(repository[0])] = ["cut"] * 20
+    for revision in ("main", "odd"):
+        answer = client(command=["memory", REPO, "--revision", revision])
+        assert (answer["status"], answer["output"]) == (1, "")
+        assert f"the headers of {REPO} cannot be read from the Hub: " in answer["said"].splitlines()[-1]
 
 
 # -- a bad day of the network ---------------------------------------------------------------------

@@ -191,7 +191,22 @@ def test_impossible_requests(arguments, told, checkpoint):
     folder = checkpoint("llama3")
     request = {"batch_size": 1, "context": None} | arguments
     with pytest.raises(RequestError, match=told):
-        model_sizes(load_config(folder), torch.float32, name="x", folder=folder, **request)
+        model_sizes(load_config(folder), torch.float32, name="x", stored={}, **request)
+
+
+@pytest.mark.parametrize(
+    ("padding", "dtype", "told"), [(2**22, "U8", "its header is too large"), (0, "F8_E8M0", "dtype 'F8_E8M0'")]
+)
+def test_files_no_checkpoint_has_are_one_clear_error(padding, dtype, told, checkpoint, tmp_path, capsys):
+    """A header that could be read, but is larger than any that loading reads; numbers of a dtype nobody knows."""
+    (tmp_path / "config.json").write_bytes((checkpoint("llama3") / "config.json").read_bytes())
+    tensor = {"dtype": dtype, "shape": [4], "data_offsets": [0, 4]}
+    header = json.dumps({"model.norm.weight": tensor}).encode() + b" " * padding
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
+    assert main(["memory", str(tmp_path)]) == 1
+    said = capsys.readouterr()
+    assert (said.out, len(said.err.splitlines())) == ("", 1)
+    assert told in said.err
 
 
 @pytest.fixture(scope="module")

@@ -214,14 +214,18 @@ def _score(options: argparse.Namespace) -> None:
 def memory(options: argparse.Namespace) -> None:
     """Show how much memory a model will take, from config.json and the headers of its weights alone."""
     from minillm.llm import choose_dtype
+    from minillm.load.checkpoint import stored_numbers
     from minillm.load.config_json import load_config
+    from minillm.load.hub import hub_stored_numbers
     from minillm.measure.memory import model_sizes, save_plot
 
     folder = _find(options)
     config = load_config(folder)
     dtype = choose_dtype(options.dtype, config)
-    where = options.model, folder, options.revision, options.local_files_only
-    sizes = model_sizes(config, dtype, options.batch, options.context, *where)
+    stored = stored_numbers(folder)
+    if not stored and not Path(options.model).exists() and not options.local_files_only:  # a Hub id
+        stored = hub_stored_numbers(options.model, options.revision)
+    sizes = model_sizes(config, dtype, options.batch, options.context, options.model, stored)
     _tell(options, sizes, lambda path: save_plot(path, config, dtype, options.batch, sizes.context))
 
 

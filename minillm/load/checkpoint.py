@@ -6,7 +6,9 @@ one at a time from the file to their final dtype and device, so loading needs th
 finished model plus one tensor. Pickle files (`.bin`, `.pt`) can run code when opened and never are.
 """
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -216,6 +218,17 @@ def plan_loading(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dic
     return {renamed[name]: place for name, place in places.items()}, {
         renamed[name]: files[renamed[name]] for name in places
     }
+
+
+def stored_numbers(folder: Path) -> dict[str, int]:
+    """How many numbers the safetensors files in a folder hold, by dtype name; read from their headers alone."""
+    counts: Counter[str] = Counter()
+    for path in sorted(folder.glob("*.safetensors")):
+        with _open(path) as handle:
+            for name in handle.keys():  # noqa: SIM118 (a file handle, not a dict)
+                header = handle.get_slice(name)
+                counts[header.get_dtype()] += math.prod(header.get_shape())
+    return dict(counts)
 
 
 def plain_name(name: str, config: ModelConfig) -> str | None:

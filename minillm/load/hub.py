@@ -87,3 +87,19 @@ def find_checkpoint(
         raise CheckpointError(
             f"the Hub id {name} cannot be downloaded (another try resumes): {first_line(error)}"
         ) from error
+
+
+def hub_stored_numbers(name: str, revision: str | None = None) -> dict[str, int]:
+    """How many numbers the safetensors files of a Hub id hold, by dtype name: only their headers travel.
+
+    Raises `CheckpointError` if they cannot be had.
+    """
+    from huggingface_hub import get_safetensors_metadata
+
+    try:
+        return get_safetensors_metadata(name, revision=revision).parameter_count
+    except Exception as error:  # the network's errors are of many kinds, and headers are a stranger's text, read freely
+        raise CheckpointError(
+            f"the headers of {name} cannot be read from the Hub: {first_line(error)}; "
+            "with local_files_only the sizes follow from config.json alone"
+        ) from error

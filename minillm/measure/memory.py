@@ -6,17 +6,14 @@ are exact here (a test compares them with what is allocated), the third is an es
 Sizes are bytes; GB is 10^9 and GiB is 2^30.
 """
 
-import math
-from collections import Counter
 from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from minillm.cache import MAX_STEP, num_slots
 from minillm.config import ModelConfig
-from minillm.errors import CheckpointError, RequestError, first_line
+from minillm.errors import CheckpointError, RequestError, shown
 from minillm.linear import QuantizedLinear
 from minillm.measure.plot import picture
 from minillm.model import Decoder, empty_decoder
@@ -115,37 +112,16 @@ def activation_bytes(config: ModelConfig, batch_size: int, context: int, dtype: 
     return stream + max(projections + mask, mlp), logits
 
 
-def stored_bytes(folder: Path) -> dict[str, int]:
-    """Bytes of the tensors in a folder's safetensors files by dtype name, read from the headers alone."""
-    sizes: Counter[str] = Counter()
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            with safe_open(path, framework="pt") as handle:
-                for name in handle.keys():  # noqa: SIM118 (a file handle, not a dict)
-                    header = handle.get_slice(name)
-                    dtype = header.get_dtype()
-                    sizes[dtype] += math.prod(header.get_shape()) * _ITEMSIZE[dtype]
-        except Exception as error:
-            raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from None
-    return dict(sizes)
-
-
-def hub_stored_bytes(name: str, revision: str | None = None) -> dict[str, int]:
-    """`stored_bytes` of a Hub id: only the headers travel. Raises `CheckpointError` if they cannot be had."""
-    from huggingface_hub import get_safetensors_metadata
-    from huggingface_hub.errors import HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError
-
-    try:
-        metadata = get_safetensors_metadata(name, revision=revision)
-    except (HfHubHTTPError, NotASafetensorsRepoError, SafetensorsParsingError, OSError) as error:
-        raise CheckpointError(
-            f"the headers of {name} cannot be read from the Hub: {first_line(error)}; "
-            "with local_files_only the sizes follow from config.json alone"
-        ) from error
-    return {dtype: count * _ITEMSIZE[dtype] for dtype, count in metadata.parameter_count.items()}
-
-
+# Bytes of a number in a safetensors file, by the dtype's name there.
 _ITEMSIZE = dict(F64=8, I64=8, F32=4, I32=4, BF16=2, F16=2, I16=2, I8=1, U8=1, BOOL=1, F8_E4M3=1, F8_E5M2=1)
+
+
+def stored_bytes(name: str, numbers: dict[str, int]) -> dict[str, int]:
+    """Bytes of so many numbers of each dtype, which `name` holds. Raises `CheckpointError` for one that is unknown."""
+    unknown = [shown(dtype) for dtype in numbers if dtype not in _ITEMSIZE]
+    if unknown:
+        raise CheckpointError(f"{name} holds numbers of dtype {', '.join(unknown)}, as no supported checkpoint does")
+    return {dtype: count * _ITEMSIZE[dtype] for dtype, count in numbers.items()}
 
 
 @dataclass(frozen=True)
@@ -189,30 +165,24 @@ def model_sizes(
     batch_size: int,
     context: int | None,
     name: str,
-    folder: Path,
-    revision: str | None = None,
-    local_files_only: bool = False,
+    stored: dict[str, int],
 ) -> Sizes:
     """The estimates for `batch_size` rows. `context` None: 4096 tokens, or as many as the model has positions.
 
-    `folder` holds config.json and perhaps weights; where it holds none, `name` is a Hub id whose safetensors
-    headers are asked for, unless `local_files_only`.
+    `stored`: how many numbers of each dtype the checkpoint's files hold; {} if they are not here.
     """
     context = min(4096, config.max_positions) if context is None else context
     if batch_size < 1:
         raise RequestError(f"batch must be at least 1, not {batch_size}")
     if not 1 <= context <= config.max_positions:
         raise RequestError(f"context must be from 1 to the model's {config.max_positions} positions, not {context}")
-    stored = stored_bytes(folder)
-    if not stored and not Path(name).exists() and not local_files_only:
-        stored = hub_stored_bytes(name, revision)
     estimates = {
         word: estimate(config, batch_size, context, dtype, quantize) for word, quantize in formats(config, dtype)
     }
     per_head = kv_values(config.num_layers, 1, config.head_dim, batch_size * context) * dtype.itemsize
     sharing = {"MHA": config.num_heads, "this model": config.num_kv_heads, "MQA": 1}
     sharing = {word: heads * per_head for word, heads in sharing.items()}
-    return Sizes(name, batch_size, context, stored, estimates, sharing)
+    return Sizes(name, batch_size, context, stored_bytes(name, stored), estimates, sharing)
 
 
 def formats(config: ModelConfig, dtype: torch.dtype) -> list[tuple[str, str | None]]:
