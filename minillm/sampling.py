@@ -224,7 +224,7 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
     if _may_look(probs) and len(probs) > rows:  # a few at a time: large new tensors cost more than the sums
         return torch.cat([sample(*some) for some in zip(probs.split(rows), u.split(rows), strict=True)])
     # float64: over 100,000 tokens a float32 running sum would lose the rare ones.
-    cumulative = probs.double().cumsum(dim=-1)  # [B, V]
+    cumulative = probs.to(torch.float64, copy=True).cumsum_(dim=-1)  # [B, V]
     # u is at most 1 - 2^-53, so its share of the total stays below the total even after rounding, and the
     # search ends on a token with mass.
     return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
