@@ -33,6 +33,7 @@ from minillm.row import Row
 from minillm.sampling import Sampling, next_token
 from minillm.speculative import judge
 
+FEW_TOKENS = 16  # of a step: so many are added up one by one, whatever stands beside them (the kernels' FEW_ROWS)
 _LOOK_EVERY = 8  # decode steps between two looks at an accelerator's tokens
 
 
@@ -47,6 +48,10 @@ class _Group:
     proposer: Proposer | None
     eos: Tensor  # [R, E], padded with -1
     last: Tensor  # [R], where the last token of each row's budget stands
+
+    def of(self, x: Tensor) -> Tensor:
+        """These rows of `x [B, ...]`. Not x[index]: for that PyTorch wakes its threads, and waits for busy cores."""
+        return x[self.index] if isinstance(self.index, slice) else x.index_select(0, self.index)
 
 
 @dataclass
@@ -122,6 +127,8 @@ class Batch:
                         held = self._chunks[row.seat]
                         if row.planned_length and len(held) + self.cache.max_step == row.read:
                             held += chunk
+                        if row.proposer is not None:
+                            row.proposer.read(row.seat, row.prompt[: row.read])
                         if row.read == len(row.prompt):
                             self._begin(self._unread.popleft(), hidden)
                         if not self.one_request:
@@ -248,49 +255,65 @@ class Batch:
         self._part = self.cache.first_rows(talking[-1].seat + 1) if talking else self.cache
 
     def _step(self) -> None:
-        """One pass of the model for every row that talks; several where nobody looks and nobody drafts."""
+        """One token, or one and its drafts, for every row that talks; several where nobody looks and nobody drafts."""
         if self._groups is None:
             self._regroup()
-        groups = self._groups
-        if not groups:
+        if not self._groups:
             return
-        n = self._part.batch_size
-        token, position, idle = self._token[:n], self._position[:n], self._idle[:n]  # [n] each, n <= B
-        drafts = [self._propose(group) for group in groups]
-        k = max(draft.tokens.shape[1] for draft in drafts)
-        rows = [row for group in groups for row in group.rows]
+        pairs = [(group, self._propose(group)) for group in self._groups]
+        passes = [pairs]
+        if self._part.batch_size * self._width(pairs) > FEW_TOKENS:
+            # From here on sums depend on the shape of a step: those who draft shall not choose it for all.
+            passes = [[pair for pair in pairs if (pair[1].tokens.shape[1] == 0) == plain] for plain in (True, False)]
         # A stop string is only seen at the look, after the row has gone on: the cache must be able to forget that.
+        rows = [row for group in self._groups for row in group.rows]
         left = max(row.max_new_tokens - len(row.token_ids) for row in rows)
         steps = 1 if any(row.proposer for row in rows) else min(self.look_every, left, self.cache.max_step)
         for _ in range(steps):
-            # An idle seat is padding: it writes nothing and nobody reads its logits.
-            ids, fed = token[:, None], torch.where(idle, -1, position - 1)[:, None]  # [n, 1]
-            if k:
-                ids, fed = self._with_drafts(groups, drafts, ids, fed)  # [n, T]
-            logits = self.model(ids, fed, self._part)  # [n, T, V]
-            for group, draft in zip(groups, drafts, strict=True):
-                self._choose(group, draft, logits[group.index, : draft.tokens.shape[1] + 1])
-                if steps > 1:
-                    done = (self._token[group.index, None] == group.eos).any(dim=1)  # [R]
-                    self._idle[group.index] |= done | (self._position[group.index] > group.last)
+            for some in filter(None, passes):
+                self._pass(some)
+            if steps > 1:
+                for group, _ in pairs:
+                    done = (group.of(self._token)[:, None] == group.eos).any(dim=1)  # [R]
+                    self._idle[group.index] |= done | (group.of(self._position) > group.last)
+
+    def _pass(self, pairs: list[tuple[_Group, Draft]]) -> None:
+        """One pass of the model for these groups and their drafts; everybody else's seat is padding."""
+        n = self._part.batch_size
+        token, position, idle = self._token[:n], self._position[:n], self._idle[:n]  # [n] each, n <= B
+        if len(pairs) < len(self._groups):
+            talking = torch.zeros_like(idle)  # [n]
+            for group, _ in pairs:
+                talking[group.index] = True
+            idle = idle | ~talking
+        ids, fed = token[:, None], torch.where(idle, -1, position - 1)[:, None]  # [n, 1]
+        if self._width(pairs) > 1:
+            ids, fed = self._with_drafts(pairs, ids, fed)  # [n, T]
+        logits = self.model(ids, fed, self._part)  # [n, T, V]
+        for group, draft in pairs:
+            self._choose(group, draft, group.of(logits)[:, : draft.tokens.shape[1] + 1])
 
     def _propose(self, group: _Group) -> Draft:
         if group.proposer is None:
             return group.undrafted
         # The last token of a row's budget needs no draft: every step yields one token of its own.
         counts = [min(r.draft_length.choose(), r.max_new_tokens - len(r.token_ids) - 1) for r in group.rows]
-        seen = None if group.sampling.repetition_penalty is None else self._seen[group.index]  # [R, V]
+        seen = None if group.sampling.repetition_penalty is None else group.of(self._seen)  # [R, V]
         return group.proposer.propose({row.seat: row.ids for row in group.rows}, counts, group.sampling, seen)
 
-    def _with_drafts(self, groups: list[_Group], drafts: list[Draft], ids: Tensor, fed: Tensor) -> tuple:
-        """Ids and positions `[n, 1]` of a step, with the drafts behind them: `[n, T]` each.
+    def _width(self, pairs: list[tuple[_Group, Draft]]) -> int:
+        """T of a pass: what the rows wanted to draft, whatever was found, so that its shape does not follow their luck;
+        where nothing was found at all it is a plain step."""
+        if not any(draft.tokens.shape[1] for _, draft in pairs):
+            return 1
+        wanted = max(row.draft_length.choose() for group, _ in pairs if group.proposer for row in group.rows)
+        return 1 + min(wanted, self.cache.max_step - 1)
 
-        T is what the rows wanted to draft, whatever was found, so that the shape of a step does not follow their luck.
-        """
-        wanted = max(row.draft_length.choose() for group in groups for row in group.rows if group.proposer)
-        drafted = F.pad(ids, (0, min(wanted, self.cache.max_step - 1)))  # [n, T]
+    def _with_drafts(self, pairs: list[tuple[_Group, Draft]], ids: Tensor, fed: Tensor) -> tuple[Tensor, Tensor]:
+        """Ids and positions `[n, 1]` of a pass, with the drafts behind them: `[n, T]` each."""
+        drafted = F.pad(ids, (0, self._width(pairs) - 1))  # [n, T]
         count = torch.zeros_like(ids)  # [n, 1], drafts of each row
-        for group, draft in zip(groups, drafts, strict=True):
+        for group, draft in pairs:
             drafted[group.index, 1 : 1 + draft.tokens.shape[1]] = draft.tokens
             count[group.index, 0] = torch.tensor(draft.lengths, device=ids.device)
         place = torch.arange(drafted.shape[1], device=ids.device)  # [T]
@@ -298,16 +321,13 @@ class Batch:
 
     def _choose(self, group: _Group, draft: Draft, logits: Tensor) -> None:
         """Judge what a pass says, `logits [R, k + 1, V]`, of drafts `[R, k]` and what follows them."""
-        index, sampling = group.index, group.sampling
-        place = self._position[index]  # [R]
-        most = logits.shape[-1] - 1  # where logits are no numbers, what is drawn may be no id; the look will tell
-        seen = None if sampling.repetition_penalty is None else self._seen[index]  # [R, V]
+        index, sampling, place = group.index, group.sampling, group.of(self._position)  # place [R]
+        seen = None if sampling.repetition_penalty is None else group.of(self._seen)  # [R, V]
         if draft.tokens.shape[1] == 0:
-            token = next_token(logits[:, 0], sampling, place, seen).clamp_(max=most)  # [R]
+            token = next_token(logits[:, 0], sampling, place, seen)  # [R]
             accepted, tokens = torch.zeros_like(token), token[:, None]  # [R, 1]
         else:
             accepted, token = judge(logits, draft, place, sampling, seen)  # [R] each
-            token.clamp_(max=most)
             column = torch.arange(logits.shape[1], device=place.device)  # [k + 1]
             tokens = torch.where(column < accepted[:, None], F.pad(draft.tokens, (0, 1)), token[:, None])  # [R, k + 1]
         if seen is not None:
@@ -317,8 +337,10 @@ class Batch:
         logprobs = None
         if any(row.wants_logprobs for row in group.rows):
             logprobs = logits.log_softmax(dim=-1).gather(2, tokens[:, :, None])[:, :, 0]  # [R, k + 1]
-        largest = logits.amax(dim=(1, 2))  # [R]
-        self._results.append(_Result(group.rows, draft.lengths, tokens, accepted, largest, logprobs))
+        largest = logits.amax(dim=2)  # [R, k + 1]
+        if largest.shape[1] > 1:
+            largest = largest.masked_fill(column > accepted[:, None], 0.0)  # behind a rejected draft nobody reads
+        self._results.append(_Result(group.rows, draft.lengths, tokens, accepted, largest.amax(dim=1), logprobs))
 
     # ---- looking at it ----
 

@@ -42,6 +42,9 @@ class Proposer(Protocol):
     def start(self, seat: int, prompt: list[int], planned_length: int | None = None) -> None:
         """A row with this prompt takes this seat; see `batch.Row` for its planned length."""
 
+    def read(self, seat: int, prompt: list[int]) -> None:
+        """The target has read so much of its row's prompt: a chunk more than before."""
+
     def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
         """For each seat up to as many tokens as `counts` says, to follow its text: all ids of that row so far.
 
@@ -70,6 +73,9 @@ class PromptLookup:
 
     def start(self, seat: int, prompt: list[int], planned_length: int | None = None) -> None:
         self._after[seat], self._indexed[seat] = {}, 0
+
+    def read(self, seat: int, prompt: list[int]) -> None:
+        """What was said is indexed when it is looked at."""
 
     def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
         found = [self._continue(*item, count) for item, count in zip(texts.items(), counts, strict=True)]
@@ -120,6 +126,12 @@ class DraftModel:
             row.truncate(0)
             row.plan(min(planned_length, self.cache.max_cache_len))
 
+    def read(self, seat: int, prompt: list[int]) -> None:
+        row = self.cache.rows(seat, seat + 1)
+        (held,) = row.lengths
+        if held < len(prompt) <= self.cache.max_cache_len:
+            prefill(self.model, row, [self._known(prompt[held:])], [held])
+
     def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
         # What the cache holds of a text is right up to where the last drafts were rejected; if all were
         # accepted, the last of them was never fed. Either way the rest of the text is fed now.
@@ -136,7 +148,7 @@ class DraftModel:
         part = self.cache.first_rows(seats[-1] + 1)
         missing = {b: self._known(text[lengths[b] :]) for (b, text), c in zip(texts.items(), counts, strict=True) if c}
         index = torch.tensor(seats, device=device)  # [R]
-        logits = self._feed(part, missing, lengths)[index]  # [R, V of the draft]
+        logits = self._feed(part, missing, lengths).index_select(0, index)  # [R, V of the draft]
         wanted = torch.tensor(counts, device=device)  # [R]
         place = torch.tensor([[*range(len(text), len(text) + k)] for text in texts.values()], device=device)  # [R, k]
         greedy = sampling.temperature is None
@@ -148,7 +160,8 @@ class DraftModel:
                 fed = torch.where(i < wanted, place[:, i - 1], -1)  # [R]
                 ids = index.new_zeros(part.batch_size).index_copy(0, index, tokens[-1])  # [n]
                 fed = index.new_full(ids.shape, -1).index_copy(0, index, fed)  # [n]
-                logits = self.model(ids[:, None], fed[:, None], part)[index, -1]  # [R, V of the draft]
+                logits = self.model(ids[:, None], fed[:, None], part)[:, -1]  # [n, V of the draft]
+                logits = logits.index_select(0, index)  # [R, V of the draft]
                 if seen is not None:
                     seen = seen.scatter(1, tokens[-1][:, None], True)
             shared = None if seen is None else seen[:, None, :common]  # [R, 1, common]
@@ -156,8 +169,7 @@ class DraftModel:
                 tokens.append(penalized(logits[:, None, :common], sampling, shared)[:, 0].argmax(dim=-1))  # [R]
                 continue
             q = distribution(logits[:, None, :common], sampling, shared)[:, 0]  # [R, common]
-            # Where the draft's logits are no numbers, what is drawn may be no id. The target rejects any.
-            tokens.append(sample(q, numbers[:, i]).clamp_(max=common - 1))  # [R]
+            tokens.append(sample(q, numbers[:, i]))  # [R]
             probs.append(q)
         if greedy:
             return Draft(torch.stack(tokens, dim=1), None, counts)  # tokens [R, k]

@@ -4,7 +4,7 @@ import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from minillm.batch import Batch
+from minillm.batch import FEW_TOKENS, Batch
 from minillm.cache import StaticCache
 from minillm.drafting import JUDGING_BYTES, PASS_BYTES, DraftModel, PromptLookup, Proposer
 from minillm.errors import RequestError, shown
@@ -16,7 +16,7 @@ from minillm.tokenizer import TextStream, Tokenizer
 
 Prompt = str | Sequence[int]
 
-SEATS = 16  # rows that run at a time: a row keeps its bits in a step of up to 16 tokens
+SEATS = FEW_TOKENS  # rows that run at a time: so many keep their bits
 _DEFAULT_NEW_TOKENS = 256
 
 
@@ -207,7 +207,8 @@ def _budget(length: int, number: int, room: int, limit: str, asked: int | None, 
     if length + wanted > room:
         raise RequestError(
             f"prompt {number} has {length} tokens and {wanted} new ones were asked for, but {limit} hold "
-            f"{room}: shorten the prompt, lower max_new_tokens" + (", or use a larger StaticCache" * ("cache" in limit))
+            f"{room}: shorten the prompt, lower max_new_tokens"
+            + (", or use a larger max_cache_len" * ("cache" in limit))
         )
     return wanted
 

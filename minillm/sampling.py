@@ -218,7 +218,7 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
         probs: `[B, V]`, need not be normalised; a token of probability 0 is never returned.
         u: `[B]` float64 in [0, 1).
 
-    Returns `[B]` int64.
+    Returns `[B]` int64, an id even where `probs` are no numbers.
     """
     rows = max(1, 2**17 // probs.shape[-1])
     if _may_look(probs) and len(probs) > rows:  # a few at a time: large new tensors cost more than the sums
@@ -227,7 +227,8 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
     cumulative = probs.to(torch.float64, copy=True).cumsum_(dim=-1)  # [B, V]
     # u is at most 1 - 2^-53, so its share of the total stays below the total even after rounding, and the
     # search ends on a token with mass.
-    return torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]
+    found = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]  # [B]
+    return found.clamp_(max=probs.shape[-1] - 1)
 
 
 def next_token(logits: Tensor, sampling: Sampling, position: Tensor, seen: Tensor | None = None) -> Tensor:

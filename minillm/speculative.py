@@ -104,12 +104,13 @@ def verify(
     q_drafted = q[:, :k].gather(2, drafted)[:, :, 0]  # [B, k]
     # u < p / q without the division; u < 1, so p = q always accepts, and p = 0 never does.
     accepted = _leading(proposed & (accept_uniforms * q_drafted < p_drafted))  # [B]
-    rows = torch.arange(len(accepted), device=accepted.device)
-    p, q = target_probs[rows, accepted], q[rows, accepted]  # [B, V] each
+    # `gather`, where p[rows, accepted] would do: for that PyTorch wakes its threads, and waits for cores that are busy.
+    place = accepted[:, None, None].expand(-1, 1, q.shape[-1])  # [B, 1, V]
+    p, q = (x.gather(1, place)[:, 0] for x in (target_probs, q))  # [B, V] each
     residual = (p - q).clamp(min=0)
     # Where p and q are equal but for rounding, a rejection that rounding made possible may leave no residual.
     residual = torch.where(residual.sum(dim=-1, keepdim=True) > 0, residual, p)
-    return accepted, sample(residual, fresh_uniforms[rows, accepted])
+    return accepted, sample(residual, fresh_uniforms.gather(1, accepted[:, None])[:, 0])
 
 
 def compare(draft_tokens: Tensor, tokens: Tensor, draft_lengths: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,13 +5,14 @@ import random
 import pytest
 import torch
 from families import FAMILIES, prompt_ids
+from minillm_kernels.linear import FEW_ROWS
 from test_soundness import Interrupt, assert_truthful, calls_of
 
 from minillm import StaticCache
 from minillm import batch as batch_module
-from minillm.batch import Batch
+from minillm.batch import FEW_TOKENS, Batch
 from minillm.decode import generate_plain, prefill
-from minillm.drafting import PromptLookup
+from minillm.drafting import Draft, PromptLookup
 from minillm.faster.steps import Steps
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
@@ -421,3 +422,53 @@ def test_an_abandoned_list_leaves_a_usable_cache(way, llm):
     assert_truthful(cache, llm.model)
     again = llm.generate(prompts, cache=cache, max_new_tokens=20, eos_token_id=[], **options)
     assert [row.token_ids for row in again] == expected
+
+
+def test_the_number_of_tokens_that_keep_their_bits_is_the_kernels():
+    assert FEW_TOKENS == FEW_ROWS
+
+
+class Parrot:
+    """Proposes more tokens than a step has room for bits of, all of them wrong or right by chance."""
+
+    cost = 0.1
+
+    def start(self, seat, prompt, planned_length=None):
+        pass
+
+    def read(self, seat, prompt):
+        pass
+
+    def propose(self, texts, counts, sampling, seen):
+        tokens = torch.tensor([[5 + (seat + i) % 7 for i in range(20)] for seat in texts])
+        return Draft(tokens[:, : max(counts)], None, [min(20, count) for count in counts])
+
+
+def test_one_rows_many_drafts_leave_its_neighbours_their_bits(checkpoint):
+    """Twenty-one tokens of one row with one of each other are more than are added up one by one."""
+    steps, proposer = steps_of(checkpoint("llama3"), torch.bfloat16), Parrot()
+    configs = [GenerationConfig(max_new_tokens=25, temperature=t, seed=3) for t in (0.0, 1.0, 0.7)]
+    plain = [row_of(prompt_ids(n, seed=n), config) for n, config in zip((5, 9, 20), configs, strict=True)]
+    wide = row_of(prompt_ids(7, seed=1), configs[0], proposer=proposer, drafts=20)
+    cache = StaticCache(steps.config, 4, LENGTH, dtype=torch.bfloat16)
+    shapes = []
+
+    def watched(ids, position, part):
+        shapes.append((tuple(ids.shape), (position >= 0).sum(dim=1).tolist()))
+        return steps(ids, position, part)
+
+    class Watched:
+        __call__ = staticmethod(watched)
+
+        def __getattr__(self, name):
+            return getattr(steps, name)
+
+    batch = Batch(Watched(), cache, [wide, *plain])
+    for _ in batch.run():
+        pass
+    assert wide.drafted > 20
+    assert {shape for shape, _ in shapes} >= {(4, 1), (4, 21)}
+    for (rows, width), fed in shapes:  # who drafts is alone in its pass, but for the last few tokens of its budget
+        assert rows * width <= FEW_TOKENS or sum(n > 0 for n in fed) == 1
+    for row in plain:
+        assert said(row) == said(alone(steps, row))

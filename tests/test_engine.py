@@ -632,6 +632,7 @@ def test_a_task_that_gives_up_cancels_its_request(own):
                 async with asyncio.timeout(0.05):
                     async for _ in handle:
                         pass
+            assert handle._row.cancelled
             turnstile.let()
             return await handle
 
@@ -640,6 +641,19 @@ def test_a_task_that_gives_up_cancels_its_request(own):
         assert waiting.result(SOON).finish_reason == "length"
         with pytest.raises(TimeoutError, match="no answer within"):
             engine.submit(PROMPT, max_new_tokens=40, **GREEDY).result(0)
+
+
+def test_a_reader_that_is_stopped_between_two_pieces_cancels_its_request(own):
+    """As a server's task is whose client has gone: the error strikes while it sends, not while it waits for us."""
+
+    async def send(handle):
+        with pytest.raises(ConnectionError):
+            async for _ in handle:
+                raise ConnectionError
+        return await handle
+
+    with Engine(own, seats=1) as engine:
+        assert asyncio.run(send(engine.submit(PROMPT, max_new_tokens=400, **GREEDY))).finish_reason == "cancelled"
 
 
 def test_a_loop_that_is_closed_cancels_too(own):

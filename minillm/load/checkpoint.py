@@ -208,17 +208,6 @@ def stored_numbers(folder: Path) -> dict[str, int]:
     return dict(counts)
 
 
-def stored_numbers(folder: Path) -> dict[str, int]:
-    """How many numbers the safetensors files in a folder hold, by dtype name; read from their headers alone."""
-    counts: Counter[str] = Counter()
-    for path in sorted(folder.glob("*.safetensors")):
-        with _open(path) as handle:
-            for name in handle.keys():  # noqa: SIM118 (a file handle, not a dict)
-                header = handle.get_slice(name)
-                counts[header.get_dtype()] += math.prod(header.get_shape())
-    return dict(counts)
-
-
 def plain_name(name: str, config: ModelConfig) -> str | None:
     """A tensor's name as in a text-only checkpoint, or None if it is none of the decoder's."""
     if name.endswith("rotary_emb.inv_freq"):

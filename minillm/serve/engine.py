@@ -65,7 +65,8 @@ class Handle:
     """A request that an engine works on: iterate it for pieces of text as they come (`async for` in asyncio), wait for
     the whole with `result()` (`await` in asyncio), or `cancel()` it.
 
-    An asyncio task that is cancelled while it waits cancels the request: nobody is left to read it.
+    In asyncio a task that is cancelled while it waits, and an `async for` that is left early, cancel the request:
+    nobody is left to read it.
     """
 
     def __init__(self, row: Row):
@@ -113,8 +114,12 @@ class Handle:
             if not pieces:
                 self._end()
                 return
-            for piece in pieces:
-                yield piece
+            try:
+                for piece in pieces:
+                    yield piece
+            except GeneratorExit:  # its task was cancelled, or had enough
+                self.cancel()
+                raise
             sent += len(pieces)
 
     async def _wait(self) -> Completion:
