@@ -291,6 +291,9 @@ def test_other_dtypes_are_as_good():
         probs = probabilities(logits.to(dtype), *columns)
         assert probs.dtype == dtype
         torch.testing.assert_close(probs.float(), probabilities(logits, *columns), rtol=2.0**-6, atol=0)
+        before = probs.clone()
+        assert sample(probs, torch.full((3,), 0.5)).shape == (3,)
+        assert torch.equal(probs, before)
 
 
 def test_few_tokens_are_sorted():
