@@ -20,7 +20,7 @@ from minillm.sampling import Sampling, distribution, penalized, sample, uniform
 DRAFT_STREAM = 1  # random numbers beside plain decoding's stream 0, see `sampling.uniform`
 # What a step costs beside reading weights, as bytes that could be read meanwhile (some 30 GB/s): the calls of a pass,
 # and judging drafts. Rough, but the same everywhere, so that a seed's text does not depend on a clock.
-PASS_BYTES, JUDGING_BYTES = 4e6, 6e6
+PASS_BYTES, JUDGING_BYTES = 6e6, 10e6
 WIDER = 0.05  # the share of a pass that one more token of each row adds to it
 _MAX_NGRAM = 3  # the longest n-gram prompt lookup tries to match
 

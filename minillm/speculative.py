@@ -31,7 +31,7 @@ from minillm.sampling import Sampling, distribution, penalized, sample, uniform
 
 AUTO_LENGTHS = (0, 1, 2, 4, 8)  # what "auto" chooses from: few, so that there are few shapes of verify steps
 _DECAY = 0.9  # how fast luck is forgotten: about the last ten steps count
-_REST = 32  # steps without drafts, then luck is tried again
+_REST, _LONGEST_REST = 32, 512  # steps without drafts before luck is tried again, twice as many each time in vain
 _ACCEPT_STREAM = 2  # random numbers beside plain decoding's stream 0 and the draft's 1, see `sampling.uniform`
 
 
@@ -53,23 +53,27 @@ class DraftLength:
     def __init__(self, lengths: Sequence[int], cost: float, judging: float = 0.0):
         self.lengths, self.cost, self.judging = lengths, cost, judging
         self.accepted, self.rejected = 3.0, 1.0  # before anything is known: three in four
-        self.rested = 0  # steps since the last draft
+        self.rested, self.rest = 0, _REST  # steps since the last draft, and how many there shall be
 
     def choose(self) -> int:
+        best = self._best()
+        return min(filter(None, self.lengths), default=0) if best == 0 and self.rested >= self.rest else best
+
+    def _best(self) -> int:
         rate = self.accepted / (self.accepted + self.rejected)
 
         def tokens_per_time(k: int) -> float:
             return sum(rate**i for i in range(k + 1)) / (1 + k * self.cost + (k > 0) * self.judging)
 
-        best = max(self.lengths, key=tokens_per_time)
-        return min(filter(None, self.lengths), default=0) if best == 0 and self.rested >= _REST else best
+        return max(self.lengths, key=tokens_per_time)
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Count a step. Drafts after the first rejected one tell nothing: they continue a wrong text."""
-        self.rested = 0 if drafted else self.rested + 1
+        self.rested += 1
         if drafted:
             self.accepted = _DECAY * self.accepted + accepted
             self.rejected = _DECAY * self.rejected + (accepted < drafted)
+            self.rested, self.rest = 0, _REST if self._best() else min(2 * self.rest, _LONGEST_REST)
 
 
 def verify(

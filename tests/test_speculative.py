@@ -274,18 +274,19 @@ def test_auto_drafts_more_where_drafts_are_accepted():
 
 
 def test_a_row_that_rests_tries_its_luck_now_and_then():
-    """Once in 33 steps with the smallest draft; if that is accepted, sooner."""
-    tried = DraftLength([0, 2, 8], cost=0.4, judging=0.2)
+    """With the smallest draft, and after twice as long each time; where that is accepted it drafts again."""
+    row = DraftLength([0, 2, 8], cost=0.4, judging=0.2)
     drafts = []
-    for _ in range(200):
-        drafts.append(tried.choose())
-        tried.learn(drafts[-1], 0)
-    rests = drafts[10:]
-    assert set(rests) == {0, 2}
-    assert [i - j for j, i in itertools.pairwise(i for i, k in enumerate(rests) if k)] == [33] * (rests.count(2) - 1)
-    for _ in range(300):
-        tried.learn(tried.choose(), tried.choose())
-    assert tried.choose() == 8
+    for _ in range(1500):
+        drafts.append(row.choose())
+        row.learn(drafts[-1], 0)
+    tries = [i for i, k in enumerate(drafts) if k]
+    assert set(drafts[10:]) == {0, 2}
+    gaps = [late - early for early, late in itertools.pairwise(tries)]
+    assert [gap - 1 for gap in gaps if gap > 1] == [64, 128, 256, 512, 512]
+    for _ in range(1500):
+        row.learn(row.choose(), row.choose())
+    assert row.choose() == 8
 
 
 # -- greedy: token for token ---------------------------------------------------------------------
