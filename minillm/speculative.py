@@ -73,7 +73,7 @@ class DraftLength:
         if drafted:
             self.accepted = _DECAY * self.accepted + accepted
             self.rejected = _DECAY * self.rejected + (accepted < drafted)
-            self.rested, self.rest = 0, _REST if self._best() else min(2 * self.rest, _LONGEST_REST)
+            self.rested, self.rest = 0, _REST if accepted else min(2 * self.rest, _LONGEST_REST)
 
 
 def verify(
