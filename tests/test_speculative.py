@@ -15,7 +15,7 @@ from families import FAMILIES, make_model, prompt_ids, save_checkpoint
 
 from minillm import LLM, StaticCache, speculative
 from minillm.cli import main
-from minillm.drafting import DRAFT_STREAM, Draft, DraftModel, PromptLookup
+from minillm.drafting import DRAFT_STREAM, JUDGING_BYTES, Draft, DraftModel, PromptLookup
 from minillm.errors import RequestError
 from minillm.faster.steps import Steps
 from minillm.model import Decoder
@@ -532,6 +532,19 @@ def test_auto_equals_plain(targets, drafts, plain, cheap_drafts):
         same(out, plain(target))
         if who == "noise":  # the lengths do vary
             assert len({o.stats.drafted for o in out}) > 1
+
+
+def test_nobody_drafts_where_it_cannot_pay(llm, monkeypatch):
+    """A tiny model's step is cheaper than judging: "auto" and prompt lookup leave it at that, a number is obeyed."""
+    monkeypatch.setattr("minillm.request.JUDGING_BYTES", JUDGING_BYTES)
+    options = dict(max_new_tokens=30, eos_token_id=[], temperature=0)
+    for who, drafted in (
+        (dict(assistant_model=llm), False),
+        (dict(prompt_lookup_num_tokens=2), False),
+        (dict(assistant_model=llm, num_assistant_tokens=2), True),
+    ):
+        out = llm.generate("The wolf said the wolf said", **options, **who)
+        assert (out.stats.drafted > 0) == drafted
 
 
 def test_auto_learns_in_the_loop(llm, cheap_drafts):
