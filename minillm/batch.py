@@ -298,6 +298,8 @@ class Batch:
             return group.undrafted
         # The last token of a row's budget needs no draft: every step yields one token of its own.
         counts = [min(r.draft_length.choose(), r.max_new_tokens - len(r.token_ids) - 1) for r in group.rows]
+        if not any(counts):
+            return group.undrafted
         seen = None if group.sampling.repetition_penalty is None else group.of(self._seen)  # [R, V]
         return group.proposer.propose({row.seat: row.ids for row in group.rows}, counts, group.sampling, seen)
 

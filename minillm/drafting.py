@@ -38,6 +38,7 @@ class Proposer(Protocol):
     """Somebody cheap who guesses what comes next, for the rows of one batch."""
 
     cost: float  # of one drafted token, in forward passes of the target: to make it and to verify it
+    rest: int  # steps before luck is tried again where it was bad
 
     def start(self, seat: int, prompt: list[int], planned_length: int | None = None) -> None:
         """A row with this prompt takes this seat; see `batch.Row` for its planned length."""
@@ -63,7 +64,7 @@ class PromptLookup:
     Needs no model; pays where answers repeat their prompt: summaries, edits, code.
     """
 
-    cost = WIDER
+    cost, rest = WIDER, 32
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -110,6 +111,8 @@ class DraftModel:
         cache: the draft's own `StaticCache`, with the seats of the target's. What it holds of a prompt already is not
             computed again, unless the row has a planned length: then its drafts are to be the same wherever it sits.
     """
+
+    rest = 256  # after it all that was said meanwhile has to be read
 
     def __init__(self, model: Decoder, target: Decoder, cache: StaticCache):
         self.model, self.cache = model, cache

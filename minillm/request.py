@@ -273,7 +273,7 @@ def draft_with(row: Row, proposer: Proposer | None, config: GenerationConfig, ca
     elif asked == "auto":
         lengths = [length for length in AUTO_LENGTHS if length < cache.max_step]
     judging = JUDGING_BYTES / (PASS_BYTES + target.model.weight_bytes)
-    row.proposer, row.draft_length = proposer, DraftLength(lengths, proposer.cost, judging)
+    row.proposer, row.draft_length = proposer, DraftLength(lengths, proposer.cost, judging, proposer.rest)
 
 
 def check_drafting(target, assistant, config: GenerationConfig) -> None:

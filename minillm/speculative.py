@@ -31,7 +31,7 @@ from minillm.sampling import Sampling, distribution, penalized, sample, uniform
 
 AUTO_LENGTHS = (0, 1, 2, 4, 8)  # what "auto" chooses from: few, so that there are few shapes of verify steps
 _DECAY = 0.9  # how fast luck is forgotten: about the last ten steps count
-_REST, _LONGEST_REST = 32, 512  # steps without drafts before luck is tried again, twice as many each time in vain
+_LONGEST_REST = 1024
 _ACCEPT_STREAM = 2  # random numbers beside plain decoding's stream 0 and the draft's 1, see `sampling.uniform`
 
 
@@ -48,12 +48,13 @@ class DraftLength:
         lengths: what to choose from.
         cost: of a drafted token, in plain steps of the target.
         judging: what a step with any drafts at all costs on top, likewise.
+        rest: steps without drafts before luck is tried again; twice as many after each try in vain.
     """
 
-    def __init__(self, lengths: Sequence[int], cost: float, judging: float = 0.0):
-        self.lengths, self.cost, self.judging = lengths, cost, judging
-        self.accepted, self.rejected = 3.0, 1.0  # before anything is known: three in four
-        self.rested, self.rest = 0, _REST  # steps since the last draft, and how many there shall be
+    def __init__(self, lengths: Sequence[int], cost: float, judging: float = 0.0, rest: int = 32):
+        self.lengths, self.cost, self.judging, self.shortest_rest = lengths, cost, judging, rest
+        self.accepted, self.rejected = 2.0, 2.0  # before anything is known: one in two
+        self.rested, self.rest = 0, rest  # steps since the last draft, and how many there shall be
 
     def choose(self) -> int:
         best = self._best()
@@ -73,7 +74,7 @@ class DraftLength:
         if drafted:
             self.accepted = _DECAY * self.accepted + accepted
             self.rejected = _DECAY * self.rejected + (accepted < drafted)
-            self.rested, self.rest = 0, _REST if accepted else min(2 * self.rest, _LONGEST_REST)
+            self.rested, self.rest = 0, self.shortest_rest if accepted else min(2 * self.rest, _LONGEST_REST)
 
 
 def verify(

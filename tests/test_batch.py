@@ -431,7 +431,7 @@ def test_the_number_of_tokens_that_keep_their_bits_is_the_kernels():
 class Parrot:
     """Proposes more tokens than a step has room for bits of, all of them wrong or right by chance."""
 
-    cost = 0.1
+    cost, rest = 0.1, 32
 
     def start(self, seat, prompt, planned_length=None):
         pass

@@ -268,22 +268,22 @@ def test_auto_drafts_more_where_drafts_are_accepted():
     late, early = (DraftLength(AUTO_LENGTHS, cost=0.1) for _ in range(2))
     late.learn(2, 1)
     early.learn(8, 1)
-    assert (late.accepted, late.rejected) == (early.accepted, early.rejected) == pytest.approx((3.7, 1.9))
+    assert (late.accepted, late.rejected) == (early.accepted, early.rejected) == pytest.approx((2.8, 2.8))
     early.learn(0, 0)  # a step without drafts tells nothing either
     assert (late.accepted, late.rejected) == (early.accepted, early.rejected)
 
 
 def test_a_row_that_rests_tries_its_luck_now_and_then():
     """With the smallest draft, and after twice as long each time; where that is accepted it drafts again."""
-    row = DraftLength([0, 2, 8], cost=0.4, judging=0.2)
+    row = DraftLength([0, 2, 8], cost=0.4, judging=0.2, rest=64)
     drafts = []
-    for _ in range(1500):
+    for _ in range(3200):
         drafts.append(row.choose())
         row.learn(drafts[-1], 0)
     tries = [i for i, k in enumerate(drafts) if k]
     assert set(drafts[10:]) == {0, 2}
     gaps = [late - early for early, late in itertools.pairwise(tries)]
-    assert [gap - 1 for gap in gaps if gap > 1] == [64, 128, 256, 512, 512]
+    assert [gap - 1 for gap in gaps if gap > 1] == [128, 256, 512, 1024, 1024]
     for _ in range(1500):
         row.learn(row.choose(), row.choose())
     assert row.choose() == 8
