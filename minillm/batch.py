@@ -8,8 +8,9 @@ one prompt is a batch of one row, a list is rows of one request, plain decoding 
 A *tick* runs one step for all rows that talk (of one token each, or of a token and its drafts), seats those that wait,
 feeds chunks of their prompts, and looks at what came out.
 
-What a row says does not depend on its neighbours, to the last bit as long as a step feeds at most 16 tokens in all
-(above, the library multiplies, and adds up by shape): its prompt is fed by itself in chunks whose borders are the
+What a row says does not depend on its neighbours, to the last bit as long as a pass has at most 16 places (the seats up
+to the highest in use, rounded up to 1, 2, 4, 8, ..., times one, or drafts and one; above, the library multiplies, and
+adds up by shape): its prompt is fed by itself in chunks whose borders are the
 row's own, its random numbers follow from its seed and positions, and it is sampled with rows of the same filters only.
 """
 
@@ -76,7 +77,7 @@ class Batch:
         rows: who waits for a seat, in this order. More may be appended to `waiting` between two ticks.
         one_request: the rows belong together: all that have a seat are read before the first step, and an error of one
             ends the loop. Otherwise a tick feeds one chunk of one prompt, so that nobody waits longer, and an error
-            stays with its row.
+            of what a row says (its logits, its text) stays with it.
         look_every: the number of steps between two looks. Looking at a token is free on a CPU: there it is 1. An
             accelerator works through a queue, and each look waits until that is empty: there it is 8, and it is worth
             running a few steps past a row's end. Everything that a step needs is a tensor, so nothing looks in between.
@@ -274,6 +275,7 @@ class Batch:
                 self._pass(some)
             if steps > 1:
                 for group, _ in pairs:
+                    # What `Row.commit` will say of it, but for stop strings: so that it writes no keys until then.
                     done = (group.of(self._token)[:, None] == group.eos).any(dim=1)  # [R]
                     self._idle[group.index] |= done | (group.of(self._position) > group.last)
 
@@ -287,8 +289,9 @@ class Batch:
                 talking[group.index] = True
             idle = idle | ~talking
         ids, fed = token[:, None], torch.where(idle, -1, position - 1)[:, None]  # [n, 1]
-        if self._width(pairs) > 1:
-            ids, fed = self._with_drafts(pairs, ids, fed)  # [n, T]
+        width = self._width(pairs)
+        if width > 1:
+            ids, fed = self._with_drafts(pairs, width, ids, fed)  # [n, T]
         logits = self.model(ids, fed, self._part)  # [n, T, V]
         for group, draft in pairs:
             self._choose(group, draft, group.of(logits)[:, : draft.tokens.shape[1] + 1])
@@ -308,12 +311,13 @@ class Batch:
         where nothing was found at all it is a plain step."""
         if not any(draft.tokens.shape[1] for _, draft in pairs):
             return 1
-        wanted = max(row.draft_length.choose() for group, _ in pairs if group.proposer for row in group.rows)
-        return 1 + min(wanted, self.cache.max_step - 1)
+        return 1 + max(row.draft_length.choose() for group, _ in pairs if group.proposer for row in group.rows)
 
-    def _with_drafts(self, pairs: list[tuple[_Group, Draft]], ids: Tensor, fed: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids and positions `[n, 1]` of a pass, with the drafts behind them: `[n, T]` each."""
-        drafted = F.pad(ids, (0, self._width(pairs) - 1))  # [n, T]
+    def _with_drafts(
+        self, pairs: list[tuple[_Group, Draft]], width: int, ids: Tensor, fed: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Ids and positions `[n, 1]` of a pass, with the drafts behind them: `[n, T]` each, T the width."""
+        drafted = F.pad(ids, (0, width - 1))  # [n, T]
         count = torch.zeros_like(ids)  # [n, 1], drafts of each row
         for group, draft in pairs:
             drafted[group.index, 1 : 1 + draft.tokens.shape[1]] = draft.tokens
@@ -383,7 +387,7 @@ class Batch:
     def _spoilt(self, row: Row) -> None:
         """The row's logits are no numbers."""
         if self.one_request:
-            self.cache.reset()
+            self.cache.reset()  # the caller's: an error leaves it empty, not half filled
         self._empty(row.seat)  # its keys may be no numbers either
         problem = NumericalError(
             f"row {row.number}, new token {len(row.token_ids) + 1}: the model's logits are infinite or not a number: "

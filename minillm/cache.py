@@ -183,12 +183,13 @@ class StaticCache:
             return self
         if (start, stop) in self._parts:
             return self._parts[start, stop]
-        part = self._parts[start, stop] = copy.copy(self)
+        part = copy.copy(self)
         part._cut, part._parts = True, {}
         part.batch_size = stop - start
         part.keys, part.values = [k[start:stop] for k in self.keys], [v[start:stop] for v in self.values]
         part._ids, part._rows = self._ids[start:stop], self._rows[: stop - start]
         part.rotary = tuple(table.rows(start, stop) for table in self.rotary)
+        self._parts[start, stop] = part  # now that it is whole
         return part
 
     def first_rows(self, count: int) -> "StaticCache":

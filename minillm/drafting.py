@@ -40,10 +40,10 @@ class Proposer(Protocol):
     cost: float  # of one drafted token, in forward passes of the target: to make it and to verify it
     rest: int  # steps before luck is tried again where it was bad
 
-    def start(self, seat: int, prompt: list[int], planned_length: int | None = None) -> None:
-        """A row with this prompt takes this seat; see `batch.Row` for its planned length."""
+    def start(self, seat: int, prompt: list[int], planned_length: int | None) -> None:
+        """A row with this prompt takes this seat; see `row.Row` for its planned length."""
 
-    def read(self, seat: int, prompt: list[int]) -> None:
+    def read(self, seat: int, beginning: list[int]) -> None:
         """The target has read so much of its row's prompt: a chunk more than before."""
 
     def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
@@ -72,10 +72,10 @@ class PromptLookup:
         self._after: dict[int, dict[tuple[int, ...], int]] = {}
         self._indexed: dict[int, int] = {}
 
-    def start(self, seat: int, prompt: list[int], planned_length: int | None = None) -> None:
+    def start(self, seat: int, prompt: list[int], planned_length: int | None) -> None:
         self._after[seat], self._indexed[seat] = {}, 0
 
-    def read(self, seat: int, prompt: list[int]) -> None:
+    def read(self, seat: int, beginning: list[int]) -> None:
         """What was said is indexed when it is looked at."""
 
     def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
@@ -119,7 +119,7 @@ class DraftModel:
         self.vocab_size = target.config.vocab_size
         self.cost = WIDER + (PASS_BYTES + model.weight_bytes) / (PASS_BYTES + target.weight_bytes)
 
-    def start(self, seat: int, prompt: list[int], planned_length: int | None = None) -> None:
+    def start(self, seat: int, prompt: list[int], planned_length: int | None) -> None:
         if not self.cache.hold.same_weights(self.model.fingerprint()):
             self.cache.reset()
         row = self.cache.rows(seat, seat + 1)
@@ -129,11 +129,11 @@ class DraftModel:
             row.truncate(0)
             row.plan(min(planned_length, self.cache.max_cache_len))
 
-    def read(self, seat: int, prompt: list[int]) -> None:
+    def read(self, seat: int, beginning: list[int]) -> None:
         row = self.cache.rows(seat, seat + 1)
         (held,) = row.lengths
-        if held < len(prompt) <= self.cache.max_cache_len:
-            prefill(self.model, row, [self._known(prompt[held:])], [held])
+        if held < len(beginning) <= self.cache.max_cache_len:
+            prefill(self.model, row, [self._known(beginning[held:])], [held])
 
     def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
         # What the cache holds of a text is right up to where the last drafts were rejected; if all were

@@ -267,9 +267,9 @@ def draft_with(row: Row, proposer: Proposer | None, config: GenerationConfig, ca
             f"{longest} drafted tokens make a step of {longest + 1}, but the cache takes {cache.max_step} per step: "
             f"draft fewer, or pass a StaticCache with max_step={longest + 1}"
         )
-    lengths = [asked]
+    lengths = [longest]
     if lookup is not None:
-        lengths = [0, lookup]  # where nothing is copied it is of no use
+        lengths = [0, longest]  # where nothing is copied it is of no use
     elif asked == "auto":
         lengths = [length for length in AUTO_LENGTHS if length < cache.max_step]
     judging = JUDGING_BYTES / (PASS_BYTES + target.model.weight_bytes)

@@ -1,8 +1,8 @@
 """From logits to probabilities to a token: the one way, for target and draft models alike.
 
-Temperature 0 is the limit in which all mass sits on the largest logit, so greedy decoding is sampling
-from a one-hot distribution and needs no path of its own. Random numbers are a function of (seed,
-position, stream) and nothing else: a row draws the same number whatever batch it is in.
+Temperature 0 is the limit in which all mass sits on the largest logit: greedy decoding is sampling from a
+one-hot distribution, and where all rows are greedy an argmax is the short way there. Random numbers are a
+function of (seed, position, stream) and nothing else: a row draws the same number whatever batch it is in.
 """
 
 from collections.abc import Sequence

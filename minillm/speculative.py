@@ -12,8 +12,8 @@ p(x) is max(p(x) - q(x), 0), the *residual*: after a rejection the token is draw
 up to p(x), whatever q is; a bad draft costs speed and never changes the text. At temperature 0 both
 are one-hot, and the same formula reads "accept if it is the argmax, else take the argmax".
 
-"Exactly" is meant up to rounding: a pass over k + 1 tokens may add up in another order than k + 1 passes,
-as batches of another size do. In float32 that shows in no text of our tests; in bfloat16 two tokens that
+"Exactly" is meant up to rounding: a pass of more than `batch.FEW_TOKENS` places may add up in another order than
+k + 1 passes. In float32 that shows in no text of our tests; in bfloat16 two tokens that
 are almost equally likely may change places.
 
 In a batch each row accepts its own number. A row that kept fewer tokens than it was fed is cut back in
@@ -70,11 +70,16 @@ class DraftLength:
 
     def learn(self, drafted: int, accepted: int) -> None:
         """Count a step. Drafts after the first rejected one tell nothing: they continue a wrong text."""
+        tried = self.rested >= self.rest
         self.rested += 1
         if drafted:
             self.accepted = _DECAY * self.accepted + accepted
             self.rejected = _DECAY * self.rejected + (accepted < drafted)
-            self.rested, self.rest = 0, self.shortest_rest if accepted else min(2 * self.rest, _LONGEST_REST)
+            self.rested = 0
+            if accepted:
+                self.rest = self.shortest_rest
+            elif tried:
+                self.rest = min(2 * self.rest, _LONGEST_REST)
 
 
 def verify(

@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from families import FAMILIES, prompt_ids
+from families import FAMILIES, prompt_ids, save_checkpoint
 from minillm_kernels.linear import FEW_ROWS
 from test_soundness import Interrupt, assert_truthful, calls_of
 
@@ -472,3 +472,29 @@ def test_one_rows_many_drafts_leave_its_neighbours_their_bits(checkpoint):
         assert rows * width <= FEW_TOKENS or sum(n > 0 for n in fed) == 1
     for row in plain:
         assert said(row) == said(alone(steps, row))
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_a_rows_clock_is_its_own_in_a_seat_that_holds_more(kind, tmp_path):
+    """The seat could hold 200 tokens; the rotary table is the one for what the row is planned to reach."""
+    if kind == "dynamic":
+        changes = {"max_position_embeddings": 16, "rope_scaling": {"rope_type": "dynamic", "factor": 20.0}}
+        config = FAMILIES["llama-dynamic"].with_changes(changes)
+    else:
+        config = FAMILIES["phi4-mini"].with_changes({"original_max_position_embeddings": 24})
+    steps = steps_of(save_checkpoint(tmp_path / kind, config, seed=5))
+    configs = [GenerationConfig(max_new_tokens=n, temperature=1.0, seed=n) for n in (5, 20, 60)]
+    rows = [row_of(prompt_ids(9, seed=n), config) for n, config in enumerate(configs)]
+    for _ in Batch(steps, StaticCache(steps.config, 2, 200), rows).run():
+        pass
+    for row in rows:
+        assert said(row) == said(alone(steps, row))
+
+
+def test_a_prompt_that_is_held_whole_keeps_a_chunk_to_feed(checkpoint):
+    steps, config = steps_of(checkpoint("llama3")), GenerationConfig(max_new_tokens=4)
+    rows = [row_of(prompt_ids(16, seed=1), config) for _ in range(2)]
+    for _ in Batch(steps, StaticCache(steps.config, 1, LENGTH, max_step=8), rows).run():
+        pass
+    assert [row.reused for row in rows] == [0, 8]
+    assert said(rows[0]) == said(rows[1])

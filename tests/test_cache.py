@@ -424,3 +424,17 @@ def test_the_books_are_kept_alike_where_nobody_looks(places, ours):
         assert blind.token_ids == looked.token_ids
     blind._ids[blind._rows, position] = ids
     assert blind.token_ids == looked.token_ids
+
+
+def test_rows_that_were_interrupted_in_the_making_are_made_anew(ours, monkeypatch):
+    cache = cache_of(ours("llama2"), rows=2)
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(cache.rotary[0]), "rows", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            cache.rows(0, 1)
+    assert cache.rows(0, 1).batch_size == len(cache.rows(0, 1).keys[0]) == len(cache.rows(0, 1)._ids) == 1
+    assert cache.rows(0, 1) is cache.rows(0, 1)

@@ -168,7 +168,7 @@ class Engine:
 
     Args:
         llm: the model.
-        seats: how many requests run at a time; up to 16 keep the bits that they have alone.
+        seats: how many requests run at a time; up to 16 keep the bits that they have alone (with drafts: see batch.py).
         max_cache_len: tokens that a seat holds, prompt and answer together (at most the model's positions).
         max_waiting: how many more requests may wait for a seat.
         assistant_model: a smaller `LLM` that drafts for the requests which do not look up in their prompt instead
@@ -241,9 +241,10 @@ class _Worker:
     def __init__(self, batch: Batch, max_waiting: int):
         self.batch = batch
         self._most = max_waiting + len(batch.seats)
-        self._changed = threading.Condition()  # guards all that follows
+        self._changed = threading.Condition()  # guards the lists that follow, and whether it is closed
         self._waiting: deque[Handle] = deque()
         self._served: list[tuple[Handle, int]] = []  # with a seat, or about to get one; how much text was handed out
+        self._untold: list[tuple[Handle, int]] = []  # the same of those whose news is on its way, the thread's alone
         self._closed = False
         self._failure: BaseException | None = None
         self._seconds = 0.0
@@ -303,8 +304,9 @@ class _Worker:
         except BaseException as error:
             self._failure = error
         with self._changed:
-            left, self._served, self._waiting = [*self._served, *((h, 0) for h in self._waiting)], [], deque()
-        for handle, _ in left:
+            left = [*(handle for handle, _ in (*self._untold, *self._served)), *self._waiting]
+            self._served, self._waiting = [], deque()
+        for handle in left:
             problem = EngineError(f"the engine has stopped: {_told(self._failure)}")
             problem.__cause__ = self._failure
             handle._tell("", problem)
@@ -329,19 +331,20 @@ class _Worker:
 
     def _report(self) -> None:
         """Hand out what is new; first the places of those that ended: who has an answer may ask again."""
-        served = self._served
         with self._changed:
-            self._served = []
-            for handle, _ in served:
+            self._untold, self._served = self._served, []
+            for handle, _ in self._untold:
                 if handle._row.finish_reason is None:
                     self._served.append((handle, len(handle._row.text)))
                 else:
                     _count(self._ended, handle._row)
-        for handle, sent in served:
+        while self._untold:
+            handle, sent = self._untold[0]
             row = handle._row
             ended = row.finish_reason is not None
             if ended or len(row.text) > sent:
                 handle._tell(row.text[sent:], (row.error or completion(row)) if ended else None)
+            self._untold.pop(0)
 
 
 def _count(counts: dict[str, int], row: Row) -> None:
