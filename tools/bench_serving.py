@@ -96,12 +96,11 @@ class InTurn(Minillm):
         answers, started = [], time.perf_counter()
         for arrival, prompt in requests:
             time.sleep(max(0.0, arrival - (time.perf_counter() - started)))
-            times = []
-            pieces = [
-                (piece, times.append(time.perf_counter() - started))[0]
-                for piece in self.llm.stream(prompt, **self.options(new_tokens))
-            ]
-            answers.append((ids_of(pieces), times))
+            ids, times = [], []
+            for piece in self.llm.stream(prompt, **self.options(new_tokens)):
+                times.append(time.perf_counter() - started)
+                ids.append(id_of(piece))
+            answers.append((ids, times))
         return answers
 
     def lone(self, prompt: list[int], new_tokens: int) -> float:
@@ -125,11 +124,11 @@ class Engine(Minillm):
 
         async def one(arrival: float, prompt: list[int]) -> tuple[list[int], list[float]]:
             await asyncio.sleep(max(0.0, arrival - (time.perf_counter() - started)))
-            pieces, times = [], []
+            ids, times = [], []
             async for piece in self.engine.submit(prompt, **self.options(new_tokens)):
                 times.append(time.perf_counter() - started)
-                pieces.append(piece)
-            return ids_of(pieces), times
+                ids.append(id_of(piece))
+            return ids, times
 
         return await asyncio.gather(*(one(*request) for request in requests))
 
@@ -139,9 +138,9 @@ class Engine(Minillm):
         return time.perf_counter() - started
 
 
-def ids_of(pieces: list[str]) -> list[int]:
-    """The ids that a text of `name_all_ids` names: a piece for every token."""
-    return [int(piece.strip().removeprefix("w")) for piece in pieces]
+def id_of(piece: str) -> int:
+    """The token of a piece of text, by the words that `checkpoint` gave them."""
+    return int(piece.strip().removeprefix("w"))
 
 
 class Transformers:
@@ -180,9 +179,6 @@ class Transformers:
                 found[int(out.request_id)] = out.generated_tokens, [moment - started for moment in out.timestamps]
         return [found[number] for number in range(len(requests))]
 
-    def close(self) -> None:
-        self.manager.stop(hard_stop=True)
-
 
 class LlamaCpp:
     def __init__(self, folder: Path, dtype: str, threads: int, seats: int, room: int, **_):
@@ -203,7 +199,10 @@ class LlamaCpp:
         settings.kv_unified = True  # who reads and who talks in one pass; otherwise each pass is split
         self.context = llama_cpp.llama_init_from_model(self.model, settings)
         self.memory = llama_cpp.llama_get_memory(self.context)
-        self.batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
+        self.batch = batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
+        arrays = (numpy.ctypeslib.as_array(a, (CHUNK,)) for a in (batch.token, batch.pos, batch.logits, batch.n_seq_id))
+        self.token, self.position, self.listen, owners = arrays
+        self.owner, owners[:] = batch.seq_id, 1
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
 
     def run(self, requests: Schedule, new_tokens: int) -> Answers:
@@ -242,14 +241,15 @@ class LlamaCpp:
 
     def add(self, ids: list[int], position: int, seat: int, listen: bool) -> int:
         """Put a part of a sequence into the batch, to hear what follows its last token or not; where that stands."""
-        batch = self.batch
-        for token in ids:
-            n = batch.n_tokens
-            batch.token[n], batch.pos[n], batch.n_seq_id[n], batch.seq_id[n][0] = token, position, 1, seat
-            batch.logits[n], batch.n_tokens, position = False, n + 1, position + 1
+        start, end = self.batch.n_tokens, self.batch.n_tokens + len(ids)
+        self.token[start:end], self.listen[start:end] = ids, 0
+        self.position[start:end] = range(position, position + len(ids))
+        for place in range(start, end):
+            self.owner[place][0] = seat
         if ids:
-            batch.logits[batch.n_tokens - 1] = listen
-        return batch.n_tokens - 1
+            self.listen[end - 1] = listen
+        self.batch.n_tokens = end
+        return end - 1
 
 
 KINDS = dict(zip(NAMES, [InTurn, Engine, Transformers, LlamaCpp], strict=True))
@@ -265,8 +265,7 @@ def serve(settings: dict) -> None:
     for line in sys.stdin:
         order, *arguments = json.loads(line)
         print(json.dumps(getattr(contestant, order)(*arguments)), file=answers, flush=True)
-    if hasattr(contestant, "close"):
-        contestant.close()
+    os._exit(0)  # whatever threads a contestant has left
 
 
 # ---- the referee ----
@@ -288,10 +287,8 @@ def ticks(process: int) -> tuple[int, int, int]:
 
 
 def checkpoint(shape: str, folder: Path) -> int:
-    """A checkpoint with random weights whose tokenizer has a word for every id; returns how many there are.
-
-    Otherwise a random model's text would mostly be empty, and nobody could see from outside when a token comes.
-    """
+    """A checkpoint with random weights; returns how many ids it has. Each is a word: of a random model's text most
+    would be empty otherwise, and nobody could see from outside when a token comes."""
     from tokenizers import Tokenizer, models
 
     if not (folder / "words.json").exists():  # written last
@@ -315,17 +312,18 @@ def meet(seats: int, names: list[str], folder: Path, vocabulary: int, args) -> d
         said = {name: [ids[:CHECK] for ids, _ in answer] for name, answer in answers.items()}
         equal = {name: sum(a == b for a, b in zip(said[names[0]], said[name], strict=True)) for name in names}
         result = dict(seats=seats, requests=count, first_ids_equal=equal, loads={})
-        if args.rate is None:  # from the first number of seats on the same for all
-            args.rate = args.load * count / max(times[-1] for _, times in answers[names[0]])
-        for load, rate in (("full", None), (f"{args.load:g}x", args.rate)):
+        for load in ("full", f"{args.load:g}x"):
             runs = {name: [] for name in names}
             for number in range(args.rounds):
+                rate = None if load == "full" else args.rate
                 requests = schedule(args.seed + number, count, rate, args.prompts, vocabulary)
                 for name in names if number % 2 == 0 else reversed(names):
                     runs[name].append(turn(contestants[name], requests, args.new_tokens))
                 told = ", ".join(f"{runs[name][-1]['tokens_per_second']:.0f}" for name in names)
                 print(f"{seats} seats, {load}, round {number + 1}: {told} tokens/s", file=sys.stderr, flush=True)
-            result["loads"][load] = {name: summary(runs, name, names[0]) for name in names}
+            rows = result["loads"][load] = {name: summary(runs, name, names[0]) for name in names}
+            if args.rate is None:  # measured with the first number of seats, and from then on the same
+                args.rate = args.load * rows[names[0]]["tokens_per_second"]["median"] / args.new_tokens
         if {"minillm in turn", "minillm engine"} <= {*names}:
             result["lone"] = lone(contestants, vocabulary, args)
         return result
