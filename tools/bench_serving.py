@@ -196,7 +196,7 @@ class LlamaCpp:
         settings.n_batch = settings.n_ubatch = CHUNK
         settings.n_threads = settings.n_threads_batch = threads
         settings.type_k = settings.type_v = 0 if dtype == "float32" else 1  # GGML_TYPE_F32, _F16 (the default)
-        settings.kv_unified = True  # who reads and who talks in one pass; otherwise each pass is split
+        settings.kv_unified = False  # the default, and the faster one here
         self.context = llama_cpp.llama_init_from_model(self.model, settings)
         self.memory = llama_cpp.llama_get_memory(self.context)
         self.batch = batch = llama_cpp.llama_batch_init(CHUNK, 0, 1)
