@@ -10,7 +10,7 @@ Contestants: minillm one request after the other (`LLM.stream`), minillm's `Engi
 and llama.cpp, whose continuous batching is written here on `llama_decode`, as its server does it: who talks goes
 first, and prompts fill what is left of the batch. One that is not installed is named and skipped. Each runs in a
 process of its own with the same number of threads, and they take turns: a busy moment hits all of them, and every ratio
-is of turns of one round. Whoever is on turn has the machine to itself.
+is of turns of one round. "others" is the share of the machine that other processes took; `--patience` waits for less.
 
 minillm's times are those at which a caller of the public interface has a piece of text in hand; the peers' are taken
 inside of their loops, before text is made of ids, which is kind to them.
@@ -271,8 +271,15 @@ def serve(settings: dict) -> None:
 # ---- the referee ----
 
 
-def turn(contestant: Contestant, requests: Schedule, new_tokens: int) -> dict[str, float]:
+def turn(contestant: Contestant, requests: Schedule, new_tokens: int, patience: float) -> dict[str, float]:
     """One contestant's measures of a schedule, and the share of the machine that others took meanwhile."""
+    until = time.perf_counter() + patience
+    while time.perf_counter() < until:
+        before = ticks(os.getpid())
+        time.sleep(0.5)
+        busy, everything, _ = (b - a for a, b in zip(before, ticks(os.getpid()), strict=True))
+        if busy < 0.1 * everything:
+            break
     before = ticks(contestant.process.pid)
     answers = contestant.ask(["run", requests, new_tokens])
     busy, everything, own = (b - a for a, b in zip(before, ticks(contestant.process.pid), strict=True))
@@ -318,7 +325,7 @@ def meet(seats: int, names: list[str], folder: Path, vocabulary: int, args) -> d
                 rate = None if load == "full" else args.rate
                 requests = schedule(args.seed + number, count, rate, args.prompts, vocabulary)
                 for name in names if number % 2 == 0 else reversed(names):
-                    runs[name].append(turn(contestants[name], requests, args.new_tokens))
+                    runs[name].append(turn(contestants[name], requests, args.new_tokens, args.patience))
                 told = ", ".join(f"{runs[name][-1]['tokens_per_second']:.0f}" for name in names)
                 print(f"{seats} seats, {load}, round {number + 1}: {told} tokens/s", file=sys.stderr, flush=True)
             rows = result["loads"][load] = {name: summary(runs, name, names[0]) for name in names}
@@ -396,6 +403,7 @@ def main() -> None:
     parser.add_argument("--load", type=float, default=2.0, help="arrivals, as a multiple of what is served in turn")
     parser.add_argument("--rate", type=float, help="or arrivals per second")
     parser.add_argument("--lone-turns", type=int, default=24)
+    parser.add_argument("--patience", type=float, default=0, help="seconds to wait for a quiet machine, before a turn")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--only", default="", help="only contestants that match this regular expression")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
