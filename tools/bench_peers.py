@@ -226,14 +226,14 @@ def bandwidth() -> float:
 class Contestant:
     """The referee's end of a contestant's process."""
 
-    def __init__(self, name: str, folder: Path, threads: int, new_tokens: int, prompt: list[int]):
+    def __init__(self, name: str, folder: Path, threads: int, program: str = __file__, **settings):
         self.name = name
-        settings = dict(name=name, folder=str(folder), threads=threads, new_tokens=new_tokens, prompt=prompt)
+        settings |= dict(name=name, folder=str(folder), threads=threads)
         environment = os.environ | {f"{lib}_NUM_THREADS": str(threads) for lib in ("OMP", "MKL", "OPENBLAS")}
         environment |= {"TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         started = time.perf_counter()
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--serve", json.dumps(settings)],
+            [sys.executable, program, "--serve", json.dumps(settings)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -263,7 +263,7 @@ def meet(names: tuple[str, str], folder: Path, args) -> dict:
     ids = [(7 * i * i + 3 * i) % 251 + 5 for i in range(PROMPT)]  # any tokens but special ones
     for name in names:
         warm_files(folder, name)
-    contestants = [Contestant(name, folder, args.threads, args.new_tokens, ids[:8]) for name in names]
+    contestants = [Contestant(name, folder, args.threads, new_tokens=args.new_tokens, prompt=ids[:8]) for name in names]
     try:
         answers = [one.ask([ids[:CHECK], CHECK])[0] for one in contestants]
         same = next((i for i in range(CHECK) if answers[0][i] != answers[1][i]), CHECK)
