@@ -158,6 +158,20 @@ int minillm_rope_and_cache_write(const struct rope_and_cache_write_call *c) {
 CALL(decode_attention, int64_t q, k, v, position, slopes, out, batch, heads, kv_heads, tokens, head_dim, slots,
      row_stride, head_stride, dtype, window, threads; double scale, softcap;);
 
+enum { TOGETHER = 4 }; /* keys, or values, in a piece of the work */
+
+/* Widen what stands at up to TOGETHER positions from `position` on, `count` of them at most, into rows of `wide`. */
+INLINE void widen_slots(const struct decode_attention_call *c, const void *from, long base, long position, long count,
+                        long wide_D, float *wide) {
+    long slot = position % c->slots;
+    for (long j = 0; j < TOGETHER && j < count; j++, slot = slot + 1 == c->slots ? 0 : slot + 1) {
+        const long start = base + slot * c->head_dim;
+        if (c->dtype == FLOAT32) widen(from, start, c->head_dim, FLOAT32, wide + j * wide_D);
+        else if (c->dtype == BFLOAT16) widen(from, start, c->head_dim, BFLOAT16, wide + j * wide_D);
+        else widen(from, start, c->head_dim, FLOAT16, wide + j * wide_D);
+    }
+}
+
 /* `count` query rows from `first` on, of those that share key head `kv` of batch row `b`; query row r is
  * head kv * group + r / tokens at token r % tokens. Returns 1 if there is no memory for the scores. */
 static int attend_rows(const struct decode_attention_call *c, long b, long kv, long first, long count) {
@@ -176,17 +190,25 @@ static int attend_rows(const struct decode_attention_call *c, long b, long kv, l
     /* The slots hold the newest positions. A position past the end of a cache that is no ring sees no more than they. */
     if (last - lowest >= c->slots) lowest = last - c->slots + 1;
     long keys = last < 0 ? 0 : last - lowest + 1, stride = keys + LANES;
-    float *scores = malloc(sizeof(float) * (count * stride + 2 * count * D + D + LANES));
+    long wide_D = (D + LANES - 1) / LANES * LANES; /* with zeros behind, so that no loop has an end of its own */
+    float *scores = malloc(sizeof(float) * (count * stride + (2 * count + TOGETHER) * wide_D));
     if (!scores) return 1;
-    float *query = scores + count * stride, *sums = query + count * D, *wide = sums + count * D;
-    memset(sums, 0, sizeof(float) * count * D);
+    float *query = scores + count * stride, *sums = query + count * wide_D, *wide = sums + count * wide_D;
+    memset(query, 0, sizeof(float) * (2 * count + TOGETHER) * wide_D);
     for (long r = 0; r < count; r++) {
         long head = kv * group + (first + r) / T, t = (first + r) % T;
-        widen((const void *)(uintptr_t)c->q, ((b * c->heads + head) * T + t) * D, D, dtype, query + r * D);
+        widen((const void *)(uintptr_t)c->q, ((b * c->heads + head) * T + t) * D, D, dtype, query + r * wide_D);
     }
-    for (long n = 0; n < keys; n++) { /* a key is read once for all rows */
-        widen(k, base + (lowest + n) % c->slots * D, D, dtype, wide);
-        for (long r = 0; r < count; r++) scores[r * stride + n] = dot(query + r * D, wide, D);
+    for (long n = 0; n < keys; n += TOGETHER) { /* keys are read once for all rows */
+        widen_slots(c, k, base, lowest + n, keys - n, wide_D, wide);
+        for (long r = 0; r < count; r++) {
+            vf products[TOGETHER] = {vf_zero(), vf_zero(), vf_zero(), vf_zero()};
+            for (long i = 0; i < wide_D; i += LANES) {
+                vf q = vf_load(query + r * wide_D + i);
+                for (int j = 0; j < TOGETHER; j++) products[j] = vf_fma(q, vf_load(wide + j * wide_D + i), products[j]);
+            }
+            vf_store_quad(scores + r * stride + n, vf_quads(products)); /* past the last key: there is room */
+        }
     }
     for (long r = 0; r < count; r++) {
         float *row = scores + r * stride, largest = -INFINITY, total = 0;
@@ -208,18 +230,27 @@ static int attend_rows(const struct decode_attention_call *c, long b, long kv, l
         for (long n = from; n < end; n++) row[n] /= total;
         for (long n = end; n < keys; n++) row[n] = 0;
     }
-    for (long n = 0; n < keys; n++) {
-        widen(v, base + (lowest + n) % c->slots * D, D, dtype, wide);
+    for (long n = 0; n < keys; n += TOGETHER) {
+        long some = keys - n < TOGETHER ? keys - n : TOGETHER;
+        widen_slots(c, v, base, lowest + n, some, wide_D, wide);
         for (long r = 0; r < count; r++) {
-            float weight = scores[r * stride + n];
-            if (weight != 0)
-                for (long i = 0; i < D; i++) sums[r * D + i] += weight * wide[i];
+            const float *weights = scores + r * stride + n;
+            int seen[TOGETHER], number = 0; /* what a row does not see may be no number: it is left out */
+            for (int j = 0; j < some; j++)
+                if (weights[j] != 0) seen[number++] = j;
+            for (long i = 0; number && i < wide_D; i += LANES) {
+                vf sum = vf_load(sums + r * wide_D + i);
+                for (int s = 0; s < number; s++)
+                    sum = vf_fma(vf_set(weights[seen[s]]), vf_load(wide + seen[s] * wide_D + i), sum);
+                vf_store(sums + r * wide_D + i, sum);
+            }
         }
     }
     for (long r = 0; r < count; r++) {
         long head = kv * group + (first + r) / T, t = (first + r) % T;
         for (long i = 0; i < D; i++)
-            write_value((void *)(uintptr_t)c->out, ((b * T + t) * c->heads + head) * D + i, dtype, sums[r * D + i]);
+            write_value((void *)(uintptr_t)c->out, ((b * T + t) * c->heads + head) * D + i, dtype,
+                        sums[r * wide_D + i]);
     }
     free(scores);
     return 0;
