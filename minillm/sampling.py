@@ -154,7 +154,7 @@ def _likely(scaled: Tensor, probs: Tensor, *filters: Tensor | None) -> Tensor:
             proven = proven or (min_p is not None and min_p > 1.01 * np.exp(-depth))
         if proven:
             return torch.from_numpy(ids)
-    return torch.arange(len(values))
+    return torch.arange(len(values), device=scaled.device)
 
 
 def _filtered(scaled: Tensor, probs: Tensor, *filters: Tensor | None) -> Tensor:
@@ -168,7 +168,8 @@ def _filtered(scaled: Tensor, probs: Tensor, *filters: Tensor | None) -> Tensor:
         # A stable sort, the largest first, ten times as fast as PyTorch's: read as integers, floats keep their order
         # once the negative ones are turned round, and with the place below them no two are equal.
         bits = (scaled + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-        keys = (~bits ^ (bits >> 31 & 0x7FFFFFFF)).long().bitwise_left_shift_(32).add_(torch.arange(bits.shape[1]))
+        places = torch.arange(bits.shape[1], device=bits.device)  # [n]
+        keys = (~bits ^ (bits >> 31 & 0x7FFFFFFF)).long().bitwise_left_shift_(32).add_(places)  # [B, n]
         keys.numpy().sort(axis=1)
         order = keys.bitwise_and_(0xFFFFFFFF)  # [B, n]
     else:
