@@ -76,7 +76,7 @@ class Batch:
             `cache.max_step` only, which leaves its bits alone; one without (the cache is the caller's) token by token.
         rows: who waits for a seat, in this order. More may be appended to `waiting` between two ticks.
         one_request: the rows belong together: all that have a seat are read before the first step, and an error of one
-            ends the loop. Otherwise a tick feeds one chunk of one prompt, so that nobody waits longer, and an error
+            ends the loop. Otherwise a tick feeds one chunk in all, so that nobody waits longer, and an error
             of what a row says (its logits, its text) stays with it.
         look_every: the number of steps between two looks. Looking at a token is free on a CPU: there it is 1. An
             accelerator works through a queue, and each look waits until that is empty: there it is 8, and it is worth
@@ -120,9 +120,13 @@ class Batch:
                     self._step()
                     while self.waiting and None in self.seats:
                         self._join(self.waiting.popleft())
+                    fed = 0
                     while self._unread:
                         row = self._unread[0]
                         chunk = row.prompt[row.read : row.read + self.cache.max_step]
+                        fed += len(chunk)
+                        if fed > self.cache.max_step and not self.one_request:
+                            break  # a chunk in all, of one prompt or of several short ones: nobody waits for more
                         hidden = read_chunk(self.model, self._alone(row.seat), chunk, row.read)  # [1, d]
                         row.read += len(chunk)
                         held = self._chunks[row.seat]
@@ -132,8 +136,6 @@ class Batch:
                             row.proposer.read(row.seat, row.prompt[: row.read])
                         if row.read == len(row.prompt):
                             self._begin(self._unread.popleft(), hidden)
-                        if not self.one_request:
-                            break
                     ended += self._look()
                 yield ended
 
