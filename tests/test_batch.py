@@ -229,7 +229,7 @@ def test_a_long_prompt_delays_the_others_by_a_chunk_per_tick(checkpoint, monkeyp
     batch = Batch(model, StaticCache(steps.config, 5, LENGTH, max_step=SHORT), talkers, one_request=False)
     before = []
     for tick, _ in enumerate(batch.run()):
-        assert len(chunks) <= 1 and len(passes) <= 1 and sum(chunks) <= SHORT
+        assert len(passes) <= 1 and sum(chunks) <= SHORT
         if 3 <= tick < 20:
             assert [len(row.token_ids) for row in talkers] == [count + 1 for count in before]
         before = [len(row.token_ids) for row in talkers]
