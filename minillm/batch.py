@@ -10,8 +10,8 @@ feeds chunks of their prompts, and looks at what came out.
 
 What a row says does not depend on its neighbours, to the last bit as long as a pass has at most 16 places (the seats up
 to the highest in use, rounded up to 1, 2, 4, 8, ..., times one, or drafts and one; above, the library multiplies, and
-adds up by shape): its prompt is fed by itself in chunks whose borders are the
-row's own, its random numbers follow from its seed and positions, and it is sampled with rows of the same filters only.
+adds up by shape): its prompt is fed by itself in chunks whose borders are the row's own, its random numbers follow
+from its seed and positions, and it is sampled with rows of the same filters only.
 """
 
 import math
@@ -128,14 +128,7 @@ class Batch:
                         if fed > self.cache.max_step and not self.one_request:
                             break  # a chunk in all, of one prompt or of several short ones: nobody waits for more
                         hidden = read_chunk(self.model, self._alone(row.seat), chunk, row.read)  # [1, d]
-                        row.read += len(chunk)
-                        held = self._chunks[row.seat]
-                        if row.planned_length and len(held) + self.cache.max_step == row.read:
-                            held += chunk
-                        if row.proposer is not None:
-                            row.proposer.read(row.seat, row.prompt[: row.read])
-                        if row.read == len(row.prompt):
-                            self._begin(self._unread.popleft(), hidden)
+                        self._after_chunk(row, chunk, hidden)
                     ended += self._look()
                 yield ended
 
@@ -153,15 +146,14 @@ class Batch:
             self._chunks = [[] for _ in self.seats]  # so were some of those that a running row goes on from
         if row.planned_length is None:
             row.seat = free[0]
-            row.read = row.reused = reuse_prefix(self._alone(row.seat), row.prompt)
+            row.read = reuse_prefix(self._alone(row.seat), row.prompt)
         else:
             row.seat, row.read = self._reuse_chunks(row.prompt, free)
-            row.reused = row.read
             if row.read == 0:
                 self._alone(row.seat).plan(row.planned_length)
         if row.proposer is not None:
             row.proposer.start(row.seat, row.prompt, row.planned_length)
-        row.started = time.perf_counter()
+        row.reused, row.started = row.read, time.perf_counter()
         self.seats[row.seat] = row
         self._unread.append(row)
 
@@ -180,13 +172,24 @@ class Batch:
             # Keys that were rotated for another length are of no use.
             return n if n and not follows and self._alone(seat).can_truncate(0, n) else 0
 
-        seat, source = max(free, key=shared), max(range(len(self.seats)), key=shared)
-        count = shared(source)
-        if count > shared(seat):
-            self.cache.copy_row(source, seat)
+        counts = [shared(seat) for seat in range(len(self.seats))]
+        seat, count = max(free, key=counts.__getitem__), max(counts)
+        if count > counts[seat]:
+            self.cache.copy_row(counts.index(count), seat)
         self._alone(seat).truncate(count)
         self._chunks[seat] = prompt[:count]
         return seat, count
+
+    def _after_chunk(self, row: Row, chunk: list[int], hidden: Tensor) -> None:
+        """A chunk of the row's prompt is read, and `hidden [1, d]` came out."""
+        row.read += len(chunk)
+        held = self._chunks[row.seat]
+        if row.planned_length and len(held) + self.cache.max_step == row.read:
+            held += chunk
+        if row.proposer is not None:
+            row.proposer.read(row.seat, row.prompt[: row.read])
+        if row.read == len(row.prompt):
+            self._begin(self._unread.popleft(), hidden)
 
     def _begin(self, row: Row, hidden: Tensor) -> None:
         """The prompt is read, and `hidden [1, d]` came out: choose the row's first token."""
@@ -333,11 +336,14 @@ class Batch:
         seen = None if sampling.repetition_penalty is None else group.of(self._seen)  # [R, V]
         if draft.tokens.shape[1] == 0:
             token = next_token(logits[:, 0], sampling, place, seen)  # [R]
-            accepted, tokens = torch.zeros_like(token), token[:, None]  # [R, 1]
+            accepted, tokens = torch.zeros_like(token), token[:, None]  # [R], [R, 1]
+            largest = logits.amax(dim=(1, 2))  # [R]
         else:
             accepted, token = judge(logits, draft, place, sampling, seen)  # [R] each
             column = torch.arange(logits.shape[1], device=place.device)  # [k + 1]
             tokens = torch.where(column < accepted[:, None], F.pad(draft.tokens, (0, 1)), token[:, None])  # [R, k + 1]
+            # Behind a rejected draft nobody reads.
+            largest = logits.amax(dim=2).masked_fill(column > accepted[:, None], 0.0).amax(dim=1)  # [R]
         if seen is not None:
             self._seen[index] = seen.scatter(1, tokens, True)
         self._token[index] = token
@@ -345,10 +351,7 @@ class Batch:
         logprobs = None
         if any(row.wants_logprobs for row in group.rows):
             logprobs = logits.log_softmax(dim=-1).gather(2, tokens[:, :, None])[:, :, 0]  # [R, k + 1]
-        largest = logits.amax(dim=2)  # [R, k + 1]
-        if largest.shape[1] > 1:
-            largest = largest.masked_fill(column > accepted[:, None], 0.0)  # behind a rejected draft nobody reads
-        self._results.append(_Result(group.rows, draft.lengths, tokens, accepted, largest.amax(dim=1), logprobs))
+        self._results.append(_Result(group.rows, draft.lengths, tokens, accepted, largest, logprobs))
 
     # ---- looking at it ----
 
@@ -390,7 +393,8 @@ class Batch:
         """The row's logits are no numbers."""
         if self.one_request:
             self.cache.reset()  # the caller's: an error leaves it empty, not half filled
-        self._empty(row.seat)  # its keys may be no numbers either
+        else:
+            self._empty(row.seat)  # its keys may be no numbers either
         problem = NumericalError(
             f"row {row.number}, new token {len(row.token_ids) + 1}: the model's logits are infinite or not a number: "
             "activations exceed their dtype, or weights are damaged; try dtype='float32' or 'bfloat16'"

@@ -25,6 +25,11 @@ WIDER = 0.05  # the share of a pass that one more token of each row adds to it
 _MAX_NGRAM = 3  # the longest n-gram prompt lookup tries to match
 
 
+def pass_bytes(model: Decoder) -> float:
+    """What a pass over one token costs, as bytes that could be read meanwhile."""
+    return PASS_BYTES + model.weight_bytes
+
+
 @dataclass(frozen=True)
 class Draft:
     """Proposals for the next places of every row; rows may have fewer than k."""
@@ -117,7 +122,7 @@ class DraftModel:
     def __init__(self, model: Decoder, target: Decoder, cache: StaticCache):
         self.model, self.cache = model, cache
         self.vocab_size = target.config.vocab_size
-        self.cost = WIDER + (PASS_BYTES + model.weight_bytes) / (PASS_BYTES + target.weight_bytes)
+        self.cost = WIDER + pass_bytes(model) / pass_bytes(target)
 
     def start(self, seat: int, prompt: list[int], planned_length: int | None) -> None:
         if not self.cache.hold.same_weights(self.model.fingerprint()):

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from minillm.batch import FEW_TOKENS, Batch
 from minillm.cache import StaticCache
-from minillm.drafting import JUDGING_BYTES, PASS_BYTES, DraftModel, PromptLookup, Proposer
+from minillm.drafting import JUDGING_BYTES, DraftModel, PromptLookup, Proposer, pass_bytes
 from minillm.errors import RequestError, shown
 from minillm.options import GenerationConfig, as_list, merge_options
 from minillm.row import Row
@@ -83,8 +83,7 @@ class Request:
         previous: Proposer | None = None,
         seats: int = SEATS,
     ):
-        if type(seats) is not int or seats < 1:
-            raise RequestError(f"seats must be a whole number >= 1, not {shown(seats)}")
+        check_whole("seats", seats, 1)
         prompts, self.single = as_prompts(prompt)
         room = None if cache is None else _checked(cache, llm, len(prompts))
         self.rows, config = new_rows(llm, prompts, generation_config, options, room)
@@ -184,6 +183,12 @@ def as_prompts(prompt: Prompt | Sequence[Prompt]) -> tuple[list[Prompt], bool]:
     return list(prompt), False
 
 
+def check_whole(name: str, value: int, least: int) -> None:
+    """Raise `RequestError` for anything but a whole number from `least` on."""
+    if type(value) is not int or value < least:
+        raise RequestError(f"{name} must be a whole number >= {least}, not {shown(value)}")
+
+
 def _ids(llm, prompt: Prompt, number: int) -> list[int]:
     """The token ids of one prompt, all of them within the model's vocabulary."""
     size = llm.config.vocab_size
@@ -272,7 +277,7 @@ def draft_with(row: Row, proposer: Proposer | None, config: GenerationConfig, ca
         lengths = [0, longest]  # where nothing is copied it is of no use
     elif asked == "auto":
         lengths = [length for length in AUTO_LENGTHS if length < cache.max_step]
-    judging = JUDGING_BYTES / (PASS_BYTES + target.model.weight_bytes)
+    judging = JUDGING_BYTES / pass_bytes(target.model)
     row.proposer, row.draft_length = proposer, DraftLength(lengths, proposer.cost, judging, proposer.rest)
 
 

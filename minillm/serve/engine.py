@@ -23,7 +23,7 @@ from functools import partial
 from minillm.batch import Batch
 from minillm.cache import StaticCache
 from minillm.drafting import PromptLookup
-from minillm.errors import EngineError, EngineFull, RequestError, first_line, shown
+from minillm.errors import EngineError, EngineFull, RequestError, first_line
 from minillm.llm import LLM
 from minillm.options import GenerationConfig
 from minillm.request import (
@@ -31,6 +31,7 @@ from minillm.request import (
     Prompt,
     as_prompts,
     check_drafting,
+    check_whole,
     choose_proposer,
     completion,
     draft_with,
@@ -185,13 +186,9 @@ class Engine:
         max_waiting: int = 32,
         assistant_model: LLM | None = None,
     ):
-        for name, value, least in (
-            ("seats", seats, 1),
-            ("max_cache_len", max_cache_len, 1),
-            ("max_waiting", max_waiting, 0),
-        ):
-            if type(value) is not int or value < least:
-                raise RequestError(f"{name} must be a whole number >= {least}, not {shown(value)}")
+        check_whole("seats", seats, 1)
+        check_whole("max_cache_len", max_cache_len, 1)
+        check_whole("max_waiting", max_waiting, 0)
         check_drafting(llm, assistant_model, GenerationConfig())
         length = min(max_cache_len, llm.config.max_positions)
         cache = StaticCache(llm.config, seats, length, device=llm.device, dtype=llm.dtype)
