@@ -25,6 +25,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from datetime import date
 from importlib import metadata, util
 from pathlib import Path
@@ -191,25 +192,33 @@ KINDS = {"minillm": Minillm, "transformers": Transformers, "llama.cpp": LlamaCpp
 
 
 def serve(settings: dict) -> None:
+    kind, *words = settings["name"].split(" ")
+
+    def make():
+        sizes = {name: settings[name] for name in ("threads", "new_tokens")}
+        contestant = KINDS[kind](Path(settings["folder"]), words, **sizes)
+        contestant.run(settings["prompt"], 2)
+        return contestant
+
+    def answer(contestant, order):
+        if order == "bandwidth":
+            return bandwidth()
+        if order == "memory":
+            status = Path("/proc/self/status").read_text()
+            return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
+        return contestant.run(*order)
+
+    serve_orders(make, answer)
+
+
+def serve_orders(make: Callable, answer: Callable) -> None:
     """A contestant's process: orders come as JSON lines on stdin, answers go to what was stdout."""
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print must not get between the answers
-    kind, *words = settings["name"].split(" ")
-    contestant = KINDS[kind](
-        Path(settings["folder"]), words, threads=settings["threads"], new_tokens=settings["new_tokens"]
-    )
-    contestant.run(settings["prompt"], 2)
+    contestant = make()
     print("ready", file=answers, flush=True)
     for line in sys.stdin:
-        order = json.loads(line)
-        if order == "bandwidth":
-            answer = bandwidth()
-        elif order == "memory":
-            status = Path("/proc/self/status").read_text()
-            answer = int(re.search(r"VmHWM:\s+(\d+)", status)[1]) * 1024
-        else:
-            answer = contestant.run(*order)
-        print(json.dumps(answer), file=answers, flush=True)
+        print(json.dumps(answer(contestant, json.loads(line))), file=answers, flush=True)
 
 
 def bandwidth() -> float:
@@ -492,6 +501,14 @@ def versions() -> str:
         except metadata.PackageNotFoundError:
             continue
     return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def processor() -> str:
+    """The processor's name where Linux tells it."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def main() -> None:

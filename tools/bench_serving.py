@@ -22,7 +22,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import random
 import re
 import statistics
@@ -34,7 +33,19 @@ from datetime import date
 from itertools import pairwise
 from pathlib import Path
 
-from bench_peers import SHAPES, Contestant, gguf_path, missing, random_checkpoint, spread, versions, write_gguf
+import numpy
+from bench_peers import (
+    SHAPES,
+    Contestant,
+    gguf_path,
+    missing,
+    processor,
+    random_checkpoint,
+    serve_orders,
+    spread,
+    versions,
+    write_gguf,
+)
 
 NAMES = ["minillm in turn", "minillm engine", "transformers", "llama.cpp"]
 CHUNK = 512  # tokens of a pass of the peers
@@ -57,11 +68,7 @@ def schedule(seed: int, count: int, rate: float | None, lengths: tuple[int, int]
 
 def percentile(values: list[float], share: float) -> float:
     """The value that `share` of the values do not exceed, interpolated between its neighbours."""
-    values = sorted(values)
-    place = share * (len(values) - 1)
-    low = int(place)
-    high = min(low + 1, len(values) - 1)
-    return values[low] + (place - low) * (values[high] - values[low])
+    return float(numpy.percentile(values, 100 * share))
 
 
 def measures(requests: Schedule, answers: Answers) -> dict[str, float]:
@@ -183,9 +190,8 @@ class Transformers:
 class LlamaCpp:
     def __init__(self, folder: Path, dtype: str, threads: int, seats: int, room: int, **_):
         import llama_cpp
-        import numpy
 
-        self.api, self.numpy, self.seats = llama_cpp, numpy, seats
+        self.api, self.seats = llama_cpp, seats
         self.silence = llama_cpp.llama_log_callback(lambda *message: None)
         llama_cpp.llama_log_set(self.silence, None)
         llama_cpp.llama_backend_init()
@@ -232,7 +238,7 @@ class LlamaCpp:
             for place, seat, number in heard:
                 logits = self.api.llama_get_logits_ith(self.context, place)
                 ids, times = answers[number]
-                ids.append(int(self.numpy.ctypeslib.as_array(logits, (self.vocabulary,)).argmax()))
+                ids.append(int(numpy.ctypeslib.as_array(logits, (self.vocabulary,)).argmax()))
                 times.append(time.perf_counter() - started)
                 if len(ids) == new_tokens:
                     self.api.llama_memory_seq_rm(self.memory, seat, -1, -1)
@@ -257,14 +263,8 @@ GGUF = {"bfloat16": "bf16", "float32": "f32"}
 
 
 def serve(settings: dict) -> None:
-    """A contestant's process: orders come as JSON lines on stdin, answers go to what was stdout."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print must not get between the answers
-    contestant = KINDS[settings.pop("name")](Path(settings.pop("folder")), **settings)
-    print("ready", file=answers, flush=True)
-    for line in sys.stdin:
-        order, *arguments = json.loads(line)
-        print(json.dumps(getattr(contestant, order)(*arguments)), file=answers, flush=True)
+    kind, folder = KINDS[settings.pop("name")], Path(settings.pop("folder"))
+    serve_orders(lambda: kind(folder, **settings), lambda contestant, order: getattr(contestant, order[0])(*order[1:]))
     os._exit(0)  # whatever threads a contestant has left
 
 
@@ -381,14 +381,6 @@ def as_text(results: list[dict], skipped: dict[str, str], heading: str) -> str:
     return "\n".join([*lines, *(f"not measured: {name}: {reason}" for name, reason in skipped.items())])
 
 
-def machine() -> str:
-    try:
-        named = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        named = None
-    return f"{named[1] if named else platform.machine()}, {os.cpu_count()} cores"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="110M", choices=SHAPES, help="a Llama of this shape, with random weights")
@@ -423,7 +415,8 @@ def main() -> None:
     results = [meet(int(seats), names, folder, vocabulary, args) for seats in args.seats.split(",")]
     sizes = f"prompts of {args.prompts[0]} to {args.prompts[1]}, answers of {args.new_tokens}"
     rate = f"{sizes}, {args.load:g}x is {args.rate:.2f} requests/s"
-    heading = f"{args.model} {args.dtype}, {machine()}, {args.threads} threads, {date.today()}: {versions()}; {rate}"
+    where = f"{processor()}, {os.cpu_count()} cores, {args.threads} threads, {date.today()}"
+    heading = f"{args.model} {args.dtype}, {where}: {versions()}; {rate}"
     print(as_text(results, skipped, heading))
     if args.json:
         args.json.write_text(json.dumps({"heading": heading, "results": results, "skipped": skipped}, indent=1))

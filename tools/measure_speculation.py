@@ -21,13 +21,13 @@ Writes OUT.md, OUT.json and OUT.png.
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 import time
 from pathlib import Path
 
 import torch
+from bench_peers import processor
 
 from minillm import LLM, StaticCache
 
@@ -164,14 +164,6 @@ def passes(target: LLM, draft: LLM, options) -> list[dict]:
 
 
 # --- showing it -------------------------------------------------------------------------------------------
-
-
-def processor() -> str:
-    """The processor's name where Linux tells it."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def tables(results: dict) -> str:
