@@ -23,7 +23,6 @@ from minillm_kernels import cpu
 from minillm_kernels.decode_attention import decode_attention
 from minillm_kernels.flash_attention import flash_attention
 from minillm_kernels.launch import interpreting
-from minillm_kernels.linear import FEW_ROWS
 from minillm_kernels.norm import add, add_rms_norm, rms_norm
 from minillm_kernels.rope import rope_and_cache_write
 from torch import Tensor
@@ -155,11 +154,8 @@ def rotate_and_write_kernel(
 def attend_kernel(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
     """Attention through the kernel that suits the step; arguments as for `attend_math`."""
     B, T, H, D = q.shape
-    in_c = q.is_cpu and not interpreting()
-    if in_c and T > FEW_ROWS:  # bound by arithmetic: the library's matrix products are the best there are
-        return (attend_sdpa if spec.softcap is None else attend_math)(q, keys, values, view, spec)
     q = q.transpose(1, 2)  # [B, H, T, D]
-    if view.from_start and not in_c:
+    if view.from_start and (q.is_cuda or interpreting()):
         # The rows' first tokens: slots 0 .. T - 1 are the keys, whatever the layer.
         keys, values = keys[:, :, :T], values[:, :, :T]  # [B, KV, T, D]
         out = flash_attention(q, keys, values, spec.query_scale, view.window, spec.softcap)  # [B, H, T, D]

@@ -6,12 +6,17 @@ import os
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test but test_hub's subprocesses may use the network
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
+import ctypes
 import functools
+import platform
+from pathlib import Path
 
 import pytest
 import tiny_tokenizers
 import torch
 from families import FAMILIES, load_reference, save_checkpoint, seed_of
+from minillm_kernels import cpu
+from minillm_kernels.cpu.build import cpu_name
 
 from minillm.llm import LLM
 from minillm.load.checkpoint import load_decoder
@@ -112,3 +117,35 @@ def text_reference(text_checkpoint):
 def judging_is_free(monkeypatch):
     """Drafts are made for the tiny models too: beside their steps judging costs so much that no draft would pay."""
     monkeypatch.setattr("minillm.request.JUDGING_BYTES", 0.0)
+
+
+EMULATED = "AMX, emulated"
+X86 = platform.machine() == "x86_64"
+BUILDS = {  # $CC for each instruction set this machine can run
+    "native": "cc",
+    "plain C": "cc -DMINILLM_PLAIN_C",
+    **({"AVX2": "cc -mno-avx512f", "AVX-512 without VNNI, BF16": "cc -mno-avx512vnni -mno-avx512bf16"} if X86 else {}),
+    **(
+        {EMULATED: f"cc -D__AMX_BF16__ -include {Path(__file__).parent / 'emulated_amx.h'}"}
+        if "avx512_bf16" in cpu_name()
+        else {}
+    ),
+}
+
+
+@pytest.fixture(scope="session")
+def build_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("kernels")
+
+
+@pytest.fixture(params=BUILDS)
+def any_build(request, build_folder, monkeypatch):
+    """Each way of building the C in turn, then back to the one the rest of the process uses."""
+    monkeypatch.setenv("CC", BUILDS[request.param])
+    monkeypatch.setenv("XDG_CACHE_HOME", str(build_folder))
+    cpu.library.cache_clear()
+    assert cpu.available()
+    if request.param == EMULATED:
+        assert ctypes.c_int.in_dll(cpu.library(), "minillm_amx").value == 1
+    yield request.param
+    cpu.library.cache_clear()

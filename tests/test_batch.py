@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from families import FAMILIES, prompt_ids, save_checkpoint
-from minillm_kernels.linear import FEW_ROWS
+from minillm_kernels.cpu import FEW_ROWS
 from test_soundness import Interrupt, assert_truthful, calls_of
 
 from minillm import StaticCache

@@ -118,7 +118,7 @@ def test_batches_and_a_busy_neighbour(llm):
         assert one.row_percent == pytest.approx(100 * one.tokens_per_second.median / one.rows / alone)
     text = speeds.as_text()
     assert "decode 4 rows, tokens/s" in text
-    assert f"{speeds.busy.median / alone:.2f} of quiet" in text
+    assert f"{speeds.busy.tokens_per_second.median / alone:.2f} of quiet" in text
     plain = measure(lambda: llm, [5], [], new_tokens=1, repeats=1)
     assert (plain.batch, plain.busy) == ([], None) and "busy" not in plain.as_text()
 

@@ -157,16 +157,16 @@ def test_what_pytorch_computes_is_not_recorded(inference):
 
 
 @needs_c
-def test_a_step_that_cannot_be_recorded_runs_as_it_is_written(llm):
-    """With more than 16 rows float32 products go to a library: right all the same."""
+def test_a_step_of_many_rows_is_recorded_too(llm):
     rows = [prompt_ids(4, seed=n) for n in range(20)]
     steps, caches = Steps(llm.model), [StaticCache(llm.config, 20, 8) for _ in range(2)]
     for cache in caches:
         prefill(llm.model, cache, rows, [0] * 20)
-    token, position = torch.full((20, 1), 7), torch.full((20, 1), 4)
     with torch.inference_mode():
-        assert torch.equal(steps(token, position, caches[1]), llm.model(token, position, caches[0]))
-    assert recorded(steps, caches[1]) == {(20, 1): None}
+        for place in (4, 5):
+            token, position = torch.full((20, 1), 7), torch.full((20, 1), place)
+            assert torch.equal(steps(token, position, caches[1]), llm.model(token, position, caches[0]))
+    assert isinstance(recorded(steps, caches[1])[20, 1], RecordedStep)
 
 
 @needs_c

@@ -12,9 +12,7 @@ from torch import Tensor
 from minillm_kernels import cpu
 from minillm_kernels.int4_linear import check_int4, int4_linear_torch
 from minillm_kernels.int8_linear import check_int8, int8_linear_torch
-from minillm_kernels.int8_linear import in_c as quantized_in_c
-from minillm_kernels.linear import check_dense, library_linear
-from minillm_kernels.linear import in_c as dense_in_c
+from minillm_kernels.linear import check_dense
 from minillm_kernels.op import op
 
 ACTIVATIONS = ("silu", "gelu_tanh")
@@ -66,14 +64,14 @@ def gated_mlp(
     with scale [2F] float32; or [2F, K / 2] uint8 (int4) with scale, zero [K / G, 2F] and group_size G, as in
     `int4_linear`. Activation and product are taken in float32. No gradient. Raises ValueError or TypeError.
     """
-    if dense_in_c(x) if weight.dtype == x.dtype else quantized_in_c(x):
+    if x.is_cpu and cpu.available():
         return cpu.product(x, weight, scale, zero, group_size, gate=activation)
     if weight.dtype == torch.int8:
         both = int8_linear_torch(x, weight, scale, None)
     elif weight.dtype == torch.uint8:
         both = int4_linear_torch(x, weight, scale, zero, group_size, None)
     else:
-        both = library_linear(x, weight)
+        both = F.linear(x, weight)
     return multiply_gate(both, activation)
 
 

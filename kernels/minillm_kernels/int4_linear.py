@@ -12,11 +12,12 @@ as long as unpacking keeps up. Two choices make unpacking cheap:
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minillm_kernels import cpu
-from minillm_kernels.int8_linear import PIECE, in_c
-from minillm_kernels.linear import check_product, library_linear
+from minillm_kernels.int8_linear import PIECE
+from minillm_kernels.linear import check_product
 from minillm_kernels.op import op
 
 
@@ -53,10 +54,10 @@ def int4_linear(
     zero [K / G, N] uint8; bias [N] in x.dtype. Returns [..., N] in x.dtype. No gradient.
     Raises ValueError or TypeError.
 
-    On CPU, with up to 256 rows (in float32 and float16 any number), a row's result does not depend on the other
-    rows or on the number of threads.
+    In C a row's result does not depend on the number of threads or on the other rows, only on whether there are more
+    than 16 of them: then w is rounded to bfloat16 if x is, as a checkpoint in full precision would be.
     """
-    if in_c(x):
+    if cpu.available():
         return cpu.product(x, packed, scale, zero, group_size, bias)
     return int4_linear_torch(x, packed, scale, zero, group_size, bias)
 
@@ -70,7 +71,7 @@ def int4_linear_torch(
     for start in range(0, packed.shape[0], outputs_at_once):
         piece = slice(start, start + outputs_at_once)
         weight = dequantize_int4(packed[piece], scale[:, piece], zero[:, piece], group_size)  # [n, K]
-        pieces.append(library_linear(x, weight.to(x.dtype)))  # [..., n]
+        pieces.append(F.linear(x, weight.to(x.dtype)))  # [..., n]
     y = torch.cat(pieces, dim=-1) if pieces else x.new_empty((*x.shape[:-1], 0))  # [..., N]
     return y if bias is None else y + bias
 

@@ -11,13 +11,13 @@ faster: memory is the limit already.
 import functools
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from minillm_kernels import cpu
-from minillm_kernels.linear import check_product, library_linear
+from minillm_kernels.linear import check_product
 from minillm_kernels.op import op
 
-MANY_ROWS = 256  # above, in bfloat16: widen W piece by piece and let the library use the CPU's matrix units
 PIECE = 1 << 20  # weights widened at a time: they stay in cache until multiplied
 
 
@@ -41,26 +41,17 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     """(x W^T) * scale + bias. x [..., K] float32, bfloat16 or float16; weight [N, K] int8; scale [N] float32;
     bias [N] in x.dtype. Returns [..., N] in x.dtype. No gradient. Raises ValueError or TypeError.
 
-    On CPU, with up to 256 rows (in float32 and float16 any number), a row's result does not depend on the other
-    rows or on the number of threads.
+    In C a row's result does not depend on the number of threads or on the other rows, only on whether there are more
+    than 16 of them: then the codes are multiplied as they are by x as it is, in bfloat16 or float32.
     """
-    if in_c(x):
-        return cpu.product(x, weight, scale, bias=bias)
-    return int8_linear_torch(x, weight, scale, bias)
-
-
-def in_c(x: Tensor) -> bool:
-    """Whether the C kernel multiplies x [..., K] by a quantized weight. On a Zen 5 core pair its integers beat widening
-    and oneDNN in float32 and float16 at any number of rows (6 ms against 11 at 512 rows of 2048 x 2048), and in
-    bfloat16 up to 512."""
-    return (x.numel() <= MANY_ROWS * x.shape[-1] or x.dtype != torch.bfloat16) and cpu.available()
+    return cpu.product(x, weight, scale, bias=bias) if cpu.available() else int8_linear_torch(x, weight, scale, bias)
 
 
 def int8_linear_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
     """Widen some outputs' weights, multiply, scale, next: never holds the widened matrix."""
     outputs_at_once = max(1, PIECE // weight.shape[1])
     pieces = [
-        library_linear(x, codes.to(x.dtype)).float() * piece_scale  # [..., outputs_at_once]
+        F.linear(x, codes.to(x.dtype)).float() * piece_scale  # [..., outputs_at_once]
         for codes, piece_scale in zip(weight.split(outputs_at_once), scale.split(outputs_at_once), strict=True)
     ]
     y = torch.cat(pieces, dim=-1)  # [..., N]

@@ -1,19 +1,18 @@
-"""Dense x W^T for few rows: `minillm::linear`.
+"""Dense x W^T: `minillm::linear`.
 
 What bounds it: decoding one token multiplies every weight once, so the time is the time to read W from
 memory: 2 bytes per multiply-add in bf16. A library GEMM is made for many rows and reads W at half the
 speed of memory or worse; the C kernel (`cpu/linear.c`) streams it once, whatever the number of rows up to 16.
+A prompt is bound by arithmetic. The C kernel for that (`cpu/gemm.c`) is as fast as the library's, and it gives each
+row the same result whatever stands beside it, takes quantized weights, and waits for no thread of OpenMP's.
 On a GPU the library's own matrix-vector product is at the limit already.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from minillm_kernels import cpu
 from minillm_kernels.op import DTYPES, check_devices, op
-
-FEW_ROWS = 16  # above: the library, which blocks for caches in all three directions (float16: it does not)
 
 
 def check_product(
@@ -53,23 +52,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias. x [..., K], weight [N, K], bias [N], one dtype of float32, bfloat16, float16.
 
     Returns [..., N] in that dtype; sums are float32. No gradient: training goes through F.linear.
-    With up to 16 rows a row's result does not depend on the other rows. Raises ValueError or TypeError.
+    In C a row's result does not depend on the other rows, only on whether there are more than 16 of them.
+    Raises ValueError or TypeError.
     """
-    if in_c(x):
-        return cpu.product(x, weight, bias=bias)
-    return library_linear(x, weight, bias)
-
-
-def in_c(x: Tensor) -> bool:
-    """Whether the C kernel multiplies x [..., K] by a dense weight. At 512 rows of 2048 x 2048 on a Zen 5 core pair
-    oneDNN takes 10 ms in float32 and 5 in bfloat16 where the kernel takes 16 and 7; PyTorch's float16 is five
-    times slower than the kernel at any number of rows."""
-    return x.is_cpu and (x.numel() <= FEW_ROWS * x.shape[-1] or x.dtype == torch.float16) and cpu.available()
-
-
-def library_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, on a CPU through oneDNN for float32: PyTorch would call MKL, which is 2-3x slower on AMD."""
-    onednn = x.dtype == torch.float32 and x.is_cpu and torch.backends.mkldnn.is_available()
-    if onednn and x.numel() and weight.numel():
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return F.linear(x, weight, bias)
+    return cpu.product(x, weight, bias=bias) if x.is_cpu and cpu.available() else F.linear(x, weight, bias)

@@ -22,8 +22,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from minillm_kernels import cpu
+from minillm_kernels.cpu import FEW_ROWS
 from minillm_kernels.cpu.tape import NotRecordable, Tape
-from minillm_kernels.linear import FEW_ROWS
 from torch import Tensor
 
 from minillm.cache import StaticCache

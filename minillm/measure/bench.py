@@ -83,6 +83,15 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Busy:
+    """What was measured again while another process kept one core busy."""
+
+    tokens_per_second: Spread  # of the headline
+    prompt_tokens: int  # the longest
+    first_token_seconds: Spread
+
+
+@dataclass(frozen=True)
 class Speeds:
     """What `minillm bench` shows; the first entry of `decode` is the headline."""
 
@@ -107,7 +116,7 @@ class Speeds:
     decode: list[Decode]  # at every length, each in a cache that is just long enough
     capacity: list[Decode]  # at the shortest length, in caches of growing capacity
     batch: list[Batch]
-    busy: Spread | None  # tokens per second of the headline while another process kept one core busy
+    busy: Busy | None
 
     def as_dict(self) -> dict:
         return asdict(self)
@@ -146,7 +155,11 @@ class Speeds:
         for one in self.batch:
             line(f"decode {one.rows} rows, tokens/s", one.tokens_per_second, 1, f"   a row {one.row_percent:.0f} %")
         if self.busy is not None:
-            line("decode beside a busy process, tokens/s", self.busy, 1, f"   {self.busy.median / speed:.2f} of quiet")
+            share = self.busy.tokens_per_second.median / speed
+            line("decode beside a busy process, tokens/s", self.busy.tokens_per_second, 1, f"   {share:.2f} of quiet")
+            share = self.prefill[-1].first_token_seconds.median / self.busy.first_token_seconds.median
+            label = f"first token of {self.busy.prompt_tokens} beside it, ms"
+            line(label, self.busy.first_token_seconds, 1e3, f"   {share:.2f} of quiet")
         line("memory bandwidth, GB/s", self.bandwidth, 1e-9)
         return "\n".join(lines)
 
@@ -168,7 +181,8 @@ def measure(
         capacities: cache sizes in which the shortest prompt is also continued. Default: CAPACITIES.
         new_tokens: tokens decoded per measurement. repeats: rounds; each measures everything once.
         batches: numbers of rows that also continue the shortest prompt, all at once.
-        busy: at the end, also time the headline beside a process that keeps one core busy.
+        busy: at the end, also time the headline, and the first token after the longest prompt, beside a process that
+            keeps one core busy.
 
     Everything takes turns, the bandwidth too, so that a busy moment does not hit one number alone.
     Raises `RequestError` for a count below 1, or a length or cache that does not fit.
@@ -205,6 +219,7 @@ def measure(
     with progress_bar(repeats * len(timed), "measuring") as advance:
         for _ in range(repeats):
             bandwidths.append(memory_bandwidth(llm.device))
+            time.sleep(0.05)  # PyTorch's threads, which that took, look out for more for a while
             for key, what in timed.items():
                 times[key].append(_request(llm, what, new_tokens))
                 advance()
@@ -213,7 +228,10 @@ def measure(
     beside = None
     if busy:
         with busy_process():
-            beside = Spread.of([1 / _request(llm, ([prompts[lowest]], None), new_tokens)[1] for _ in range(repeats)])
+            both = [([prompts[length]], None) for length in (lowest, lengths[-1])]
+            again = [_request(llm, what, new_tokens) for _ in range(repeats) for what in both]
+        steps, firsts = [1 / step for _, step in again[::2]], [first for first, _ in again[1::2]]
+        beside = Busy(Spread.of(steps), lengths[-1], Spread.of(firsts))
 
     def prefill(length: int) -> Prefill:
         firsts = [first for first, _ in times["decode", length]]

@@ -20,6 +20,7 @@ from minillm_kernels.cpu import build, tape
 
 FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 GROUP_SIZES = (32, 64, 128)  # inputs that share a scale in int4
+FEW_ROWS = 16  # up to which the time is that of reading the weights: other code than for many rows
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 
 
@@ -49,6 +50,7 @@ LINEAR = Call(
     "linear",
     "int64_t format, dtype, x, rows, inputs, weight, outputs, scale, zero, group_size, bias, y, gate, threads;",
 )
+GEMM = Call("gemm", LINEAR.members)
 RMS_NORM = Call(
     "rms_norm",
     """int64_t x, residual, weight, out, sum, rows, width, dtype, multiply_in_fp32, threads, group, group_stride;
@@ -65,6 +67,7 @@ ATTENTION = Call(
     """int64_t q, k, v, position, slopes, out, batch, heads, kv_heads, tokens, head_dim, slots, row_stride, head_stride,
     dtype, window, threads; double scale, softcap;""",
 )
+FLASH = Call("flash_attention", ATTENTION.members)
 QUANTIZE = Call("quantize_int4", "int64_t dtype, weight, rows, inputs, group_size, packed, scale, zero, threads;")
 REPLAY = Call("replay", "int64_t function, arguments;")
 
@@ -119,7 +122,8 @@ def product(
         weight.data_ptr(), outputs, address(scale), address(zero), group_size, address(bias), y.data_ptr(),
         GATES[gate], threads(),
     )  # fmt: skip
-    _call(LINEAR, packed, x, weight, scale, zero, bias, y)
+    few = x.numel() <= FEW_ROWS * inputs
+    _call(LINEAR if few else GEMM, packed, x, weight, scale, zero, bias, y)
     return y
 
 
@@ -197,7 +201,7 @@ def decode_attention(q, k, v, cache_position, scale, window, softcap, alibi_slop
         out.data_ptr(), batch, heads, k.shape[1], tokens, head_dim, k.shape[2], k.stride(0), k.stride(1),
         FORMATS[q.dtype], window or 0, threads(), scale, softcap or 0.0,
     )  # fmt: skip
-    _call(ATTENTION, packed, q, k, v, cache_position, alibi_slopes, out)
+    _call(ATTENTION if tokens <= FEW_ROWS else FLASH, packed, q, k, v, cache_position, alibi_slopes, out)
     return out.transpose(1, 2)
 
 

@@ -1,7 +1,8 @@
 """Building the C kernels: one `cc` call of some seconds, whose result is kept.
 
-`linear.c` (matrix products), `step.c` (what lies between them), `quantize.c` (int4 codes) and `threads.c` (who computes
-them) know nothing of Python or torch: no headers, no build system. The library lies in
+`linear.c` and `gemm.c` (products of few rows and of many), `step.c` (what lies between them), `flash_attention.c` (a
+prompt's attention), `quantize.c` (int4 codes) and `threads.c` (who computes them) know nothing of Python or torch: no
+headers, no build system. The library lies in
 `$XDG_CACHE_HOME/minillm/kernels` under a name made of the sources, the compiler and the CPU, and of its own contents,
 so that a damaged file is noticed. $CC names another compiler, $MINILLM_CFLAGS more flags for it.
 """
@@ -72,12 +73,11 @@ def build(folder: Path) -> Path:
     with tempfile.TemporaryDirectory(prefix=SCRATCH, dir=folder) as scratch:
         unfinished = Path(scratch) / "kernels.so"
         units = [str(path) for path in sources if path.suffix == ".c"]
-        for openmp in (["-fopenmp"], []):  # a compiler without OpenMP still gives kernels
-            command = [compiler, *openmp, *flags, *units, "-o", str(unfinished), "-lm"]
-            environment = os.environ | {"TMPDIR": scratch}  # the compiler's own temporaries
-            result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-            if result.returncode == 0:
-                return unfinished.replace(folder / _name(stem, unfinished))
+        command = [compiler, *flags, *units, "-o", str(unfinished), "-lm"]
+        environment = os.environ | {"TMPDIR": scratch}  # the compiler's own temporaries
+        result = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+        if result.returncode == 0:
+            return unfinished.replace(folder / _name(stem, unfinished))
     raise BuildError(f"{' '.join(command)} failed:\n{result.stderr.strip()[:4000] or result.returncode}")
 
 

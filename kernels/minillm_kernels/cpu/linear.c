@@ -25,9 +25,7 @@
 #include "threads.h"
 #include "values.h"
 
-#define UNROLL _Pragma("GCC unroll 8")
 
-enum { NO_GATE, SILU, GELU_TANH };
 enum { TILE = 4, BLOCK = 32 };                /* output rows side by side, and taken by a thread */
 enum { LINE = 64, MAX_GROUP = 128 };          /* bytes of a weight row per step; largest int4 group */
 enum { WORDS = 2 * LANES, STEP = 2 * WORDS }; /* int16 and bytes in a register */
@@ -382,13 +380,6 @@ FUNCTIONS(FLOAT32) FUNCTIONS(BFLOAT16) FUNCTIONS(FLOAT16) FUNCTIONS(INT8) FUNCTI
 static block_function *const block_functions[][5] = {
     NAMES(FLOAT32), NAMES(BFLOAT16), NAMES(FLOAT16), NAMES(INT8), NAMES(INT4),
 };
-
-/* Both activations are g times a sigmoid: 1 + tanh(z) = 2 sigmoid(2 z). */
-INLINE float gated(int gate, float g, float up) {
-    float z = gate == SILU ? g : 1.5957691216f * (g + 0.044715f * g * g * g);
-    float e = exp_negative(-fabsf(z)); /* in 0..1: nothing overflows */
-    return g * ((z < 0 ? e : 1.0f) / (1.0f + e)) * up;
-}
 
 INLINE void finish_row(const struct problem *p, int dtype, long output, long row, long width, const float *out,
                        const float *up) { /* of all parts added up */

@@ -16,8 +16,12 @@
 #include <stddef.h>
 #include <stdint.h>
 #include <string.h>
+#if defined(__x86_64__) && !defined(MINILLM_PLAIN_C)
+#include <immintrin.h>
+#endif
 
 #define INLINE static inline __attribute__((always_inline))
+#define UNROLL _Pragma("GCC unroll 16")
 
 INLINE float bf16_to_float(uint16_t bits) {
     uint32_t wide = (uint32_t)bits << 16;
@@ -34,6 +38,9 @@ INLINE uint16_t float_to_bf16(float value) { /* round to nearest even; NaN stays
 }
 
 INLINE float half_to_float(uint16_t bits) {
+#if defined(__F16C__) && !defined(MINILLM_PLAIN_C)
+    return _cvtsh_ss(bits);
+#endif
     uint32_t sign = (uint32_t)(bits & 0x8000) << 16, exponent = (bits >> 10) & 31, mantissa = bits & 1023;
     if (exponent == 0) { /* zero and subnormals: mantissa * 2^-24 */
         float value = (float)mantissa * 0x1p-24f;
@@ -62,7 +69,6 @@ INLINE uint16_t float_to_half(float value) { /* round to nearest even */
 }
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && !defined(MINILLM_PLAIN_C)
-#include <immintrin.h>
 #define LANES 16
 #define MAX_ROWS 5 /* 4 x 5 sums, 4 weights and what they need in between fit the 32 registers */
 typedef __m512 vf;
@@ -126,9 +132,18 @@ INLINE vf vf_dot_bf16(vf sum, vs a, vs b) {
     __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
     return sum;
 }
+/* A group of int4 weights as bf16, (q - zero) * scale rounded: the low halves of `half` bytes, and the high ones */
+INLINE void unpack_int4(const uint8_t *bytes, long half, float scale, float zero, uint16_t *low, uint16_t *high) {
+    __m512 code = _mm512_setr_ps(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    __m256i all = (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_sub_ps(code, vf_set(zero)), vf_set(scale)));
+    for (long k = 0; k < half; k += 16) {
+        __m256i words = _mm256_cvtepu8_epi16(_mm_loadu_si128((const void *)(bytes + k)));
+        _mm256_storeu_si256((void *)(low + k), _mm256_permutexvar_epi16(words, all)); /* looks at four bits */
+        _mm256_storeu_si256((void *)(high + k), _mm256_permutexvar_epi16(_mm256_srli_epi16(words, 4), all));
+    }
+}
 #endif
 #elif defined(__AVX2__) && defined(__FMA__) && defined(__F16C__) && !defined(MINILLM_PLAIN_C)
-#include <immintrin.h>
 #define LANES 8
 #define MAX_ROWS 2 /* 16 registers */
 typedef __m256 vf;

@@ -44,12 +44,10 @@ class Tape:
     def recording(self) -> Iterator[None]:
         """Note the calls that this thread makes; raises NotRecordable where PyTorch computes anything in between."""
         _thread.tape = self
-        self._library.minillm_begin_step()
         try:
             with _OnlyShapes():
                 yield
         finally:
-            self._library.minillm_end_step()
             _thread.tape = None
         arguments = [ctypes.create_string_buffer(packed, len(packed)) for _, packed in self._calls]
         self._list = b"".join(

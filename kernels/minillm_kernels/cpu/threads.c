@@ -1,18 +1,17 @@
-/* Who computes the pieces of a loop.
+/* Who computes the pieces of a loop: a few threads of our own, made for machines that have other work to do as well.
  *
- * The loops of an eager call take PyTorch's own threads, OpenMP's: between them PyTorch computes, and threads of two
- * kinds would fight for the cores, since OpenMP's spin for milliseconds after each of their loops.
- *
- * A step, recorded or replayed, has threads of our own, made for machines that have other work to do as well. It is
- * some hundred loops of microseconds. A thread that loses its core to another process is gone for milliseconds, and a
- * barrier, with which each OpenMP loop ends, waits for it: a hundred times in a step. Here nobody waits for a thread,
- * only for pieces that one has begun:
+ * A step is some hundred loops of microseconds, a chunk of a prompt as many of milliseconds. A thread that loses its
+ * core to another process is gone for milliseconds, and a barrier, with which each OpenMP loop ends, waits for it: a
+ * hundred times in a step. Here nobody waits for a thread, only for pieces that one has begun:
  *
  *   - the caller works as well, and by itself would finish the loop;
  *   - the pieces are dealt out in runs of neighbours, one run for each thread, the same in every step, so that a core
  *     finds in its cache what it has read before; who has finished a run goes on with what is left of the others';
  *   - helpers look out for the next loop for a moment, since within a step it follows at once and the next step soon,
- *     then they sleep; at once when an eager loop begins.
+ *     then they sleep.
+ *
+ * Nothing in a pass of the model is left to OpenMP: its threads spin for milliseconds after each of their loops, and
+ * would fight with these for the cores.
  *
  * Every piece is computed by one thread in one way, so results do not depend on who does what.
  *
@@ -23,10 +22,8 @@
 #include <pthread.h>
 #include <signal.h>
 #include <stdatomic.h>
+#include <stdlib.h>
 #include <time.h>
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 #include "simd.h"
 #include "threads.h"
@@ -57,12 +54,8 @@ static struct {
     _Alignas(128) atomic_long pieces;
 } unfinished; /* of the loop */
 
-static struct {
-    _Alignas(128) atomic_int newest; /* the newest loop was OpenMP's, whose threads want the cores: helpers sleep */
-} eager;
-
 static uint32_t number;             /* of the loop; like the loop itself it belongs to the caller */
-static atomic_flag taken = ATOMIC_FLAG_INIT; /* there is one step at a time; another one does without helpers */
+static atomic_flag taken = ATOMIC_FLAG_INIT; /* there is one loop at a time; another one does without helpers */
 static int started;                 /* helpers, in seats 1 to `started` */
 static pthread_mutex_t mutex = PTHREAD_MUTEX_INITIALIZER; /* held around falling asleep */
 
@@ -74,7 +67,7 @@ static uint64_t nanoseconds(void) {
 
 /* Wait until the seat is called for another loop than `last`; returns its number. */
 static uint32_t await(struct seat *seat, uint32_t last, uint64_t patience) {
-    for (uint64_t end = nanoseconds() + patience; seat->called == last && !eager.newest && nanoseconds() < end;) {
+    for (uint64_t end = nanoseconds() + patience; seat->called == last && nanoseconds() < end;) {
 #ifdef __x86_64__
         __builtin_ia32_pause();
 #endif
@@ -136,14 +129,6 @@ static void start_helpers(long wanted) {
     pthread_sigmask(SIG_SETMASK, &before, NULL);
 }
 
-static int this_thread(void) {
-#ifdef _OPENMP
-    return omp_get_thread_num();
-#else
-    return 0;
-#endif
-}
-
 static int share(long count, long threads, piece_function *piece, const void *context) {
     if (started < threads - 1) start_helpers(threads - 1);
     uint32_t last = number++;
@@ -159,16 +144,50 @@ static int share(long count, long threads, piece_function *piece, const void *co
     return loop.failed;
 }
 
-/* ---- whose threads help ---- */
+int minillm_parallel(long count, long threads, piece_function *piece, const void *context) {
+    int any = 0;
+    threads = threads < count ? threads : count;
+    threads = threads < MAX_THREADS ? threads : MAX_THREADS;
+    if (threads > 1 && !atomic_flag_test_and_set(&taken)) {
+        any = share(count, threads, piece, context);
+        atomic_flag_clear(&taken);
+        return any;
+    }
+    for (long i = 0; i < count; i++) any |= piece(context, i, 0);
+    return any;
+}
 
-static _Thread_local enum { EAGER, HELPED, ALONE } mode;
-static _Thread_local long spinning; /* OpenMP threads that have helped this one and still look out for more */
-static int forked;
+/* ---- memory for the panels of a product ---- */
+
+/* Freed and had anew, megabytes go back to the system and come page by page: a quarter of a prompt's time. So one piece
+ * of them is kept, as large as was ever needed; who finds it lent gets another for the time being. */
+static struct {
+    void *memory;
+    size_t bytes;
+    atomic_flag lent;
+} kept = {.lent = ATOMIC_FLAG_INIT};
+
+void *minillm_borrow(size_t bytes) {
+    bytes = (bytes + 63) / 64 * 64;
+    if (atomic_flag_test_and_set(&kept.lent)) return aligned_alloc(64, bytes);
+    if (kept.bytes < bytes) {
+        free(kept.memory);
+        kept.memory = aligned_alloc(64, bytes);
+        kept.bytes = kept.memory ? bytes : 0;
+    }
+    if (!kept.memory) atomic_flag_clear(&kept.lent);
+    return kept.memory;
+}
+
+void minillm_give_back(void *memory) {
+    if (memory == kept.memory) atomic_flag_clear(&kept.lent);
+    else free(memory);
+}
 
 /* In the child of a fork there are no threads but the one that forked, whatever the others were doing. */
 static void forget_threads(void) {
     memset(seats, 0, sizeof seats);
-    number = 0, started = 0, spinning = 0, forked = 1;
+    number = 0, started = 0;
     pthread_mutex_init(&mutex, NULL);
     pthread_cond_init(&seats[0].wake, NULL);
     atomic_flag_clear(&taken);
@@ -179,52 +198,13 @@ __attribute__((constructor)) static void prepare(void) {
     pthread_atfork(NULL, NULL, forget_threads);
 }
 
-int minillm_parallel(long count, long threads, piece_function *piece, const void *context) {
-    int any = 0, alone = mode == ALONE || (mode == EAGER && forked); /* OpenMP would wait for its lost threads */
-    const long most = threads; /* PyTorch's loops before and after this one have as many, whatever `count` is */
-    threads = threads < count ? threads : count;
-    threads = threads < 1 || alone ? 1 : threads < MAX_THREADS ? threads : MAX_THREADS;
-    if (threads > 1 && mode == HELPED) return share(count, threads, piece, context);
-    if (threads > 1) spinning = most - 1, eager.newest = 1;
-#pragma omp parallel for num_threads((int)threads) if (threads > 1) schedule(static) reduction(| : any)
-    for (long i = 0; i < count; i++) any |= piece(context, i, this_thread());
-    return any;
-}
-
-/* With more threads than cores gcc's OpenMP lets those that wait sleep at once. The next team of the usual size loses
- * the additional thread, and spins as before. */
-static void let_openmp_sleep(void) {
-#ifdef _OPENMP
-    int cores = omp_get_num_procs();
-    if (2 * spinning + 1 > cores) { /* or there is room for them beside our helpers */
-#pragma omp parallel num_threads(cores + 1)
-        __asm__ volatile(""); /* an empty team would be left out */
-    }
-#endif
-    spinning = 0;
-}
-
-/* The calls of this thread from here on are a step without anything of PyTorch's in between: they get the helpers. */
-void minillm_begin_step(void) {
-    if (spinning) let_openmp_sleep();
-    eager.newest = 0;
-    mode = atomic_flag_test_and_set(&taken) ? ALONE : HELPED;
-}
-
-void minillm_end_step(void) {
-    if (mode == HELPED) atomic_flag_clear(&taken);
-    mode = EAGER;
-}
-
 CALL(replay, int64_t function, arguments;); /* a call of the tape: addresses */
 
 /* The calls of a whole step, one after the other. Returns 0, or what the first call that fails returns: the calls after
  * it are not made. */
 int minillm_replay(const struct replay_call *calls, int64_t count) {
-    int failure = 0, outermost = mode == EAGER;
-    if (outermost) minillm_begin_step();
+    int failure = 0;
     for (int64_t i = 0; i < count && !failure; i++)
         failure = ((int (*)(const void *))(uintptr_t)calls[i].function)((const void *)(uintptr_t)calls[i].arguments);
-    if (outermost) minillm_end_step();
     return failure;
 }

@@ -25,6 +25,15 @@ INLINE float exp_negative(float x) {
     return e * power;
 }
 
+enum { NO_GATE, SILU, GELU_TANH };
+
+/* Both activations are g times a sigmoid: 1 + tanh(z) = 2 sigmoid(2 z). */
+INLINE float gated(int gate, float g, float up) {
+    float z = gate == SILU ? g : 1.5957691216f * (g + 0.044715f * g * g * g);
+    float e = exp_negative(-fabsf(z)); /* in 0..1: nothing overflows */
+    return g * ((z < 0 ? e : 1.0f) / (1.0f + e)) * up;
+}
+
 /* Declares `struct NAME_call`, through which minillm_NAME takes its arguments (pointers as 64-bit integers: one packed
  * struct costs a Python caller half of what a list of arguments does), and exports the declaration as text, which
  * cpu/__init__.py compares with what it packs. */
