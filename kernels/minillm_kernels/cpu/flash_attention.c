@@ -96,7 +96,7 @@ INLINE const unit *keys_of(const struct flash *f, int pairs, int dtype, long bas
 /* The values there, turned: a row for each channel. Returns whether all of them are finite numbers. */
 INLINE int values_of(const struct flash *f, int pairs, int dtype, long base, long begin, long last, struct work *w) {
     const void *v = (const void *)(uintptr_t)f->c.v;
-    const long D = f->c.head_dim, per_unit = 1 + pairs, wide = (D + LANES - 1) / LANES * LANES;
+    const long D = f->c.head_dim, wide = (D + LANES - 1) / LANES * LANES;
     const uint16_t exponent = dtype == BFLOAT16 ? 0x7f80 : 0x7c00;
     int odd = 0;
     memset(w->lines, 0, sizeof(unit) * f->key_units * wide);
@@ -104,9 +104,11 @@ INLINE int values_of(const struct flash *f, int pairs, int dtype, long base, lon
         long start = base + (begin + n) % f->c.slots * D;
         if (dtype == FLOAT32) for (long d = 0; d < D; d++) odd |= !(fabsf(((const float *)v)[start + d]) < INFINITY);
         else for (long d = 0; d < D; d++) odd |= (((const uint16_t *)v)[start + d] & exponent) == exponent;
-        void *line = w->lines + n / per_unit * wide;
-        if (pairs) for (long d = 0; d < D; d++) ((uint16_t *)line)[2 * d + n % 2] = ((const uint16_t *)v)[start + d];
-        else for (long d = 0; d < D; d++) ((float *)line)[d] = read_value(v, start + d, dtype);
+        if (!pairs) for (long d = 0; d < D; d++) w->lines[n * wide + d] = read_value(v, start + d, dtype);
+        else { /* of an even position the low halves of units, of the one after it the high ones */
+            uint32_t __attribute__((may_alias)) *line = (void *)(w->lines + n / 2 * wide);
+            for (long d = 0; d < D; d++) line[d] |= (uint32_t)((const uint16_t *)v)[start + d] << n % 2 * 16;
+        }
     }
     for (long k = 0; k < f->key_units; k += LANES)
         for (long d = 0; d < wide; d += LANES)
@@ -119,17 +121,21 @@ INLINE int values_of(const struct flash *f, int pairs, int dtype, long base, lon
 INLINE void weigh(const struct flash *f, int pairs, long begin, struct work *w) {
     const struct flash_attention_call *c = &f->c;
     const long width = w->registers * LANES;
-    float largest[WIDTH], shrink[WIDTH];
+    float largest[WIDTH], shrink[WIDTH], position[WIDTH], oldest[WIDTH]; /* copies: nothing else can lie there */
     memcpy(largest, w->largest, sizeof largest);
+    memcpy(position, w->position, sizeof position);
+    memcpy(oldest, w->oldest, sizeof oldest);
+    int some = 0; /* whether a query does not see all of the block */
+    for (long i = 0; i < width; i++) some |= (float)(begin + KEYS - 1) > position[i] || (float)begin < oldest[i];
     for (long n = 0; n < KEYS; n++) {
         float *row = w->scores + n * WIDTH, place = (float)(begin + n);
         for (long i = 0; i < width; i++) row[i] *= (float)c->scale;
-        if (c->softcap > 0) for (long i = 0; i < width; i++) {
-            float e = exp_negative(-2 * fabsf(row[i] / (float)c->softcap)); /* tanh |z| = (1 - e^-2|z|) / (1 + e^-2|z|) */
+        if (c->softcap > 0) for (long i = 0; i < width; i++) { /* tanh |z| = (1 - e^-2|z|) / (1 + e^-2|z|) */
+            float e = exp_negative(-2 * fabsf(row[i] / (float)c->softcap));
             row[i] = copysignf((float)c->softcap * ((1 - e) / (1 + e)), row[i]);
         }
         if (c->slopes) for (long i = 0; i < width; i++) row[i] += w->slope[i] * (place - w->position[i]);
-        for (long i = 0; i < width; i++) row[i] = place <= w->position[i] && place >= w->oldest[i] ? row[i] : -INFINITY;
+        if (some) for (long i = 0; i < width; i++) row[i] = place <= position[i] && place >= oldest[i] ? row[i] : -INFINITY;
         for (long i = 0; i < width; i++) largest[i] = row[i] > largest[i] ? row[i] : largest[i];
     }
     int grown = 0;
@@ -147,7 +153,11 @@ INLINE void weigh(const struct flash *f, int pairs, long begin, struct work *w) 
         for (long i = 0; i < width; i++) row[i] = row[i] == -INFINITY ? 0 : exp_negative(row[i] - largest[i]);
         for (long i = 0; i < width; i++) w->total[i] += row[i];
         if (!pairs) memcpy(w->weights + n * width, row, sizeof(float) * width);
-        else for (long i = 0; i < width; i++) ((uint16_t *)w->weights)[n / 2 * 2 * width + 2 * i + n % 2] = float_to_bf16(row[i]);
+    }
+    for (long n = 0; pairs && n < KEYS; n += 2) {
+        uint32_t __attribute__((may_alias)) *to = (void *)(w->weights + n / 2 * width);
+        const float *even = w->scores + n * WIDTH, *odd = even + WIDTH;
+        for (long i = 0; i < width; i++) to[i] = float_to_bf16(even[i]) | (uint32_t)float_to_bf16(odd[i]) << 16;
     }
 }
 
