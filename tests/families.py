@@ -59,6 +59,11 @@ class Family:
         return config
 
     @property
+    def nested(self) -> bool:
+        """A vision tower stands beside the decoder."""
+        return "text_config" in self.config
+
+    @property
     def text_config(self) -> dict:
         return self.config.get("text_config", self.config)
 
@@ -68,7 +73,41 @@ def _family(name: str, architecture: str, model_type: str, keys: dict, features:
     return Family(name, {k: v for k, v in config.items() if v is not _ABSENT}, features)
 
 
+def _nested(name: str, architecture: str, text: dict, outer: dict, features: dict) -> Family:
+    """A text model inside a multimodal file."""
+    text = {k: v for k, v in (_BASE | text).items() if k not in ("tie_word_embeddings", "torch_dtype")}
+    config = {"architectures": [architecture], "torch_dtype": "float32", "text_config": text, **outer}
+    return Family(name, config, {feature: {"text_config": change} for feature, change in features.items()})
+
+
 _ABSENT = object()
+_PIXTRAL = {
+    "model_type": "mistral3",
+    "image_token_index": 122,
+    "spatial_merge_size": 2,
+    "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+}
+_MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": 256,
+    "max_position_embeddings": 512,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -386,6 +425,128 @@ _FAMILIES = [
         "olmo2",
         {"num_key_value_heads": 3, "head_dim": 12, "rope_theta": 500.0, "hidden_act": "silu"},
         {"base": {"rope_theta": 10000.0}, "eps": {"rms_norm_eps": 0.04}},
+    ),
+    _family(
+        "ministral",
+        "MinistralForCausalLM",
+        "ministral",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 12,
+            "rope_theta": 100.0,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "hidden_act": "silu",
+        },
+        {"window": {"sliding_window": 11}, "layers": {"layer_types": ["full_attention"] * 3}},
+    ),
+    _family(
+        "ministral3",  # queries grow with their position beyond 256; within it nothing shows
+        "Ministral3ForCausalLM",
+        "ministral3",
+        {"head_dim": 12, "rope_parameters": _MINISTRAL3_ROPE, "hidden_act": "silu", "tie_word_embeddings": True},
+        {"factor": {"rope_parameters": {"factor": 8.0}}, "beta": {"rope_parameters": {"beta_slow": 6.0}}},
+    ),
+    _nested(
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        {"model_type": "mistral", "head_dim": 12, "rope_theta": 1000.0, "sliding_window": None, "hidden_act": "silu"},
+        _PIXTRAL | {"tie_word_embeddings": False},
+        {"base": {"rope_theta": 100.0}},
+    ),
+    _nested(
+        "mistral3-tied",  # and with the newer text model; the outer config says that the head is tied
+        "Mistral3ForConditionalGeneration",
+        {"model_type": "ministral3", "head_dim": 12, "rope_parameters": _MINISTRAL3_ROPE, "hidden_act": "silu"},
+        _PIXTRAL | {"tie_word_embeddings": True},
+        {"factor": {"rope_parameters": _MINISTRAL3_ROPE | {"factor": 8.0}}},
+    ),
+    _nested(
+        "qwen3-vl",
+        "Qwen3VLForConditionalGeneration",
+        {
+            "model_type": "qwen3_vl_text",
+            "head_dim": 20,
+            "num_key_value_heads": 3,
+            "rope_theta": 1000.0,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 3, 3], "rope_type": "default"},
+            "hidden_act": "silu",
+            "attention_bias": True,
+        },
+        {
+            "model_type": "qwen3_vl",
+            "tie_word_embeddings": True,
+            "image_token_id": 124,
+            "video_token_id": 125,
+            "vision_start_token_id": 126,
+            "vision_end_token_id": 127,
+            "vision_config": {
+                "model_type": "qwen3_vl",
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 48,
+                "num_position_embeddings": 4,
+                "deepstack_visual_indexes": [0],
+            },
+        },
+        {"base": {"rope_theta": 100.0}},
+    ),
+    _family(
+        "olmo3",
+        "Olmo3ForCausalLM",
+        "olmo3",
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 3,
+            "rope_theta": 500000.0,  # of both kinds of layer, whatever the older spelling says of one
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+                "attention_factor": 1.2,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+            },
+            "sliding_window": 9,
+            "hidden_act": "silu",
+        },
+        {
+            "scaling": {"rope_scaling": {"factor": 2.0}},
+            "window": {"sliding_window": 11},
+            "layers": {"layer_types": ["sliding_attention"] * 4},
+        },
+    ),
+    _family(
+        "seed_oss",  # as published: biases on q, k and v only
+        "SeedOssForCausalLM",
+        "seed_oss",
+        {"head_dim": 12, "attention_bias": True, "attention_out_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+        | {"rope_theta": 1000.0, "rope_scaling": {"rope_type": "default"}, "residual_dropout": 0.1},
+        {"base": {"rope_theta": 100.0}},
+    ),
+    _family(
+        "seed_oss-biased",
+        "SeedOssForCausalLM",
+        "seed_oss",
+        {"head_dim": 12, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True, "hidden_act": "silu"},
+        {"eps": {"rms_norm_eps": 0.04}},
+    ),
+    _family(
+        "cwm",
+        "CwmForCausalLM",
+        "cwm",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 12,
+            "rope_theta": 1000.0,
+            "rope_scaling": _LLAMA3,
+            "sliding_window": 9,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"],
+            "hidden_act": "silu",
+        },
+        {"window": {"sliding_window": 11}, "scaling": {"rope_scaling": {"factor": 32.0}}},
     ),
 ]
 FAMILIES = {family.name: family for family in _FAMILIES}

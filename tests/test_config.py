@@ -21,10 +21,8 @@ CONFIGS = PUBLISHED | {f"tiny {name}": family.config for name, family in FAMILIE
 
 def windows_of(reference) -> list[int | None]:
     """The window of each layer as transformers' modelling code uses it."""
-    if reference.model_type in ("llama", "gemma", "olmo2"):
-        return [None] * reference.num_hidden_layers
-    if reference.model_type in ("mistral", "phi3"):
-        return [reference.sliding_window] * reference.num_hidden_layers
+    if getattr(reference, "layer_types", None) is None:  # then all layers are alike
+        return [getattr(reference, "sliding_window", None)] * reference.num_hidden_layers
     return [reference.sliding_window if t == "sliding_attention" else None for t in reference.layer_types]
 
 
@@ -51,7 +49,7 @@ def test_agrees_with_transformers(name):
     assert ours.head_dim == head_dim
     assert len(ours.layers) == theirs.num_hidden_layers
     assert ours.norm.eps == theirs.rms_norm_eps
-    assert ours.tie_word_embeddings == bool(theirs.tie_word_embeddings)
+    assert ours.tie_word_embeddings == bool(full.tie_word_embeddings)
     if "bos_token_id" in raw.get("text_config", raw):
         assert ours.bos_token_id == theirs.bos_token_id
     stated = [raw.get("eos_token_id"), raw.get("text_config", {}).get("eos_token_id")]  # union of sources
@@ -117,6 +115,10 @@ REJECTED = [
     # (a change to the llama recipe, what the message must name)
     ({"model_type": "mamba"}, "mamba"),
     ({"model_type": None}, "model_type"),
+    ({"model_type": "qwen3_moe"}, "mixture of experts"),
+    ({"model_type": "mamba2"}, "recurrent state"),
+    ({"model_type": "gemma3n_text"}, "between layers"),
+    ({"model_type": "t5"}, "encoder"),
     ({"num_experts": 8}, "num_experts"),
     ({"logit_scale": 0.0625}, "logit_scale"),
     ({"hidden_act": "relu"}, "relu"),
@@ -184,6 +186,28 @@ REJECTED = [
 def test_bad_or_unknown_values_are_errors_that_name_them(change, named):
     raw = LLAMA | change
     with pytest.raises(ConfigError, match=named):
+        parse_config(raw)
+
+
+def test_queries_that_grow_with_their_position_are_not_computed_and_never_reached():
+    config = parse_config(FAMILIES["ministral3"].config)
+    assert config.max_positions == 256  # of 512
+    plain = FAMILIES["ministral3"].with_changes({"rope_parameters": {"llama_4_scaling_beta": 0.0}})
+    assert parse_config(plain).max_positions == 512
+
+
+def test_a_head_that_the_outer_file_ties_is_tied():
+    raw = FAMILIES["mistral3"].config
+    assert not parse_config(raw).tie_word_embeddings
+    assert parse_config(raw | {"tie_word_embeddings": True}).tie_word_embeddings
+    text = raw["text_config"] | {"tie_word_embeddings": True}
+    assert not parse_config(raw | {"text_config": text}).tie_word_embeddings
+    assert parse_config({k: v for k, v in raw.items() if "tie" not in k} | {"text_config": text}).tie_word_embeddings
+
+
+def test_layers_that_must_be_listed_are_not_guessed():
+    raw = {key: value for key, value in FAMILIES["cwm"].config.items() if key != "layer_types"}
+    with pytest.raises(ConfigError, match="layer_types"):
         parse_config(raw)
 
 

@@ -61,7 +61,7 @@ def test_every_weight_moves_the_logits(name, checkpoint):
     model = load_reference(checkpoint(name))
     plain = reference_logits(model, PROMPT)
     for parameter_name, parameter in model.named_parameters():
-        if "vision" in parameter_name or "projector" in parameter_name:
+        if any(part in parameter_name for part in ("vision", "visual", "projector")):
             continue
         kept = parameter.detach().clone()
         with torch.no_grad():

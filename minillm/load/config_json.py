@@ -12,7 +12,7 @@ from typing import Any
 
 from minillm.config import LayerSpec, ModelConfig, NormSpec, RopeSpec
 from minillm.errors import CheckpointError, ConfigError, RequestError, shown
-from minillm.load.families import FAMILIES, HARMLESS, NEUTRAL, Family
+from minillm.load.families import FAMILIES, HARMLESS, NEUTRAL, REFUSED, Family
 from minillm.load.files import read_json
 from minillm.options import DTYPES, QUANTIZED_FORMATS, GenerationConfig
 
@@ -21,6 +21,8 @@ from minillm.options import DTYPES, QUANTIZED_FORMATS, GenerationConfig
 _LARGEST = 2**24
 _MOST_LAYERS = 1024
 _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")  # Phi-3's first name of longrope
+# RoPE parameters that say nothing of text: one position for all three axes of an image, and what `_read` looks at.
+_MULTIMODAL = ("mrope_section", "mrope_interleaved", "llama_4_scaling_beta", "max_position_embeddings")
 
 
 def load_config(folder: str | Path, strict: bool = True) -> ModelConfig:
@@ -48,6 +50,11 @@ def parse_config(raw: dict[str, Any], strict: bool = True) -> ModelConfig:
         ids = [*token_ids(text.get("eos_token_id"), "text_config.eos_token_id")]
         ids += token_ids(raw.get("eos_token_id"), "eos_token_id")
         text["eos_token_id"] = list(dict.fromkeys(ids))
+        if raw.get("tie_word_embeddings") is not None:
+            text["tie_word_embeddings"] = raw["tie_word_embeddings"]  # the head belongs to the outer model
+    for why, names in REFUSED.items():
+        if text.get("model_type") in names.split():
+            raise ConfigError(f"config.json: model_type {text['model_type']!r} {why}")
     model_type = _Reader(text, {}).one_of(FAMILIES, "model_type")
     family = FAMILIES[model_type]
     reader = _Reader(text, family.defaults)
@@ -89,6 +96,10 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
     # Files of these kinds may state the unstretched length; Gemma 3's state the stretched one.
     if ropes[0].kind in ("linear", "dynamic", "yarn") and not family.local_rope:
         max_positions = max(max_positions, int(ropes[0].original_length * ropes[0].factor))
+    scaling = reader.table("rope_parameters") or reader.table("rope_scaling") or {}
+    if scaling.get("llama_4_scaling_beta"):
+        # Queries grow with their position beyond the original length, and are what they are within it.
+        max_positions = ropes[0].original_length
     scalar = reader.number("query_pre_attn_scalar", default=head_dim) if family.softcaps else head_dim
     softcap = reader.number("attn_logit_softcapping", optional=True) if family.softcaps else None
     layers = [
@@ -96,7 +107,10 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         for window in _windows(reader, family, num_layers)
     ]
     dtypes = {prefix + name: name for prefix in ("", "torch.") for name in DTYPES}
-    bias = family.bias_keys and reader.flag("attention_bias")
+
+    def bias(of: bool | str) -> bool:
+        return reader.flag(of) if isinstance(of, str) else of
+
     return ModelConfig(
         family=model_type,
         vocab_size=reader.integer("vocab_size"),
@@ -112,9 +126,9 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         pre_norm=family.pre_norm,
         post_norm=family.post_norm,
         qk_norm=family.qk_norm,
-        qkv_bias=family.qkv_bias or bias,
-        output_bias=bias,
-        mlp_bias=family.mlp_bias_key and reader.flag("mlp_bias"),
+        qkv_bias=bias(family.qkv_bias),
+        output_bias=bias(family.output_bias),
+        mlp_bias=bias(family.mlp_bias),
         activation=_activation(reader, family),
         embedding_scale=hidden_size**0.5 if family.scaled_embedding else 1.0,
         final_softcap=reader.number("final_logit_softcapping", optional=True) if family.softcaps else None,
@@ -136,7 +150,7 @@ def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | N
     if family.windows == "from_layer" and not reader.flag("use_sliding_window"):
         window = None
     names = reader.get("layer_types")
-    if names is None:
+    if names is None and family.windows != "listed":
         slides = {
             "none": lambda layer: False,
             "all": lambda layer: True,
@@ -156,12 +170,12 @@ def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | N
 
 
 def _ropes(reader: "_Reader", family: Family, head_dim: int, max_positions: int) -> tuple[RopeSpec, ...]:
-    """The rotary tables: one, or (global, local) for Gemma 3."""
+    """The rotary tables: one, or (global, local) where sliding layers have their own."""
     original = reader.integer("original_max_position_embeddings", optional=True)
     theta = reader.number("rope_theta", default=1e4)
     partial = reader.number("partial_rotary_factor", default=1.0)
     common = dict(rope_theta=theta, partial_rotary_factor=partial, original_max_position_embeddings=original)
-    local = common | dict(rope_theta=reader.number("rope_local_base_freq", default=1e4))
+    local = common | dict(rope_theta=reader.number("rope_local_base_freq", default=theta))
     scaling, newer = reader.table("rope_scaling"), reader.table("rope_parameters")
     if newer is None:
         tables = [common | (scaling or {}), local]
@@ -191,6 +205,7 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
     original = values.integer("original_max_position_embeddings", default=max_positions, minimum=2)
     # A file that stretches the context without saying how far means max / original.
     factors = {"default": 1.0, "yarn": max_positions / original, "longrope": max_positions / original}
+    values.seen.update(_MULTIMODAL)
     lists = {}
     for name in ("short_factor", "long_factor"):
         entries = values.get(name)

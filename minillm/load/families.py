@@ -13,15 +13,16 @@ class Family:
     """One supported `model_type`: the deltas from plain Llama, and what its files may leave out."""
 
     defaults: dict[str, Any] = field(default_factory=dict)
-    windows: str = "none"  # none | all | from_layer (Qwen) | pattern (Gemma)
+    windows: str = "none"  # none | all | from_layer (Qwen) | pattern (Gemma) | listed (in `layer_types` only)
     norm_offset: float = 0.0
     norm_in_fp32: bool = False
     pre_norm: bool = True
     post_norm: bool = False
     qk_norm: str | None = None
-    bias_keys: bool = False  # obeys attention_bias in the file
-    mlp_bias_key: bool = False  # and mlp_bias
-    qkv_bias: bool = False
+    # A bias on all of them, on none, or as the flag of this name in the file says.
+    qkv_bias: bool | str = False
+    output_bias: bool | str = False
+    mlp_bias: bool | str = False
     scaled_embedding: bool = False
     gelu_means_tanh: bool = False
     local_rope: bool = False  # sliding layers have a rotary table of their own
@@ -29,14 +30,24 @@ class Family:
     fused: bool = False
 
 
-_OLMO2 = dict(rms_norm_eps=1e-5, max_position_embeddings=2048)
+_ATTENTION_BIAS = dict(qkv_bias="attention_bias", output_bias="attention_bias")
+_MISTRAL = Family(dict(sliding_window=4096, num_key_value_heads=8, max_position_embeddings=131072), windows="all")
+_OLMO2 = Family(
+    dict(rms_norm_eps=1e-5, max_position_embeddings=2048),
+    norm_in_fp32=True,
+    pre_norm=False,
+    post_norm=True,
+    qk_norm="full",
+    **_ATTENTION_BIAS,
+)
 _PHI3 = dict(rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096)
 _QWEN = dict(max_position_embeddings=32768, sliding_window=4096, max_window_layers=28)
+_QWEN3 = Family(_QWEN | dict(head_dim=128), windows="from_layer", qk_norm="head", **_ATTENTION_BIAS)
 _GEMMA = Family(
     dict(head_dim=256, tie_word_embeddings=True, max_position_embeddings=8192, hidden_act="gelu_pytorch_tanh"),
     norm_offset=1.0,
     norm_in_fp32=True,
-    bias_keys=True,
+    **_ATTENTION_BIAS,
     scaled_embedding=True,
     gelu_means_tanh=True,
 )
@@ -55,6 +66,7 @@ _GEMMA3 = replace(
     defaults=_GEMMA2.defaults
     | dict(vocab_size=262208, hidden_size=2304, intermediate_size=9216, num_hidden_layers=26)
     | dict(num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=131072, rope_theta=1e6)
+    | dict(rope_local_base_freq=1e4)
     | dict(sliding_window_pattern=6, attn_logit_softcapping=None, final_logit_softcapping=None),
     qk_norm="head",
     local_rope=True,
@@ -62,15 +74,48 @@ _GEMMA3 = replace(
 
 FAMILIES: dict[str, Family] = {
     # Llama 1-3.3, TinyLlama, SmolLM2 and Yi all call themselves "llama".
-    "llama": Family(dict(max_position_embeddings=2048), bias_keys=True, mlp_bias_key=True),
-    "mistral": Family(dict(sliding_window=4096, num_key_value_heads=8, max_position_embeddings=131072), windows="all"),
+    "llama": Family(dict(max_position_embeddings=2048), mlp_bias="mlp_bias", **_ATTENTION_BIAS),
+    "mistral": _MISTRAL,
+    "ministral": _MISTRAL,
+    "ministral3": replace(_MISTRAL, defaults=dict(rms_norm_eps=1e-5, head_dim=128, num_key_value_heads=8)),
     "qwen2": Family(_QWEN, windows="from_layer", qkv_bias=True),
-    "qwen3": Family(_QWEN | dict(head_dim=128), windows="from_layer", qk_norm="head", bias_keys=True),
+    "qwen3": _QWEN3,
+    "qwen3_vl_text": _QWEN3,
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA3,
     "phi3": Family(_PHI3, windows="all", fused=True),
-    "olmo2": Family(_OLMO2, norm_in_fp32=True, pre_norm=False, post_norm=True, qk_norm="full", bias_keys=True),
+    "olmo2": _OLMO2,
+    "olmo3": replace(
+        _OLMO2,
+        defaults=_OLMO2.defaults | dict(sliding_window=4096, sliding_window_pattern=4, rope_theta=5e5),
+        windows="pattern",
+        local_rope=True,
+    ),
+    "seed_oss": Family(
+        dict(attention_bias=True, head_dim=128),
+        qkv_bias="attention_bias",
+        output_bias="attention_out_bias",
+        mlp_bias="mlp_bias",
+    ),
+    "cwm": Family(dict(rms_norm_eps=1e-5, head_dim=128, sliding_window=8192), windows="listed"),
+}
+
+# What other decoders need that this one does not have; a `model_type` is refused with the sentence it stands under.
+REFUSED = {
+    "is a mixture of experts: which weights a token reads depends on the token, and this decoder reads all of them": """
+        mixtral qwen2_moe qwen3_moe qwen3_vl_moe qwen3_vl_moe_text gpt_oss granitemoe granitemoeshared olmoe phimoe dbrx
+        deepseek_v2 deepseek_v3 deepseek_v32 deepseek_v4 glm4_moe ernie4_5_moe minimax minimax_m2 dots1 exaone_moe
+        hunyuan_v1_moe llama4 llama4_text flex_olmo solar_open mistral4 longcat_flash cohere2_moe
+    """,
+    "keeps a recurrent state beside keys and values, which cannot be rolled back as this cache is": """
+        mamba mamba2 jamba bamba falcon_h1 falcon_mamba zamba zamba2 nemotron_h rwkv recurrent_gemma lfm2 lfm2_moe
+        qwen3_next qwen3_5 qwen3_5_text qwen3_5_moe kimi_linear olmo_hybrid xlstm
+    """,
+    "shares keys and values between layers, or has heads of another size in each, where this cache has one of each": """
+        gemma3n gemma3n_text gemma4 gemma4_text
+    """,
+    "is not a decoder alone: this runtime has no encoder": "t5 mt5 umt5 bart t5gemma bert roberta modernbert whisper",
 }
 
 # Keys that never change a forward pass. Anything else unread is an error (or, with strict=False, let by).
@@ -81,7 +126,7 @@ HARMLESS = frozenset(
     pad_token_id sep_token_id decoder_start_token_id output_attentions output_hidden_states return_dict
     chunk_size_feed_forward is_encoder_decoder is_decoder id2label label2id problem_type torchscript
     attn_implementation _attn_implementation _attn_implementation_autoset max_sequence_length is_llama_config
-    transformers.js_config unsloth_fixed unsloth_version torch_dtype
+    transformers.js_config unsloth_fixed unsloth_version torch_dtype residual_dropout
     """.split()
 )
 
@@ -97,6 +142,7 @@ NEUTRAL: dict[str, Any] = {
     "final_logit_softcapping": None,
     "use_sliding_window": False,
     "use_mrope": False,  # multimodal positions
+    "attention_out_bias": False,
     "full_attn_mod": 1,  # Phi-4-mini's files
     "interpolate_factor": 1,
 }
