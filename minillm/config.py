@@ -13,7 +13,7 @@ class RopeSpec:
 
     theta: float  # base of the geometric series of wavelengths
     dim: int  # how many of a head's channels rotate: even, <= head_dim (partial rotary)
-    kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope
+    kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope | none: nothing turns
     factor: float = 1.0  # how far the context is stretched
     original_length: int = 0  # positions the model was trained on before stretching
     low_freq_factor: float = 1.0  # llama3: wavelengths longer than length / low are divided by factor
@@ -74,10 +74,11 @@ class ModelConfig:
     output_bias: bool
     mlp_bias: bool
     activation: str  # "silu" | "gelu_tanh"
-    embedding_scale: float  # embeddings are multiplied by this, rounded to the model's dtype
+    embedding_scale: float  # embeddings are multiplied by this,
+    rounded_scale: bool  # rounded to the model's dtype (Gemma) or not
+    logit_scale: float  # and logits by this
     final_softcap: float | None
     tie_word_embeddings: bool  # the head reads the embedding matrix
-    fused_tensors: bool  # the file itself holds qkv_proj and gate_up_proj (Phi-3)
     nested: bool  # the decoder is the text half of a larger checkpoint (`text_config`)
     quantization: str | None  # the file holds quantized matrices: "int8", "int4-g64", ... (`minillm quantize`)
     quantized_head: bool  # and an int8 head

@@ -161,7 +161,8 @@ class Decoder(nn.Module):
         self.config, self.backend = config, backend
         self.moves = 0  # how often all weights were moved or cast at once
         # Gemma multiplies by sqrt(d) rounded to the model's dtype, and was trained with that rounding.
-        self.embedding_scale = torch.tensor(config.embedding_scale, dtype=dtype, device="cpu").item()
+        scale = torch.tensor(config.embedding_scale, dtype=dtype, device="cpu").item()
+        self.embedding_scale = scale if config.rounded_scale else config.embedding_scale
         # from_pretrained: the plain constructor draws random weights, which on a meta device imports half of torch.
         embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
         self.embedding = nn.Embedding.from_pretrained(embedding, freeze=False)
@@ -217,7 +218,8 @@ class Decoder(nn.Module):
 
     def finish(self, logits: Tensor) -> Tensor:
         """What a family does to its logits `[..., V]` float32 at the very end."""
-        cap = self.config.final_softcap
+        cap, scale = self.config.final_softcap, self.config.logit_scale
+        logits = logits if scale == 1.0 else logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property

@@ -132,4 +132,86 @@ SIZES = {
         ),
         32.6,
     ),
+    "SmolLM3-3B": (
+        _file(
+            "SmolLM3ForCausalLM", "smollm3",
+            **_sizes(2048, 11008, 36, 16, 4, 128256, max_position_embeddings=65536, rms_norm_eps=1e-06),
+            attention_bias=False, mlp_bias=False, no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0] * 9,
+            layer_types=["full_attention"] * 36, rope_scaling=None, rope_theta=5000000.0, sliding_window=None,
+            use_sliding_window=False, max_window_layers=28, pretraining_tp=2, tie_word_embeddings=True,
+            bos_token_id=128000, eos_token_id=128012,
+        ),
+        3.08,
+    ),
+    "EXAONE-4.0-1.2B": (
+        _file(
+            "Exaone4ForCausalLM", "exaone4",
+            **_sizes(2048, 4096, 30, 32, 8, 102400, max_position_embeddings=65536, rms_norm_eps=1e-05, head_dim=64),
+            attention_dropout=0.0, layer_types=["full_attention"] * 30, rope_theta=1000000, sliding_window=None,
+            sliding_window_pattern=None, tie_word_embeddings=True, bos_token_id=1, eos_token_id=361, pad_token_id=0,
+            rope_scaling={
+                "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+        ),
+        1.28,
+    ),
+    "EXAONE-4.0-32B": (
+        _file(
+            "Exaone4ForCausalLM", "exaone4",
+            **_sizes(5120, 27392, 64, 40, 8, 102400, max_position_embeddings=131072, rms_norm_eps=1e-05, head_dim=128),
+            layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 16, rope_theta=1000000,
+            sliding_window=4096, sliding_window_pattern="LLLG", tie_word_embeddings=False,
+            rope_scaling={
+                "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+        ),
+        32.0,
+    ),
+    "granite-3.3-2b-instruct": (
+        _file(
+            "GraniteForCausalLM", "granite",
+            **_sizes(2048, 8192, 40, 32, 8, 49159, max_position_embeddings=131072, rms_norm_eps=1e-05),
+            attention_bias=False, mlp_bias=False, attention_multiplier=0.015625, embedding_multiplier=12.0,
+            logits_scaling=8.0, residual_multiplier=0.22, rope_scaling=None, rope_theta=10000000.0,
+            tie_word_embeddings=True,
+        ),
+        2.53,
+    ),
+    "GLM-4-9B-0414": (
+        _file(
+            "Glm4ForCausalLM", "glm4",
+            **_sizes(4096, 13696, 40, 32, 2, 151552, max_position_embeddings=32768, rms_norm_eps=1e-05, head_dim=128),
+            attention_bias=True, attention_dropout=0.0, partial_rotary_factor=0.5, rope_theta=10000.0,
+            tie_word_embeddings=False, eos_token_id=[151329, 151336, 151338], pad_token_id=151329,
+        ),
+        9.40,
+    ),
+    "glm-4-9b-chat-hf": (
+        _file(
+            "GlmForCausalLM", "glm",
+            **_sizes(
+                4096, 13696, 40, 32, 2, 151552, max_position_embeddings=131072, rms_norm_eps=1.5625e-07, head_dim=128
+            ),
+            attention_bias=True, partial_rotary_factor=0.5, rope_theta=10000.0, tie_word_embeddings=False,
+        ),
+        9.40,
+    ),
+    "ERNIE-4.5-0.3B-PT": (
+        _file(
+            "Ernie4_5ForCausalLM", "ernie4_5",
+            **_sizes(1024, 3072, 18, 16, 2, 103424, max_position_embeddings=131072, rms_norm_eps=1e-05, head_dim=128),
+            rope_scaling=None, rope_theta=500000.0, tie_word_embeddings=True, use_bias=False,
+        ),
+        0.36,
+    ),
+    "helium-1-2b": (
+        _file(
+            "HeliumForCausalLM", "helium",
+            **_sizes(2048, 8192, 28, 16, 8, 64000, max_position_embeddings=4096, rms_norm_eps=1e-08, head_dim=128),
+            attention_bias=False, mlp_bias=False, rope_theta=20000.0, tie_word_embeddings=False,
+        ),
+        2.02,
+    ),
 }  # fmt: skip

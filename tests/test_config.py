@@ -42,13 +42,15 @@ def test_agrees_with_transformers(name):
 
     assert ours.vocab_size == theirs.vocab_size
     assert ours.hidden_size == theirs.hidden_size
-    assert ours.intermediate_size == theirs.intermediate_size
+    inner = getattr(theirs, "shared_intermediate_size", None) or theirs.intermediate_size
+    assert ours.intermediate_size == inner
     assert ours.num_heads == theirs.num_attention_heads
     assert ours.num_kv_heads == theirs.num_key_value_heads
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert ours.head_dim == head_dim
     assert len(ours.layers) == theirs.num_hidden_layers
-    assert ours.norm.eps == theirs.rms_norm_eps
+    residual = getattr(theirs, "residual_multiplier", 1.0)  # Granite's, divided out of stream and eps
+    assert ours.norm.eps == theirs.rms_norm_eps / residual**2
     assert ours.tie_word_embeddings == bool(full.tie_word_embeddings)
     if "bos_token_id" in raw.get("text_config", raw):
         assert ours.bos_token_id == theirs.bos_token_id
@@ -61,12 +63,14 @@ def test_agrees_with_transformers(name):
 
     assert [layer.window for layer in ours.layers] == windows_of(theirs)
     scalar = getattr(theirs, "query_pre_attn_scalar", None) or head_dim
-    assert {layer.query_scale for layer in ours.layers} == {scalar**-0.5}
+    assert {layer.query_scale for layer in ours.layers} == {getattr(theirs, "attention_multiplier", scalar**-0.5)}
     assert {layer.softcap for layer in ours.layers} == {getattr(theirs, "attn_logit_softcapping", None)}
     assert ours.final_softcap == getattr(theirs, "final_logit_softcapping", None)
 
     for layer, rope in zip(ours.layers, rope_parameters_of(theirs), strict=True):
         spec = ours.ropes[layer.rope]
+        if spec.kind == "none":
+            continue
         assert spec.theta == rope["rope_theta"]
         assert spec.kind == rope["rope_type"]
         assert spec.dim == int(head_dim * rope.get("partial_rotary_factor", 1.0))
@@ -203,6 +207,35 @@ def test_a_head_that_the_outer_file_ties_is_tied():
     text = raw["text_config"] | {"tie_word_embeddings": True}
     assert not parse_config(raw | {"text_config": text}).tie_word_embeddings
     assert parse_config({k: v for k, v in raw.items() if "tie" not in k} | {"text_config": text}).tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smollm3", [True, False, True, True]),
+        ("smollm3-interval", [True, False]),
+        ("exaone4", [True, True, False, True]),
+        ("exaone4-full", [True, True]),
+        ("granite4", [True, True]),
+        ("granite4-nope", [False, False]),
+    ],
+)
+def test_which_layers_rotate(name, expected):
+    config = parse_config(FAMILIES[name].config)
+    assert [config.ropes[layer.rope].kind != "none" for layer in config.layers] == expected
+
+
+@pytest.mark.parametrize("listed", [[1], [1, 0, 2, 1], "1011", [1, 0, None, 1]])
+def test_no_rope_layers_that_do_not_fit(listed):
+    with pytest.raises(ConfigError, match="no_rope_layers"):
+        parse_config(FAMILIES["smollm3"].config | {"no_rope_layers": listed})
+
+
+def test_an_error_names_the_key_as_the_file_spells_it():
+    with pytest.raises(ConfigError, match="shared_intermediate_size"):
+        parse_config(FAMILIES["granite4"].config | {"shared_intermediate_size": -1})
+    with pytest.raises(ConfigError, match="num_local_experts"):
+        parse_config(FAMILIES["granite4"].config | {"num_local_experts": 8})
 
 
 def test_layers_that_must_be_listed_are_not_guessed():

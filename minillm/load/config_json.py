@@ -57,7 +57,7 @@ def parse_config(raw: dict[str, Any], strict: bool = True) -> ModelConfig:
             raise ConfigError(f"config.json: model_type {text['model_type']!r} {why}")
     model_type = _Reader(text, {}).one_of(FAMILIES, "model_type")
     family = FAMILIES[model_type]
-    reader = _Reader(text, family.defaults)
+    reader = _Reader(text, family.defaults, spelled=family.spelled)
     config = _read(reader, model_type, family, nested)
     unread = sorted(set(text) - reader.seen - HARMLESS)
     for key in [key for key in unread if key in NEUTRAL]:
@@ -102,9 +102,27 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         max_positions = ropes[0].original_length
     scalar = reader.number("query_pre_attn_scalar", default=head_dim) if family.softcaps else head_dim
     softcap = reader.number("attn_logit_softcapping", optional=True) if family.softcaps else None
+    scale, embedding_scale = scalar**-0.5, hidden_size**0.5 if family.scaled_embedding else 1.0
+    eps, logit_scale = reader.number("rms_norm_eps", default=1e-6), 1.0
+    if family.multipliers:
+        # x + m f(norm(x)), layer after layer, is m times what y + f(norm(y)) makes of x / m; and the norm of m y with
+        # eps is the norm of y with eps / m^2. So m costs nothing.
+        residual = reader.number("residual_multiplier", default=1.0)
+        embedding_scale, eps = reader.number("embedding_multiplier", default=1.0) / residual, eps / residual**2
+        scale = reader.number("attention_multiplier", default=1.0)
+        logit_scale = 1 / reader.number("logits_scaling", default=1.0)
+    windows = _windows(reader, family, num_layers)
+    rotates = _rotates(reader, family, windows)
+    if not all(rotates):
+        ropes = (*ropes, RopeSpec(theta=1e4, dim=2, kind="none"))
     layers = [
-        LayerSpec(window, rope=1 if family.local_rope and window else 0, query_scale=scalar**-0.5, softcap=softcap)
-        for window in _windows(reader, family, num_layers)
+        LayerSpec(
+            window,
+            rope=len(ropes) - 1 if not rotated else 1 if family.local_rope and window else 0,
+            query_scale=scale,
+            softcap=softcap,
+        )
+        for window, rotated in zip(windows, rotates, strict=True)
     ]
     dtypes = {prefix + name: name for prefix in ("", "torch.") for name in DTYPES}
 
@@ -122,7 +140,7 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         max_positions=max_positions,
         layers=tuple(layers),
         ropes=ropes,
-        norm=NormSpec(reader.number("rms_norm_eps", default=1e-6), family.norm_offset, family.norm_in_fp32),
+        norm=NormSpec(eps, family.norm_offset, family.norm_in_fp32),
         pre_norm=family.pre_norm,
         post_norm=family.post_norm,
         qk_norm=family.qk_norm,
@@ -130,10 +148,11 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         output_bias=bias(family.output_bias),
         mlp_bias=bias(family.mlp_bias),
         activation=_activation(reader, family),
-        embedding_scale=hidden_size**0.5 if family.scaled_embedding else 1.0,
+        embedding_scale=embedding_scale,
+        rounded_scale=family.scaled_embedding,
+        logit_scale=logit_scale,
         final_softcap=reader.number("final_logit_softcapping", optional=True) if family.softcaps else None,
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
-        fused_tensors=family.fused,
         nested=nested,
         **_quantization(reader),
         dtype=dtypes.get(reader.one_of(dtypes, "dtype", "torch_dtype", optional=True)),
@@ -146,11 +165,12 @@ def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | N
     """The sliding window of each layer: by name where `layer_types` lists them, else by the family's rule."""
     window = reader.integer("sliding_window", optional=True)
     first_window = reader.integer("max_window_layers", default=num_layers, minimum=0)
-    pattern = reader.integer("sliding_window_pattern", "_sliding_window_pattern", default=1)
     if family.windows == "from_layer" and not reader.flag("use_sliding_window"):
         window = None
     names = reader.get("layer_types")
+    reader.get("sliding_window_pattern", "_sliding_window_pattern")  # of no interest (and "LLLG") beside a list
     if names is None and family.windows != "listed":
+        pattern = reader.integer("sliding_window_pattern", "_sliding_window_pattern", default=1)
         slides = {
             "none": lambda layer: False,
             "all": lambda layer: True,
@@ -158,7 +178,7 @@ def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | N
             "pattern": lambda layer: (layer + 1) % pattern != 0,
         }[family.windows]
         return [window if slides(layer) else None for layer in range(num_layers)]
-    kinds = ("full_attention", "sliding_attention")
+    kinds = ("full_attention", "sliding_attention", "attention")
     if not isinstance(names, list) or len(names) != num_layers or any(name not in kinds for name in names):
         raise ConfigError(
             f"config.json: layer_types must name full_attention or sliding_attention for each of {num_layers} "
@@ -167,6 +187,22 @@ def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | N
     if "sliding_attention" in names and window is None:
         raise ConfigError("config.json: layer_types has sliding_attention but sliding_window is null")
     return [window if name == "sliding_attention" else None for name in names]
+
+
+def _rotates(reader: "_Reader", family: Family, windows: list[int | None]) -> list[bool]:
+    """Which layers rotate their queries and keys."""
+    if family.rotates == "listed":
+        interval = reader.integer("no_rope_layer_interval", default=4)
+        listed = reader.get("no_rope_layers")  # its name says the opposite: 1 where the layer rotates
+        if listed is None:
+            return [(layer + 1) % interval != 0 for layer in range(len(windows))]
+        if not isinstance(listed, list) or len(listed) < len(windows) or any(flag not in (0, 1) for flag in listed):
+            raise ConfigError(f"config.json: no_rope_layers must list 0 or 1 for each layer, not {shown(listed)}")
+        return [flag == 1 for flag in listed[: len(windows)]]
+    if family.rotates == "stated":
+        return [reader.one_of(("rope", "nope"), "position_embedding_type", default="nope") == "rope"] * len(windows)
+    sliding_only = family.rotates == "windowed" and reader.get("sliding_window") is not None
+    return [window is not None or not sliding_only for window in windows]
 
 
 def _ropes(reader: "_Reader", family: Family, head_dim: int, max_positions: int) -> tuple[RopeSpec, ...]:
@@ -287,11 +323,18 @@ def generation_defaults(folder: Path, config: ModelConfig, tokenizer_eos: int | 
 class _Reader:
     """Reads and range-checks keys, and remembers which were asked for."""
 
-    def __init__(self, raw: dict[str, Any], defaults: dict[str, Any], where: str = "config.json"):
-        self.raw, self.defaults, self.where, self.seen = raw, defaults, where, set()
+    def __init__(
+        self,
+        raw: dict[str, Any],
+        defaults: dict[str, Any],
+        where: str = "config.json",
+        spelled: dict[str, str] | None = None,
+    ):
+        self.raw, self.defaults, self.where, self.spelled, self.seen = raw, defaults, where, spelled or {}, set()
 
     def get(self, *names: str) -> Any:
         """The first of these keys that is in the file (also as null), else the family's default."""
+        names = tuple(word for name in names for word in (self.spelled.get(name), name) if word)
         self.seen.update(names)
         for source in (self.raw, self.defaults):
             for name in names:
@@ -306,7 +349,8 @@ class _Reader:
         value = self.get(*names)
         value = default if value is None else value
         if not (value is None and optional) and not fits(value):
-            raise ConfigError(f"{self.where}: {names[0]} must be {rule}, not {shown(value)}")
+            key = self.spelled.get(names[0], names[0])
+            raise ConfigError(f"{self.where}: {key} must be {rule}, not {shown(value)}")
         return value
 
     def integer(self, *names: str, minimum: int = 1, maximum: int = _LARGEST, **absent) -> int | None:

@@ -13,6 +13,9 @@ class Family:
     """One supported `model_type`: the deltas from plain Llama, and what its files may leave out."""
 
     defaults: dict[str, Any] = field(default_factory=dict)
+    spelled: dict[str, str] = field(default_factory=dict)  # a key as it is called here -> as these files call it
+    names: dict[str, str] = field(default_factory=dict)  # of tensors, where they are not Llama's; see `tensors.py`
+    interleaved: bool = False  # neighbouring channels rotate together
     windows: str = "none"  # none | all | from_layer (Qwen) | pattern (Gemma) | listed (in `layer_types` only)
     norm_offset: float = 0.0
     norm_in_fp32: bool = False
@@ -24,12 +27,19 @@ class Family:
     output_bias: bool | str = False
     mlp_bias: bool | str = False
     scaled_embedding: bool = False
+    multipliers: bool = False  # Granite: on embeddings, scores, what is added to the stream, and logits
     gelu_means_tanh: bool = False
     local_rope: bool = False  # sliding layers have a rotary table of their own
+    rotates: str = "all"  # all layers | listed (in `no_rope_layers`) | windowed (if there are windows) | stated
     softcaps: bool = False
-    fused: bool = False
 
 
+_FUSED_MLP = {"mlp.gate_up": "mlp.gate_up_proj"}
+_POST_NORMS = {
+    "attention_post_norm": "post_attention_layernorm",  # elsewhere the name of the norm before the MLP
+    "mlp_norm": "pre_feedforward_layernorm",
+    "mlp_post_norm": "post_feedforward_layernorm",
+}
 _ATTENTION_BIAS = dict(qkv_bias="attention_bias", output_bias="attention_bias")
 _MISTRAL = Family(dict(sliding_window=4096, num_key_value_heads=8, max_position_embeddings=131072), windows="all")
 _OLMO2 = Family(
@@ -37,8 +47,16 @@ _OLMO2 = Family(
     norm_in_fp32=True,
     pre_norm=False,
     post_norm=True,
+    names=_POST_NORMS,
     qk_norm="full",
     **_ATTENTION_BIAS,
+)
+_GRANITE = Family(mlp_bias="mlp_bias", multipliers=True, **_ATTENTION_BIAS)
+_GLM = Family(
+    dict(head_dim=128, num_key_value_heads=2, partial_rotary_factor=0.5, attention_bias=True, rms_norm_eps=1.5625e-7),
+    qkv_bias="attention_bias",
+    names=_FUSED_MLP,
+    interleaved=True,
 )
 _PHI3 = dict(rms_norm_eps=1e-5, max_position_embeddings=4096, original_max_position_embeddings=4096)
 _QWEN = dict(max_position_embeddings=32768, sliding_window=4096, max_window_layers=28)
@@ -58,6 +76,7 @@ _GEMMA2 = replace(
     | dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
     windows="pattern",
     post_norm=True,
+    names=_POST_NORMS,
     softcaps=True,
 )
 _GEMMA3 = replace(
@@ -84,7 +103,7 @@ FAMILIES: dict[str, Family] = {
     "gemma": _GEMMA,
     "gemma2": _GEMMA2,
     "gemma3_text": _GEMMA3,
-    "phi3": Family(_PHI3, windows="all", fused=True),
+    "phi3": Family(_PHI3, windows="all", names=_FUSED_MLP | {"attention.qkv": "self_attn.qkv_proj"}),
     "olmo2": _OLMO2,
     "olmo3": replace(
         _OLMO2,
@@ -99,6 +118,49 @@ FAMILIES: dict[str, Family] = {
         mlp_bias="mlp_bias",
     ),
     "cwm": Family(dict(rms_norm_eps=1e-5, head_dim=128, sliding_window=8192), windows="listed"),
+    "smollm3": Family(
+        dict(num_key_value_heads=4, tie_word_embeddings=True, rope_theta=2e6),
+        rotates="listed",
+        mlp_bias="mlp_bias",
+        **_ATTENTION_BIAS,
+    ),
+    "exaone4": Family(
+        dict(rms_norm_eps=1e-5, sliding_window=4096, sliding_window_pattern=4),
+        windows="pattern",
+        rotates="windowed",
+        pre_norm=False,
+        post_norm=True,
+        qk_norm="head",
+        names=_POST_NORMS,
+    ),
+    "granite": _GRANITE,
+    "granitemoehybrid": replace(
+        _GRANITE,
+        spelled={"intermediate_size": "shared_intermediate_size"},
+        names={"mlp.gate_up": "shared_mlp.input_linear", "mlp.down": "shared_mlp.output_linear"},
+        mlp_bias=False,
+        windows="listed",
+        rotates="stated",
+    ),
+    "glm": _GLM,
+    "glm4": replace(
+        _GLM,
+        post_norm=True,
+        names=_FUSED_MLP | {"attention_post_norm": "post_self_attn_layernorm", "mlp_post_norm": "post_mlp_layernorm"},
+    ),
+    "ernie4_5": Family(
+        dict(rms_norm_eps=1e-5, head_dim=128, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=5e5),
+        qkv_bias="use_bias",
+        output_bias="use_bias",
+        mlp_bias="use_bias",
+        interleaved=True,
+    ),
+    "helium": Family(
+        dict(rms_norm_eps=1e-8, head_dim=128, rope_theta=1e5),
+        qkv_bias="attention_bias",
+        mlp_bias="mlp_bias",
+        interleaved=True,
+    ),
 }
 
 # What other decoders need that this one does not have; a `model_type` is refused with the sentence it stands under.
@@ -127,6 +189,9 @@ HARMLESS = frozenset(
     chunk_size_feed_forward is_encoder_decoder is_decoder id2label label2id problem_type torchscript
     attn_implementation _attn_implementation _attn_implementation_autoset max_sequence_length is_llama_config
     transformers.js_config unsloth_fixed unsloth_version torch_dtype residual_dropout
+    num_experts_per_tok output_router_logits router_aux_loss_coef mamba_n_heads mamba_n_groups mamba_d_state
+    mamba_d_head mamba_d_conv mamba_expand mamba_chunk_size mamba_conv_bias mamba_proj_bias time_step_limit
+    time_step_min time_step_max shared_intermediate_size normalization_function init_method
     """.split()
 )
 
@@ -141,6 +206,7 @@ NEUTRAL: dict[str, Any] = {
     "attn_logit_softcapping": None,
     "final_logit_softcapping": None,
     "use_sliding_window": False,
+    "num_local_experts": 0,
     "use_mrope": False,  # multimodal positions
     "attention_out_bias": False,
     "full_attn_mod": 1,  # Phi-4-mini's files

@@ -88,6 +88,7 @@ def _tensors(source: Path, quantize: str, quantize_head: bool) -> Iterator[tuple
     modules = dict(model.named_modules())
     for name, tensor in stream_tensors(source, files, f"quantizing {source.name}"):
         place, plain = plan[name], plain_name(name, config)
+        tensor = tensor if place.arrange is None else place.arrange(tensor)
         with naming(name):
             if place.tensor == "weight" and isinstance(modules[place.module], QuantizedLinear):
                 yield from _quantized(plain.removesuffix(".weight"), tensor, modules[place.module])
