@@ -45,11 +45,13 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """RMSNorm as a family computes it: x / rms(x) * (offset + weight)."""
+    """RMSNorm as a family computes it: x / rms(x) * (offset + weight); or LayerNorm, which centres x first."""
 
     eps: float
     offset: float = 0.0  # Gemma stores weight - 1
     multiply_in_fp32: bool = False  # Gemma, OLMo2: weight in fp32, then the cast; Llama: cast, then weight
+    center: bool = False  # LayerNorm: x less its mean (always multiplied in fp32)
+    bias: bool = False  # and with a bias at the end
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,9 @@ class ModelConfig:
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
-    activation: str  # "silu" | "gelu_tanh"
+    activation: str  # "silu" | "gelu_tanh", and without a gate "gelu" | "relu" | "relu2"
+    gated: bool  # the MLP multiplies activation(gate x) by up x; or it has no gate
+    learned_positions: bool  # a vector for each position is added to the embeddings (GPT-2)
     embedding_scale: float  # embeddings are multiplied by this,
     rounded_scale: bool  # rounded to the model's dtype (Gemma) or not
     logit_scale: float  # and logits by this

@@ -14,6 +14,7 @@ decoder that ignored the key could not pass the parity test.
 import copy
 import dataclasses
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -80,6 +81,37 @@ def _nested(name: str, architecture: str, text: dict, outer: dict, features: dic
     return Family(name, config, {feature: {"text_config": change} for feature, change in features.items()})
 
 
+def _elder(name: str, architecture: str, model_type: str, keys: dict, features: dict) -> Family:
+    """A family older than Llama, whose files share few keys with it."""
+    shared = {"architectures": [architecture], "model_type": model_type, "vocab_size": VOCABULARY}
+    shared |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32"}
+    return Family(name, shared | keys, features)
+
+
+_SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 84,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 512,
+}
+_GPT = {"n_embd": 48, "n_head": 6, "n_positions": 512, "layer_norm_epsilon": 0.02}
+_OPT = {
+    "hidden_size": 48,
+    "ffn_dim": 84,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 512,
+    "activation_function": "relu",
+}
+_ARCEE_ROPE = {
+    "rope_type": "yarn",
+    "factor": 20.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "original_max_position_embeddings": 64,
+}
 _ABSENT = object()
 _PIXTRAL = {
     "model_type": "mistral3",
@@ -704,6 +736,85 @@ _FAMILIES = [
         {"head_dim": 8, "rope_theta": 100.0, "attention_bias": True, "mlp_bias": True},
         {"base": {"rope_theta": 1000.0}},
     ),
+    _family(
+        "arcee",
+        "ArceeForCausalLM",
+        "arcee",
+        {"head_dim": 12, "hidden_act": "relu2", "rope_theta": 100.0, "rope_scaling": _ARCEE_ROPE},
+        {"activation": {"hidden_act": "relu"}, "scaling": {"rope_scaling": None}},
+    ),
+    _family(
+        "arcee-biased",
+        "ArceeForCausalLM",
+        "arcee",
+        {"hidden_act": "relu2", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        {"eps": {"rms_norm_eps": 0.04}},
+    ),
+    _elder(
+        "starcoder2",
+        "Starcoder2ForCausalLM",
+        "starcoder2",
+        _SIZES
+        | {"num_key_value_heads": 2, "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 0.02}
+        | {"use_bias": True, "rope_theta": 100.0, "sliding_window": 9, "activation_function": "gelu"},
+        {"window": {"sliding_window": 11}, "eps": {"norm_epsilon": 0.2}, "activation": {"hidden_act": "silu"}},
+    ),
+    _elder(
+        "starcoder2-unbiased",
+        "Starcoder2ForCausalLM",
+        "starcoder2",
+        _SIZES
+        | {"num_key_value_heads": 3, "hidden_act": "gelu", "norm_epsilon": 0.02, "use_bias": False}
+        | {"tie_word_embeddings": False, "sliding_window": None},
+        {"gelu is not tanh": {"hidden_act": "relu"}},
+    ),
+    _elder(
+        "gpt2",
+        "GPT2LMHeadModel",
+        "gpt2",
+        _GPT | {"n_layer": 2, "n_inner": None, "activation_function": "gelu_new", "n_ctx": 512},
+        {
+            "eps": {"layer_norm_epsilon": 0.2},
+            "activation": {"activation_function": "relu"},
+            "not scaled": {"scale_attn_weights": False},
+            "scaled by layer": {"scale_attn_by_inverse_layer_idx": True},
+        },
+    ),
+    _elder(
+        "gpt2-untied",
+        "GPT2LMHeadModel",
+        "gpt2",
+        _GPT | {"n_layer": 3, "n_inner": 84, "activation_function": "relu", "tie_word_embeddings": False},
+        {"activation": {"activation_function": "gelu"}},
+    ),
+    _elder(
+        "gpt_bigcode",  # StarCoder and OctoCoder: one key/value head
+        "GPTBigCodeForCausalLM",
+        "gpt_bigcode",
+        _GPT | {"n_layer": 2, "n_inner": 84, "activation_function": "gelu", "multi_query": True},
+        {"eps": {"layer_norm_epsilon": 0.2}, "activation": {"activation_function": "relu"}},
+    ),
+    _elder(
+        "gpt_bigcode-heads",
+        "GPTBigCodeForCausalLM",
+        "gpt_bigcode",
+        _GPT | {"n_layer": 2, "activation_function": "gelu_pytorch_tanh", "multi_query": False},
+        {"eps": {"layer_norm_epsilon": 0.2}},
+    ),
+    _elder(
+        "opt",
+        "OPTForCausalLM",
+        "opt",
+        _OPT | {"enable_bias": True, "do_layer_norm_before": True, "prefix": "</s>", "word_embed_proj_dim": 48},
+        {"activation": {"activation_function": "gelu"}, "order": {"do_layer_norm_before": False}},
+    ),
+    _elder(
+        "opt-unbiased",
+        "OPTForCausalLM",
+        "opt",
+        _OPT | {"enable_bias": False, "tie_word_embeddings": False},
+        {"activation": {"activation_function": "gelu"}},
+    ),
 ]
 FAMILIES = {family.name: family for family in _FAMILIES}
 WINDOWED = [n for n, f in FAMILIES.items() if (f.text_config.get("sliding_window") or 600) < 40 and n != "qwen2"]
@@ -734,11 +845,11 @@ def _draw_weights(model: torch.nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
-            if parameter.dim() == 1 and "norm" in name:
+            if parameter.dim() == 1 and re.search(r"norm|\.ln_", name):
                 parameter.copy_(parameter + 0.3 * noise)
             elif parameter.dim() == 1:
                 parameter.copy_(0.5 * noise)
-            elif "embed_tokens" in name:
+            elif re.search(r"embed|wte|wpe", name):
                 parameter.copy_(0.4 * noise)
             else:
                 parameter.copy_(1.4 / parameter.shape[-1] ** 0.5 * noise)

@@ -214,4 +214,75 @@ SIZES = {
         ),
         2.02,
     ),
+    "AFM-4.5B": (
+        _file(
+            "ArceeForCausalLM", "arcee",
+            **_sizes(2560, 18432, 36, 20, 4, 128004, max_position_embeddings=65536, rms_norm_eps=1e-05, head_dim=128)
+            | {"hidden_act": "relu2"},
+            attention_bias=False, mlp_bias=False, rope_theta=10000.0, tie_word_embeddings=False,
+            bos_token_id=128000, eos_token_id=128003,
+            rope_scaling={
+                "beta_fast": 32.0, "beta_slow": 1.0, "factor": 20.0, "mscale": 1.0,
+                "original_max_position_embeddings": 4096, "rope_type": "yarn", "type": "yarn",
+            },
+        ),
+        4.62,
+    ),
+    "starcoder2-3b": (
+        _file(
+            "Starcoder2ForCausalLM", "starcoder2",
+            **_sizes(3072, 12288, 30, 24, 2, 49152, max_position_embeddings=16384)
+            | {"hidden_act": "gelu_pytorch_tanh"},
+            activation_function="gelu", attention_softmax_in_fp32=True, scale_attention_softmax_in_fp32=True,
+            scale_attn_weights=True, layer_norm_epsilon=1e-05, norm_epsilon=1e-05, mlp_type="default",
+            norm_type="layer_norm", rope_theta=999999.4420358813, sliding_window=4096, use_bias=True,
+            attention_dropout=0.1, residual_dropout=0.1, embedding_dropout=0.1, bos_token_id=0, eos_token_id=0,
+        ),
+        3.03,
+    ),
+    "gpt2": (
+        {
+            "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+            "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+            "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12,
+            "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None,
+            "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+            "summary_use_proj": True, "vocab_size": 50257,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        },
+        0.124,
+    ),
+    "gpt2-xl": (
+        {
+            "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "bos_token_id": 50256,
+            "eos_token_id": 50256, "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 1600,
+            "n_head": 25, "n_layer": 48, "n_positions": 1024, "output_past": True, "vocab_size": 50257,
+        },
+        1.558,
+    ),
+    "octocoder": (
+        {
+            "activation_function": "gelu", "architectures": ["GPTBigCodeForCausalLM"],
+            "attention_softmax_in_fp32": True,
+            "attn_pdrop": 0.1, "bos_token_id": 0, "embd_pdrop": 0.1, "eos_token_id": 0, "inference_runner": 0,
+            "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "max_batch_size": None,
+            "max_sequence_length": None, "model_type": "gpt_bigcode", "multi_query": True, "n_embd": 6144,
+            "n_head": 48, "n_inner": 24576, "n_layer": 40, "n_positions": 8192, "pad_key_length": True,
+            "pre_allocate_kv_cache": False, "resid_pdrop": 0.1, "scale_attention_softmax_in_fp32": True,
+            "scale_attn_weights": True, "summary_type": "cls_index", "torch_dtype": "float32",
+            "validate_runner_input": True, "vocab_size": 49152, "use_cache": True,
+        },
+        15.52,
+    ),
+    "opt-125m": (
+        {
+            "_remove_final_layer_norm": False, "activation_dropout": 0.0, "activation_function": "relu",
+            "architectures": ["OPTForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 2,
+            "do_layer_norm_before": True, "dropout": 0.1, "eos_token_id": 2, "ffn_dim": 3072, "hidden_size": 768,
+            "init_std": 0.02, "layerdrop": 0.0, "max_position_embeddings": 2048, "model_type": "opt",
+            "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 1, "prefix": "</s>",
+            "torch_dtype": "float16", "use_cache": True, "vocab_size": 50272, "word_embed_proj_dim": 768,
+        },
+        0.125,
+    ),
 }  # fmt: skip

@@ -19,6 +19,11 @@ from minillm.model import empty_decoder
 CONFIGS = PUBLISHED | {f"tiny {name}": family.config for name, family in FAMILIES.items()}
 
 
+def either(config, *names, default):
+    """The value under the first of these names that has one."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), default)
+
+
 def windows_of(reference) -> list[int | None]:
     """The window of each layer as transformers' modelling code uses it."""
     if getattr(reference, "layer_types", None) is None:  # then all layers are alike
@@ -42,15 +47,16 @@ def test_agrees_with_transformers(name):
 
     assert ours.vocab_size == theirs.vocab_size
     assert ours.hidden_size == theirs.hidden_size
-    inner = getattr(theirs, "shared_intermediate_size", None) or theirs.intermediate_size
-    assert ours.intermediate_size == inner
+    inner = ("shared_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    assert ours.intermediate_size == either(theirs, *inner, default=4 * theirs.hidden_size)
     assert ours.num_heads == theirs.num_attention_heads
-    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.num_kv_heads == either(theirs, "num_key_value_heads", default=theirs.num_attention_heads)
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert ours.head_dim == head_dim
     assert len(ours.layers) == theirs.num_hidden_layers
     residual = getattr(theirs, "residual_multiplier", 1.0)  # Granite's, divided out of stream and eps
-    assert ours.norm.eps == theirs.rms_norm_eps / residual**2
+    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+    assert ours.norm.eps == either(theirs, *names, default=1e-5) / residual**2
     assert ours.tie_word_embeddings == bool(full.tie_word_embeddings)
     if "bos_token_id" in raw.get("text_config", raw):
         assert ours.bos_token_id == theirs.bos_token_id
@@ -58,8 +64,9 @@ def test_agrees_with_transformers(name):
     eos = {id for ids in stated if ids is not None for id in (ids if isinstance(ids, list) else [ids])}
     assert set(ours.eos_token_ids) == eos
     assert ours.dtype == str(full.dtype).removeprefix("torch.")
-    activation = getattr(theirs, "hidden_activation", None) or theirs.hidden_act
-    assert ours.activation == {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}[activation]
+    activation = either(theirs, "hidden_activation", "hidden_act", "activation_function", "activation", default="tanh")
+    tanh = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "tanh"), "gelu_tanh")
+    assert ours.activation == tanh.get(activation, activation)
 
     assert [layer.window for layer in ours.layers] == windows_of(theirs)
     scalar = getattr(theirs, "query_pre_attn_scalar", None) or head_dim
@@ -67,6 +74,9 @@ def test_agrees_with_transformers(name):
     assert {layer.softcap for layer in ours.layers} == {getattr(theirs, "attn_logit_softcapping", None)}
     assert ours.final_softcap == getattr(theirs, "final_logit_softcapping", None)
 
+    if not hasattr(theirs, "rope_parameters"):
+        assert {ours.ropes[layer.rope].kind for layer in ours.layers} == {"none"}
+        return
     for layer, rope in zip(ours.layers, rope_parameters_of(theirs), strict=True):
         spec = ours.ropes[layer.rope]
         if spec.kind == "none":
@@ -94,7 +104,9 @@ def test_both_spellings_give_the_same_config(name, checkpoint):
     saved = load_config(checkpoint(name))
     published = parse_config(FAMILIES[name].config)
     raw = json.loads((checkpoint(name) / "config.json").read_text())
-    assert "rope_parameters" in raw.get("text_config", raw)  # it really is the other spelling
+    spelled = raw.get("text_config", raw)
+    older = {"rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base"} & set(FAMILIES[name].text_config)
+    assert "rope_parameters" in spelled or not older  # it really is the other spelling
     assert saved == published
 
 
@@ -127,6 +139,10 @@ REJECTED = [
     ({"logit_scale": 0.0625}, "logit_scale"),
     ({"hidden_act": "relu"}, "relu"),
     ({"hidden_act": "gelu"}, "gelu"),
+    ({"do_layer_norm_before": False}, "do_layer_norm_before"),
+    ({"scale_attn_weights": False}, "scale_attn_weights"),
+    ({"word_embed_proj_dim": 24}, "word_embed_proj_dim"),
+    ({"activation_function": "silu"}, "activation_function"),
     ({"hidden_size": None}, "hidden_size"),
     ({"hidden_size": "48"}, "hidden_size"),
     ({"num_hidden_layers": 0}, "num_hidden_layers"),
@@ -236,6 +252,18 @@ def test_an_error_names_the_key_as_the_file_spells_it():
         parse_config(FAMILIES["granite4"].config | {"shared_intermediate_size": -1})
     with pytest.raises(ConfigError, match="num_local_experts"):
         parse_config(FAMILIES["granite4"].config | {"num_local_experts": 8})
+
+
+def test_what_the_elders_files_leave_out_or_call_otherwise():
+    gpt2 = FAMILIES["gpt2"].config
+    assert parse_config({k: v for k, v in gpt2.items() if k != "n_inner"}) == parse_config(gpt2)
+    with pytest.raises(ConfigError, match="n_embd"):
+        parse_config({k: v for k, v in gpt2.items() if k != "n_embd"})
+    with pytest.raises(ConfigError, match="do_layer_norm_before"):  # OPT-350m
+        parse_config(FAMILIES["opt"].config | {"do_layer_norm_before": False})
+    assert parse_config(FAMILIES["starcoder2"].config).activation == "gelu_tanh"  # not what activation_function says
+    assert parse_config(FAMILIES["starcoder2-unbiased"].config).activation == "gelu"  # with erf
+    assert parse_config(FAMILIES["gemma"].config).activation == "gelu_tanh"  # which says "gelu"
 
 
 def test_layers_that_must_be_listed_are_not_guessed():

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from minillm.config import ModelConfig
 from minillm.errors import BackendError, CheckpointError, first_line, shown
 from minillm.linear import Linear, QuantizedLinear
-from minillm.load.files import read_json
+from minillm.load.files import conversion, read_json
 from minillm.load.quantize import fill_rows
-from minillm.load.tensors import arrangement, file_names
+from minillm.load.tensors import arrangement, file_names, file_shape, plain_name
 from minillm.model import Decoder, empty_decoder
 from minillm.progress import progress_bar
 
@@ -87,7 +87,7 @@ def _fill(model: Decoder, place: Destination, tensor: Tensor) -> None:
         fill_rows(module, place.start, tensor)
     else:
         whole = getattr(module, place.tensor)
-        whole.narrow(place.dimension, place.start, place.shape[place.dimension]).copy_(tensor)
+        whole.narrow(place.dimension, place.start, tensor.shape[place.dimension]).copy_(tensor)
 
 
 def destinations(config: ModelConfig, model: Decoder) -> dict[str, Destination]:
@@ -101,7 +101,7 @@ def destinations(config: ModelConfig, model: Decoder) -> dict[str, Destination]:
         for tensor, dimension, shape, dtype in _tensors(modules.get(module), config.quantization is not None):
             start, counts = 0, rows[module.rsplit(".", 1)[-1]] if len(names) > 1 else [shape[dimension]]
             for part, (name, count) in enumerate(zip(names, counts, strict=True)):
-                size = (*shape[:dimension], count, *shape[dimension + 1 :])
+                size = file_shape(config, module, (*shape[:dimension], count, *shape[dimension + 1 :]))
                 arrange = arrangement(config, module, part)
                 places[f"{name}.{tensor}"] = Destination(module, tensor, dimension, start, size, dtype, arrange)
                 start += count
@@ -116,7 +116,7 @@ def _tensors(module: nn.Module | None, stored: bool) -> Iterator[tuple[str, int,
             yield name, dimension, tuple(tensor.shape), tensor.dtype
     elif isinstance(module, QuantizedLinear):
         yield "weight", 0, (module.out_features, module.in_features), None
-    elif hasattr(module, "weight"):
+    elif getattr(module, "weight", None) is not None:
         yield "weight", 0, tuple(module.weight.shape), None
     if getattr(module, "bias", None) is not None:
         yield "bias", 0, tuple(module.bias.shape), None
@@ -137,12 +137,10 @@ def _tensor_files(folder: Path) -> dict[str, str]:
     single = folder / "model.safetensors"
     if not single.exists():
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        hint = (
-            f"; {', '.join(pickles[:3])} is pickle and is never opened: transformers' AutoModelForCausalLM"
-            ".from_pretrained(...).save_pretrained(folder) writes safetensors"
-        )
+        pickled = f" ({', '.join(pickles[:3])} is pickle and is never opened)" if pickles else ""
         raise CheckpointError(
-            f"{folder} holds no model.safetensors and no model.safetensors.index.json{hint * bool(pickles)}"
+            f"{folder} holds no model.safetensors and no model.safetensors.index.json{pickled}; this writes one: "
+            f"{conversion(folder, 'AutoModelForCausalLM')}"
         )
     with _open(single) as handle:
         return dict.fromkeys(handle.keys(), single.name)
@@ -188,19 +186,6 @@ def stored_numbers(folder: Path) -> dict[str, int]:
                 header = handle.get_slice(name)
                 counts[header.get_dtype()] += math.prod(header.get_shape())
     return dict(counts)
-
-
-def plain_name(name: str, config: ModelConfig) -> str | None:
-    """A tensor's name as in a text-only checkpoint, or None if it is none of the decoder's."""
-    if name.endswith("rotary_emb.inv_freq"):
-        return None  # a buffer old Llama files carry; it follows from config.json
-    if config.nested:
-        # Two generations of names: language_model.model.x and model.language_model.x.
-        name = re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name)
-        name = name.removeprefix("language_model.")
-        if not name.startswith(("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")):
-            return None  # vision tower and projector
-    return name
 
 
 def stream_tensors(

@@ -59,7 +59,7 @@ def parse_config(raw: dict[str, Any], strict: bool = True) -> ModelConfig:
     family = FAMILIES[model_type]
     reader = _Reader(text, family.defaults, spelled=family.spelled)
     config = _read(reader, model_type, family, nested)
-    unread = sorted(set(text) - reader.seen - HARMLESS)
+    unread = sorted(set(text) - reader.seen - HARMLESS - set(family.ignored.split()))
     for key in [key for key in unread if key in NEUTRAL]:
         if text[key] not in (None, NEUTRAL[key]):
             raise ConfigError(f"config.json: {key} = {shown(text[key])} is not supported for {model_type}")
@@ -77,6 +77,8 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
     hidden_size = reader.integer("hidden_size")
     num_heads = reader.integer("num_attention_heads")
     num_kv_heads = reader.integer("num_key_value_heads", optional=True) or num_heads
+    if "multi_query" in family.defaults and reader.flag("multi_query"):
+        num_kv_heads = 1
     head_dim = reader.integer("head_dim", optional=True)
     if head_dim is None:
         if hidden_size % num_heads:
@@ -91,6 +93,8 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         )
     if num_heads * head_dim > _LARGEST:
         raise ConfigError(f"config.json: num_attention_heads {num_heads} of head_dim {head_dim} are over {_LARGEST}")
+    if reader.integer("word_embed_proj_dim", default=hidden_size) != hidden_size:
+        raise ConfigError(f"config.json: word_embed_proj_dim other than hidden_size {hidden_size} is not supported")
     max_positions = reader.integer("max_position_embeddings")
     ropes = _ropes(reader, family, head_dim, max_positions)
     # Files of these kinds may state the unstretched length; Gemma 3's state the stretched one.
@@ -114,7 +118,7 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
     windows = _windows(reader, family, num_layers)
     rotates = _rotates(reader, family, windows)
     if not all(rotates):
-        ropes = (*ropes, RopeSpec(theta=1e4, dim=2, kind="none"))
+        ropes = (*(ropes if any(rotates) else ()), RopeSpec(theta=1e4, dim=2, kind="none"))
     layers = [
         LayerSpec(
             window,
@@ -133,14 +137,16 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         family=model_type,
         vocab_size=reader.integer("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=reader.integer("intermediate_size"),
+        intermediate_size=reader.integer("intermediate_size", default=None if family.gated else 4 * hidden_size),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_positions=max_positions,
         layers=tuple(layers),
         ropes=ropes,
-        norm=NormSpec(eps, family.norm_offset, family.norm_in_fp32),
+        norm=NormSpec(
+            eps, family.norm_offset, family.norm_in_fp32 or family.layer_norm, family.layer_norm, family.norm_bias
+        ),
         pre_norm=family.pre_norm,
         post_norm=family.post_norm,
         qk_norm=family.qk_norm,
@@ -148,6 +154,8 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         output_bias=bias(family.output_bias),
         mlp_bias=bias(family.mlp_bias),
         activation=_activation(reader, family),
+        gated=family.gated,
+        learned_positions=family.learned_positions,
         embedding_scale=embedding_scale,
         rounded_scale=family.scaled_embedding,
         logit_scale=logit_scale,
@@ -201,6 +209,8 @@ def _rotates(reader: "_Reader", family: Family, windows: list[int | None]) -> li
         return [flag == 1 for flag in listed[: len(windows)]]
     if family.rotates == "stated":
         return [reader.one_of(("rope", "nope"), "position_embedding_type", default="nope") == "rope"] * len(windows)
+    if family.rotates == "none":
+        return [False] * len(windows)
     sliding_only = family.rotates == "windowed" and reader.get("sliding_window") is not None
     return [window is not None or not sliding_only for window in windows]
 
@@ -277,6 +287,8 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
 
 def _activation(reader: "_Reader", family: Family) -> str:
     names = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+    if not family.gated:
+        names |= {"gelu_fast": "gelu_tanh", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
     if family.gelu_means_tanh:
         names["gelu"] = "gelu_tanh"  # Gemma's first files say "gelu"; the model was trained with tanh
     older = reader.one_of(names, "hidden_act", default="silu")

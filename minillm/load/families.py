@@ -15,10 +15,16 @@ class Family:
     defaults: dict[str, Any] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)  # a key as it is called here -> as these files call it
     names: dict[str, str] = field(default_factory=dict)  # of tensors, where they are not Llama's; see `tensors.py`
+    ignored: str = ""  # keys of these files that mean something elsewhere and nothing here
     interleaved: bool = False  # neighbouring channels rotate together
+    grouped: bool = False  # q, k and v are one matrix, in which each key head follows the queries that share it
+    transposed: bool = False  # matrices are [inputs, outputs]
+    position_rows: int = 0  # rows of the table of positions that come before position 0
     windows: str = "none"  # none | all | from_layer (Qwen) | pattern (Gemma) | listed (in `layer_types` only)
     norm_offset: float = 0.0
     norm_in_fp32: bool = False
+    layer_norm: bool = False  # in place of RMSNorm
+    norm_bias: bool = False
     pre_norm: bool = True
     post_norm: bool = False
     qk_norm: str | None = None
@@ -26,14 +32,47 @@ class Family:
     qkv_bias: bool | str = False
     output_bias: bool | str = False
     mlp_bias: bool | str = False
+    gated: bool = True
+    learned_positions: bool = False
     scaled_embedding: bool = False
     multipliers: bool = False  # Granite: on embeddings, scores, what is added to the stream, and logits
     gelu_means_tanh: bool = False
     local_rope: bool = False  # sliding layers have a rotary table of their own
-    rotates: str = "all"  # all layers | listed (in `no_rope_layers`) | windowed (if there are windows) | stated
+    rotates: str = "all"  # all layers | none | listed (in `no_rope_layers`) | windowed (if there are windows) | stated
     softcaps: bool = False
 
 
+# Before Llama: LayerNorm with biases, no gate, a head that reads the embedding.
+_ELDER = Family(dict(tie_word_embeddings=True, rms_norm_eps=1e-5), layer_norm=True, norm_bias=True, gated=False)
+_ALL_BIASES = dict(qkv_bias=True, output_bias=True, mlp_bias=True)
+_GPT2 = replace(
+    _ELDER,
+    defaults=_ELDER.defaults | dict(hidden_act="gelu_new"),
+    spelled={
+        "hidden_size": "n_embd",
+        "num_hidden_layers": "n_layer",
+        "num_attention_heads": "n_head",
+        "intermediate_size": "n_inner",
+        "max_position_embeddings": "n_positions",
+        "hidden_act": "activation_function",
+        "rms_norm_eps": "layer_norm_epsilon",
+    },
+    names={
+        "embedding": "transformer.wte",
+        "positions": "transformer.wpe",
+        "norm": "transformer.ln_f",
+        "blocks.": "transformer.h.",
+        "attention_norm": "ln_1",
+        "attention.qkv": "attn.c_attn",
+        "attention.output": "attn.c_proj",
+        "mlp_norm": "ln_2",
+        "mlp.up": "mlp.c_fc",
+        "mlp.down": "mlp.c_proj",
+    },
+    learned_positions=True,
+    rotates="none",
+    **_ALL_BIASES,
+)
 _FUSED_MLP = {"mlp.gate_up": "mlp.gate_up_proj"}
 _POST_NORMS = {
     "attention_post_norm": "post_attention_layernorm",  # elsewhere the name of the norm before the MLP
@@ -161,6 +200,42 @@ FAMILIES: dict[str, Family] = {
         mlp_bias="mlp_bias",
         interleaved=True,
     ),
+    "arcee": Family(dict(hidden_act="relu2", rms_norm_eps=1e-5), gated=False, mlp_bias="mlp_bias", **_ATTENTION_BIAS),
+    "starcoder2": replace(
+        _ELDER,
+        defaults=_ELDER.defaults | dict(num_key_value_heads=2, hidden_act="gelu_new"),
+        spelled={"rms_norm_eps": "norm_epsilon"},
+        names={"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
+        ignored="activation_function layer_norm_epsilon scale_attn_weights",
+        windows="all",
+        qkv_bias="use_bias",
+        output_bias="use_bias",
+        mlp_bias="use_bias",
+    ),
+    "gpt2": replace(_GPT2, transposed=True),
+    "gpt_bigcode": replace(_GPT2, defaults=_GPT2.defaults | dict(multi_query=True), grouped=True),
+    "opt": replace(
+        _ELDER,
+        defaults=_ELDER.defaults | dict(enable_bias=True, hidden_act="relu"),
+        spelled={"intermediate_size": "ffn_dim", "hidden_act": "activation_function"},
+        names={
+            "embedding": "model.decoder.embed_tokens",
+            "positions": "model.decoder.embed_positions",
+            "norm": "model.decoder.final_layer_norm",
+            "blocks.": "model.decoder.layers.",
+            "attention_norm": "self_attn_layer_norm",
+            "attention.output": "self_attn.out_proj",
+            "mlp_norm": "final_layer_norm",
+            "mlp.up": "fc1",
+            "mlp.down": "fc2",
+        },
+        learned_positions=True,
+        position_rows=2,
+        rotates="none",
+        qkv_bias="enable_bias",
+        output_bias="enable_bias",
+        mlp_bias="enable_bias",
+    ),
 }
 
 # What other decoders need that this one does not have; a `model_type` is refused with the sentence it stands under.
@@ -191,6 +266,10 @@ HARMLESS = frozenset(
     transformers.js_config unsloth_fixed unsloth_version torch_dtype residual_dropout
     num_experts_per_tok output_router_logits router_aux_loss_coef mamba_n_heads mamba_n_groups mamba_d_state
     mamba_d_head mamba_d_conv mamba_expand mamba_chunk_size mamba_conv_bias mamba_proj_bias time_step_limit
+    summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout n_ctx
+    task_specific_params reorder_and_upcast_attn attention_softmax_in_fp32 scale_attention_softmax_in_fp32 attn_pdrop
+    inference_runner max_batch_size pad_key_length pre_allocate_kv_cache validate_runner_input embedding_dropout dropout
+    activation_dropout layerdrop init_std prefix output_past
     time_step_min time_step_max shared_intermediate_size normalization_function init_method
     """.split()
 )
@@ -207,6 +286,14 @@ NEUTRAL: dict[str, Any] = {
     "final_logit_softcapping": None,
     "use_sliding_window": False,
     "num_local_experts": 0,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "do_layer_norm_before": True,  # false in OPT-350m alone
+    "_remove_final_layer_norm": False,
+    "layer_norm_elementwise_affine": True,
+    "mlp_type": "default",
+    "norm_type": "layer_norm",
     "use_mrope": False,  # multimodal positions
     "attention_out_bias": False,
     "full_attn_mod": 1,  # Phi-4-mini's files

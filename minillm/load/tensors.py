@@ -4,6 +4,7 @@ Most files follow Llama's; a family's row says where its own differ (`Family.nam
 put right once, while loading, costs the forward pass nothing: it knows one order.
 """
 
+import re
 from collections.abc import Callable
 
 import torch
@@ -16,6 +17,7 @@ from minillm.load.families import FAMILIES
 # weight/bias is carried over; a module that a model does not have is passed over.
 _LLAMA = {
     "embedding": "model.embed_tokens",
+    "positions": "",
     "norm": "model.norm",
     "head": "lm_head",
     "blocks.": "model.layers.",
@@ -26,9 +28,12 @@ _LLAMA = {
     "attention.output": "self_attn.o_proj",
     "mlp_norm": "post_attention_layernorm",
     "mlp.gate_up": "mlp.gate_proj mlp.up_proj",
+    "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }
-_TOP = ("embedding", "norm", "head", "blocks.")
+_TOP = ("embedding", "positions", "norm", "head", "blocks.")
+# Buffers that old files carry; they follow from config.json.
+_BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias")
 
 
 def file_names(config: ModelConfig) -> dict[str, list[str]]:
@@ -42,17 +47,58 @@ def file_names(config: ModelConfig) -> dict[str, list[str]]:
     return named
 
 
+def plain_name(name: str, config: ModelConfig) -> str | None:
+    """A tensor's name as in a text-only checkpoint, or None if it is none of the decoder's."""
+    if _BUFFERS.search(name) and _BUFFERS.search(name).end() == len(name):
+        return None
+    if config.nested:
+        # Two generations of names: language_model.model.x and model.language_model.x.
+        name = re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name)
+        name = name.removeprefix("language_model.")
+        if not name.startswith(("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")):
+            return None  # vision tower and projector
+    prefix = (_LLAMA | FAMILIES[config.family].names)["blocks."].partition(".")[0] + "."
+    # Files of a model without its head leave the prefix out; GPT-NeoX calls the head otherwise.
+    name = re.sub(r"^embed_out\.", "lm_head.", name)
+    return name if name.startswith((prefix, "lm_head.")) else prefix + name
+
+
+def file_shape(config: ModelConfig, module: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape in the file of a part of a module that is `shape` here."""
+    family = FAMILIES[config.family]
+    if config.quantization is None and module == "positions":
+        return (shape[0] + family.position_rows, *shape[1:])
+    return shape[::-1] if _is_transposed(config, module) else shape
+
+
 def arrangement(config: ModelConfig, module: str, part: int) -> Callable[[Tensor], Tensor] | None:
     """What brings part number `part` of a module, its rows as `[rows]` or `[rows, inputs]`, into our order, or None.
 
     A checkpoint that `minillm quantize` wrote is in our order already.
     """
-    family = FAMILIES[config.family]
-    if config.quantization is not None or not module.endswith(".qkv"):
+    family, queries_or_keys = FAMILIES[config.family], module.endswith(".qkv") and part < 2
+    if config.quantization is not None:
         return None
-    if family.interleaved and part < 2:  # queries and keys
+    if module == "positions" and family.position_rows:
+        return lambda rows: rows[family.position_rows :]
+    if _is_transposed(config, module):
+        return lambda rows: rows.t() if rows.dim() == 2 else rows
+    if family.interleaved and queries_or_keys:
         return lambda rows: _halves(rows, config.head_dim, config.ropes[0].dim)
+    if family.grouped and queries_or_keys:
+        return lambda rows: _ungrouped(rows, config.num_kv_heads, config.head_dim)
     return None
+
+
+def _is_transposed(config: ModelConfig, module: str) -> bool:
+    matrix = module.endswith((".qkv", ".output", ".up", ".down"))
+    return FAMILIES[config.family].transposed and matrix and config.quantization is None
+
+
+def _ungrouped(rows: Tensor, kv_heads: int, head_dim: int) -> Tensor:
+    """All queries, then all keys, then all values, of files that put each key and value behind its G queries."""
+    groups = rows.unflatten(0, (kv_heads, -1, head_dim))  # [KV, G + 2, D, ...]
+    return torch.cat([part.flatten(0, 2) for part in (groups[:, :-2], groups[:, -2:-1], groups[:, -1:])])
 
 
 def _halves(rows: Tensor, head_dim: int, rotary_dim: int) -> Tensor:

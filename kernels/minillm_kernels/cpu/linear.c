@@ -27,7 +27,6 @@
 
 #define UNROLL _Pragma("GCC unroll 8")
 
-enum { NO_GATE, SILU, GELU_TANH };
 enum { TILE = 4, BLOCK = 32 };                /* output rows side by side, and taken by a thread */
 enum { LINE = 64, MAX_GROUP = 128 };          /* bytes of a weight row per step; largest int4 group */
 enum { WORDS = 2 * LANES, STEP = 2 * WORDS }; /* int16 and bytes in a register */
