@@ -41,8 +41,8 @@ class Backend:
     """An implementation and what it can serve (all of them take windows, rings, GQA and MQA)."""
 
     name: str
-    norm: Callable[[Tensor, Tensor, NormSpec], Tensor]
-    add_norm: Callable[[Tensor, Tensor, Tensor | None, NormSpec], tuple[Tensor, Tensor]]
+    norm: Callable[[Tensor, Tensor, Tensor | None, NormSpec], Tensor]
+    add_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, NormSpec], tuple[Tensor, Tensor]]
     rotate_and_write: Callable[[Tensor, Tensor, Tensor, Rotary, Tensor, Tensor, KeyView], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor, KeyView, LayerSpec], Tensor]
     softcap: bool = True
@@ -52,19 +52,25 @@ class Backend:
 # ---- in PyTorch ----
 
 
-def norm(x: Tensor, weight: Tensor, spec: NormSpec) -> Tensor:
-    """x / rms(x) * (offset + weight) over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467)."""
+def norm(x: Tensor, weight: Tensor, bias: Tensor | None, spec: NormSpec) -> Tensor:
+    """x / rms(x) * (offset + weight) over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467); with `center`
+    and bias LayerNorm (Ba et al. 2016, arXiv:1607.06450)."""
     wide = x.float()
+    if spec.center:
+        wide = wide - wide.mean(-1, keepdim=True)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + spec.eps)
     if spec.multiply_in_fp32:
-        return (wide * (spec.offset + weight.float())).to(x.dtype)
+        wide = wide * (spec.offset + weight.float())
+        return (wide if bias is None else wide + bias.float()).to(x.dtype)
     return wide.to(x.dtype) * weight
 
 
-def add_norm(x: Tensor, residual: Tensor, weight: Tensor | None, spec: NormSpec) -> tuple[Tensor, Tensor]:
+def add_norm(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+) -> tuple[Tensor, Tensor]:
     """(norm(x + residual), x + residual), all `[B, T, d]`; without a weight the sum twice."""
     total = x + residual
-    return (total if weight is None else norm(total, weight, spec)), total
+    return (total if weight is None else norm(total, weight, bias, spec)), total
 
 
 def rotate_and_write(
@@ -131,17 +137,19 @@ def attend_sdpa(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: La
 # ---- in kernels ----
 
 
-def norm_kernel(x: Tensor, weight: Tensor, spec: NormSpec) -> Tensor:
+def norm_kernel(x: Tensor, weight: Tensor, bias: Tensor | None, spec: NormSpec) -> Tensor:
     """`norm` in one call."""
-    return rms_norm(x, weight, spec.eps, spec.offset, spec.multiply_in_fp32)
+    return rms_norm(x, weight, spec.eps, spec.offset, spec.multiply_in_fp32, bias, spec.center)
 
 
-def add_norm_kernel(x: Tensor, residual: Tensor, weight: Tensor | None, spec: NormSpec) -> tuple[Tensor, Tensor]:
+def add_norm_kernel(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, spec: NormSpec
+) -> tuple[Tensor, Tensor]:
     """`add_norm` in one call."""
     if weight is None:
         total = add(x, residual)
         return total, total
-    return add_rms_norm(x, residual, weight, spec.eps, spec.offset, spec.multiply_in_fp32)
+    return add_rms_norm(x, residual, weight, spec.eps, spec.offset, spec.multiply_in_fp32, bias, spec.center)
 
 
 def rotate_and_write_kernel(

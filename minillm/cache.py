@@ -119,6 +119,10 @@ class StaticCache:
                 raise CacheError(f"StaticCache: {name} must be a whole number >= 1, not {shown(value)}")
         if not isinstance(config, ModelConfig) or not getattr(dtype, "is_floating_point", False):
             raise CacheError(f"StaticCache: a ModelConfig and a floating dtype are needed, not {shown(dtype)}")
+        if config.learned_positions and max_cache_len > config.max_positions:
+            raise CacheError(
+                f"StaticCache: max_cache_len {max_cache_len} is over the model's {config.max_positions} positions"
+            )
         self.config = config
         self.batch_size = batch_size
         self.max_cache_len = max_cache_len

@@ -13,7 +13,7 @@ class RopeSpec:
 
     theta: float  # base of the geometric series of wavelengths
     dim: int  # how many of a head's channels rotate: even, <= head_dim (partial rotary)
-    kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope
+    kind: str = "default"  # default | linear | dynamic | llama3 | yarn | longrope | none: nothing turns
     factor: float = 1.0  # how far the context is stretched
     original_length: int = 0  # positions the model was trained on before stretching
     low_freq_factor: float = 1.0  # llama3: wavelengths longer than length / low are divided by factor
@@ -45,11 +45,13 @@ class LayerSpec:
 
 @dataclass(frozen=True)
 class NormSpec:
-    """RMSNorm as a family computes it: x / rms(x) * (offset + weight)."""
+    """RMSNorm as a family computes it: x / rms(x) * (offset + weight); or LayerNorm, which centres x first."""
 
     eps: float
     offset: float = 0.0  # Gemma stores weight - 1
     multiply_in_fp32: bool = False  # Gemma, OLMo2: weight in fp32, then the cast; Llama: cast, then weight
+    center: bool = False  # LayerNorm: x less its mean (always multiplied in fp32)
+    bias: bool = False  # and with a bias at the end
 
 
 @dataclass(frozen=True)
@@ -73,11 +75,14 @@ class ModelConfig:
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
-    activation: str  # "silu" | "gelu_tanh"
-    embedding_scale: float  # embeddings are multiplied by this, rounded to the model's dtype
+    activation: str  # "silu" | "gelu_tanh", and without a gate "gelu" | "relu" | "relu2"
+    gated: bool  # the MLP multiplies activation(gate x) by up x; or it has no gate
+    learned_positions: bool  # a vector for each position is added to the embeddings (GPT-2)
+    embedding_scale: float  # embeddings are multiplied by this,
+    rounded_scale: bool  # rounded to the model's dtype (Gemma) or not
+    logit_scale: float  # and logits by this
     final_softcap: float | None
     tie_word_embeddings: bool  # the head reads the embedding matrix
-    fused_tensors: bool  # the file itself holds qkv_proj and gate_up_proj (Phi-3)
     nested: bool  # the decoder is the text half of a larger checkpoint (`text_config`)
     quantization: str | None  # the file holds quantized matrices: "int8", "int4-g64", ... (`minillm quantize`)
     quantized_head: bool  # and an int8 head

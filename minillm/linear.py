@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from minillm_kernels.activation import activate
 from minillm_kernels.gated_mlp import gated_mlp
 from minillm_kernels.int4_linear import int4_linear
 from minillm_kernels.int8_linear import int8_linear
@@ -64,7 +65,7 @@ class Linear(nn.Module):
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
         if self.bias is not None or _library_only(x, self.weight):
-            return _gate(self(x), activation)
+            return activate(self(x), activation, gated=True)
         return gated_mlp(x, self.weight, activation)
 
 
@@ -87,7 +88,7 @@ class QuantizedLinear(nn.Module):
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
         if self.bias is not None:
-            return _gate(self(x), activation)
+            return activate(self(x), activation, gated=True)
         return gated_mlp(x, *self.gated_weights(activation))
 
 
@@ -169,8 +170,3 @@ def _empty_bias(out_features: int, bias: bool, dtype: torch.dtype, device) -> nn
 def _library_only(x: Tensor, weight: Tensor) -> bool:
     """Training needs gradients, which the ops do not have; off the CPU the library's GEMV is the best there is."""
     return not x.is_cpu or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-
-
-def _gate(both: Tensor, activation: str) -> Tensor:
-    gate, up = both.chunk(2, dim=-1)  # [..., F] each
-    return (F.silu(gate) if activation == "silu" else F.gelu(gate, approximate="tanh")) * up

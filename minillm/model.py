@@ -1,4 +1,4 @@
-"""The decoder: RMSNorm, Attention, MLP, Block, Decoder, smallest first.
+"""The decoder: Norm, Attention, MLP, Block, Decoder, smallest first.
 
 One class serves every family; what differs comes from `ModelConfig` as data. A forward pass takes
 token ids, the position of each, and the cache: nothing else, no state kept between calls.
@@ -18,41 +18,28 @@ from minillm.attention import Backend, Rotary, choose_backend
 from minillm.cache import KeyView, StaticCache
 from minillm.config import LayerSpec, ModelConfig, NormSpec
 from minillm.errors import ConfigError
-from minillm.linear import Linear, QuantizedLinear, make_linear, parse_quantize
+from minillm.linear import Linear, QuantizedLinear, activate, make_linear, parse_quantize
 from minillm.rope import cos_sin
 
 # Builds an empty projection: (in_features, out_features, bias) -> layer.
 LinearFactory = Callable[[int, int, bool], Linear | QuantizedLinear]
 
 
-class RMSNorm(nn.Module):
-    """A norm over the last dimension, as the backend computes it."""
+class Norm(nn.Module):
+    """A norm over the last dimension, as the backend computes it; x as it is where a family has none."""
 
-    def __init__(self, size: int, spec: NormSpec, backend: Backend, dtype: torch.dtype):
+    def __init__(self, size: int, spec: NormSpec, backend: Backend, dtype: torch.dtype, present: bool = True):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype))
+        self.weight = nn.Parameter(torch.empty(size, dtype=dtype)) if present else None
+        self.bias = nn.Parameter(torch.empty(size, dtype=dtype)) if present and spec.bias else None
         self.spec, self.backend = spec, backend
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.backend.norm(x, self.weight, self.spec)
+        return x if self.weight is None else self.backend.norm(x, self.weight, self.bias, self.spec)
 
     def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
         """Add to the residual stream and norm the sum: (norm(x + residual), x + residual)."""
-        return self.backend.add_norm(x, residual, self.weight, self.spec)
-
-
-class NoNorm(nn.Module):
-    """Stands where a family has no norm."""
-
-    def __init__(self, spec: NormSpec, backend: Backend):
-        super().__init__()
-        self.spec, self.backend = spec, backend
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x
-
-    def add(self, x: Tensor, residual: Tensor) -> tuple[Tensor, Tensor]:
-        return self.backend.add_norm(x, residual, None, self.spec)
+        return self.backend.add_norm(x, residual, self.weight, self.bias, self.spec)
 
 
 class Attention(nn.Module):
@@ -81,8 +68,8 @@ class Attention(nn.Module):
         self.output = linear(q_size, config.hidden_size, config.output_bias)
         if self.qk_norm is not None:
             whole = self.qk_norm == "full"
-            self.q_norm = RMSNorm(q_size if whole else config.head_dim, config.norm, backend, dtype)
-            self.k_norm = RMSNorm(kv_size if whole else config.head_dim, config.norm, backend, dtype)
+            self.q_norm = Norm(q_size if whole else config.head_dim, config.norm, backend, dtype)
+            self.k_norm = Norm(kv_size if whole else config.head_dim, config.norm, backend, dtype)
 
     def forward(self, x: Tensor, rotary: Rotary, view: KeyView, cache: StaticCache) -> Tensor:
         B, T, _ = x.shape
@@ -101,15 +88,21 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Gated feed-forward: down(activation(gate x) * up x) (Shazeer 2020, GLU variants, arXiv:2002.05202)."""
+    """Feed-forward: down(activation(gate x) * up x) (Shazeer 2020, GLU variants, arXiv:2002.05202), or without a gate
+    down(activation(up x))."""
 
     def __init__(self, config: ModelConfig, linear: LinearFactory):
         super().__init__()
-        self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
+        self.gated, self.activation = config.gated, config.activation
+        if self.gated:
+            self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
+        else:
+            self.up = linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
         self.down = linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
-        self.activation = config.activation
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.gated:
+            return self.down(activate(self.up(x), self.activation))  # [B, T, F] -> [B, T, d]
         # gate and up are one matrix, read once; the product of both comes out without a trip through memory.
         return self.down(self.gate_up.gated(x, self.activation))  # [B, T, F] -> [B, T, d]
 
@@ -120,9 +113,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int, backend: Backend, linear: LinearFactory, dtype: torch.dtype):
         super().__init__()
 
-        def norm(present: bool) -> nn.Module:
-            return RMSNorm(config.hidden_size, config.norm, backend, dtype) if present else NoNorm(config.norm, backend)
-
+        norm = partial(Norm, config.hidden_size, config.norm, backend, dtype)
         self.attention_norm = norm(config.pre_norm)
         self.attention = Attention(config, config.layers[index], index, backend, linear, dtype)
         self.attention_post_norm = norm(config.post_norm)
@@ -161,12 +152,17 @@ class Decoder(nn.Module):
         self.config, self.backend = config, backend
         self.moves = 0  # how often all weights were moved or cast at once
         # Gemma multiplies by sqrt(d) rounded to the model's dtype, and was trained with that rounding.
-        self.embedding_scale = torch.tensor(config.embedding_scale, dtype=dtype, device="cpu").item()
+        scale = torch.tensor(config.embedding_scale, dtype=dtype, device="cpu").item()
+        self.embedding_scale = scale if config.rounded_scale else config.embedding_scale
         # from_pretrained: the plain constructor draws random weights, which on a meta device imports half of torch.
         embedding = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
         self.embedding = nn.Embedding.from_pretrained(embedding, freeze=False)
+        self.positions = None
+        if config.learned_positions:
+            learned = torch.empty(config.max_positions, config.hidden_size, dtype=dtype)
+            self.positions = nn.Embedding.from_pretrained(learned, freeze=False)
         self.blocks = nn.ModuleList(Block(config, i, backend, linear, dtype) for i in range(config.num_layers))
-        self.norm = RMSNorm(config.hidden_size, config.norm, backend, dtype)
+        self.norm = Norm(config.hidden_size, config.norm, backend, dtype)
         self.head = head(config.hidden_size, config.vocab_size, False)
         if config.tie_word_embeddings and isinstance(self.head, Linear):  # a quantized head has its own copy
             self.head.weight = self.embedding.weight
@@ -192,6 +188,8 @@ class Decoder(nn.Module):
         x = self.embedding(input_ids)  # [B, T, d]
         if self.embedding_scale != 1.0:
             x = x * self.embedding_scale
+        if self.positions is not None:
+            x = x + self.positions(cache_position.clamp(min=0))  # [B, T, d]; of padding nobody sees it
         return x, [cos_sin(table, cache_position) for table in cache.rotary]
 
     def walk(
@@ -217,7 +215,8 @@ class Decoder(nn.Module):
 
     def finish(self, logits: Tensor) -> Tensor:
         """What a family does to its logits `[..., V]` float32 at the very end."""
-        cap = self.config.final_softcap
+        cap, scale = self.config.final_softcap, self.config.logit_scale
+        logits = logits if scale == 1.0 else logits * scale
         return logits if cap is None else cap * torch.tanh(logits / cap)
 
     @property

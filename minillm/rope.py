@@ -47,6 +47,8 @@ def inverse_frequencies(spec: RopeSpec, length: int) -> Tensor:
         stretch = spec.factor * max(length, spec.original_length) / spec.original_length - (spec.factor - 1)
         return 1.0 / (spec.theta * stretch ** (spec.dim / (spec.dim - 2))) ** exponent
     plain = 1.0 / spec.theta**exponent
+    if spec.kind == "none":
+        return 0 * plain  # cos 1, sin 0: a layer without positions (NoPE), to the bit
     if spec.kind == "linear":
         # Position interpolation (Chen et al. 2023, arXiv:2306.15595): slow every clock by the same factor.
         return plain / spec.factor

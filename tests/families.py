@@ -14,6 +14,7 @@ decoder that ignored the key could not pass the parity test.
 import copy
 import dataclasses
 import json
+import re
 import zlib
 from pathlib import Path
 
@@ -59,6 +60,11 @@ class Family:
         return config
 
     @property
+    def nested(self) -> bool:
+        """A vision tower stands beside the decoder."""
+        return "text_config" in self.config
+
+    @property
     def text_config(self) -> dict:
         return self.config.get("text_config", self.config)
 
@@ -68,7 +74,93 @@ def _family(name: str, architecture: str, model_type: str, keys: dict, features:
     return Family(name, {k: v for k, v in config.items() if v is not _ABSENT}, features)
 
 
+def _nested(name: str, architecture: str, text: dict, outer: dict, features: dict) -> Family:
+    """A text model inside a multimodal file."""
+    text = {k: v for k, v in (_BASE | text).items() if k not in ("tie_word_embeddings", "torch_dtype")}
+    config = {"architectures": [architecture], "torch_dtype": "float32", "text_config": text, **outer}
+    return Family(name, config, {feature: {"text_config": change} for feature, change in features.items()})
+
+
+def _elder(name: str, architecture: str, model_type: str, keys: dict, features: dict) -> Family:
+    """A family older than Llama, whose files share few keys with it."""
+    shared = {"architectures": [architecture], "model_type": model_type, "vocab_size": VOCABULARY}
+    shared |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "torch_dtype": "float32"}
+    return Family(name, shared | keys, features)
+
+
+_SIZES = {
+    "hidden_size": 48,
+    "intermediate_size": 84,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 512,
+}
+_GPT = {"n_embd": 48, "n_head": 6, "n_positions": 512, "layer_norm_epsilon": 0.02}
+_OPT = {
+    "hidden_size": 48,
+    "ffn_dim": 84,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 512,
+    "activation_function": "relu",
+}
+_ARCEE_ROPE = {
+    "rope_type": "yarn",
+    "factor": 20.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "original_max_position_embeddings": 64,
+}
 _ABSENT = object()
+_PIXTRAL = {
+    "model_type": "mistral3",
+    "image_token_index": 122,
+    "spatial_merge_size": 2,
+    "vision_config": {
+        "model_type": "pixtral",
+        "hidden_size": 16,
+        "intermediate_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "image_size": 28,
+        "patch_size": 14,
+    },
+}
+_GRANITE = {
+    "embedding_multiplier": 3.0,
+    "residual_multiplier": 0.6,
+    "attention_multiplier": 0.2,
+    "logits_scaling": 1.7,
+    "hidden_act": "silu",
+}
+_GRANITE_FEATURES = {
+    "embedding": {"embedding_multiplier": 1.0},
+    "residual": {"residual_multiplier": 1.0},
+    "attention": {"attention_multiplier": 0.4},
+    "logits": {"logits_scaling": 1.0},
+}
+_GRANITE4 = {
+    "num_local_experts": 0,
+    "num_experts_per_tok": 0,
+    "intermediate_size": 72,
+    "shared_intermediate_size": 60,
+    "layer_types": ["full_attention"] * 2,
+    "mamba_n_heads": 12,
+}
+_MINISTRAL3_ROPE = {
+    "rope_type": "yarn",
+    "rope_theta": 1000.0,
+    "factor": 2.0,
+    "original_max_position_embeddings": 256,
+    "max_position_embeddings": 512,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
 _LLAMA3 = {
     "rope_type": "llama3",
     "factor": 8.0,
@@ -387,6 +479,342 @@ _FAMILIES = [
         {"num_key_value_heads": 3, "head_dim": 12, "rope_theta": 500.0, "hidden_act": "silu"},
         {"base": {"rope_theta": 10000.0}, "eps": {"rms_norm_eps": 0.04}},
     ),
+    _family(
+        "ministral",
+        "MinistralForCausalLM",
+        "ministral",
+        {
+            "num_hidden_layers": 3,
+            "head_dim": 12,
+            "rope_theta": 100.0,
+            "sliding_window": 9,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "hidden_act": "silu",
+        },
+        {"window": {"sliding_window": 11}, "layers": {"layer_types": ["full_attention"] * 3}},
+    ),
+    _family(
+        "ministral3",  # queries grow with their position beyond 256; within it nothing shows
+        "Ministral3ForCausalLM",
+        "ministral3",
+        {"head_dim": 12, "rope_parameters": _MINISTRAL3_ROPE, "hidden_act": "silu", "tie_word_embeddings": True},
+        {"factor": {"rope_parameters": {"factor": 8.0}}, "beta": {"rope_parameters": {"beta_slow": 6.0}}},
+    ),
+    _nested(
+        "mistral3",
+        "Mistral3ForConditionalGeneration",
+        {"model_type": "mistral", "head_dim": 12, "rope_theta": 1000.0, "sliding_window": None, "hidden_act": "silu"},
+        _PIXTRAL | {"tie_word_embeddings": False},
+        {"base": {"rope_theta": 100.0}},
+    ),
+    _nested(
+        "mistral3-tied",  # and with the newer text model; the outer config says that the head is tied
+        "Mistral3ForConditionalGeneration",
+        {"model_type": "ministral3", "head_dim": 12, "rope_parameters": _MINISTRAL3_ROPE, "hidden_act": "silu"},
+        _PIXTRAL | {"tie_word_embeddings": True},
+        {"factor": {"rope_parameters": _MINISTRAL3_ROPE | {"factor": 8.0}}},
+    ),
+    _nested(
+        "qwen3-vl",
+        "Qwen3VLForConditionalGeneration",
+        {
+            "model_type": "qwen3_vl_text",
+            "head_dim": 20,
+            "num_key_value_heads": 3,
+            "rope_theta": 1000.0,
+            "rope_scaling": {"mrope_interleaved": True, "mrope_section": [4, 3, 3], "rope_type": "default"},
+            "hidden_act": "silu",
+            "attention_bias": True,
+        },
+        {
+            "model_type": "qwen3_vl",
+            "tie_word_embeddings": True,
+            "image_token_id": 124,
+            "video_token_id": 125,
+            "vision_start_token_id": 126,
+            "vision_end_token_id": 127,
+            "vision_config": {
+                "model_type": "qwen3_vl",
+                "depth": 1,
+                "hidden_size": 16,
+                "intermediate_size": 16,
+                "num_heads": 2,
+                "out_hidden_size": 48,
+                "num_position_embeddings": 4,
+                "deepstack_visual_indexes": [0],
+            },
+        },
+        {"base": {"rope_theta": 100.0}},
+    ),
+    _family(
+        "olmo3",
+        "Olmo3ForCausalLM",
+        "olmo3",
+        {
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 3,
+            "rope_theta": 500000.0,  # of both kinds of layer, whatever the older spelling says of one
+            "rope_scaling": {
+                "rope_type": "yarn",
+                "factor": 8.0,
+                "original_max_position_embeddings": 64,
+                "attention_factor": 1.2,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+            },
+            "sliding_window": 9,
+            "hidden_act": "silu",
+        },
+        {
+            "scaling": {"rope_scaling": {"factor": 2.0}},
+            "window": {"sliding_window": 11},
+            "layers": {"layer_types": ["sliding_attention"] * 4},
+        },
+    ),
+    _family(
+        "seed_oss",  # as published: biases on q, k and v only
+        "SeedOssForCausalLM",
+        "seed_oss",
+        {"head_dim": 12, "attention_bias": True, "attention_out_bias": False, "mlp_bias": False, "hidden_act": "silu"}
+        | {"rope_theta": 1000.0, "rope_scaling": {"rope_type": "default"}, "residual_dropout": 0.1},
+        {"base": {"rope_theta": 100.0}},
+    ),
+    _family(
+        "seed_oss-biased",
+        "SeedOssForCausalLM",
+        "seed_oss",
+        {"head_dim": 12, "attention_bias": False, "attention_out_bias": True, "mlp_bias": True, "hidden_act": "silu"},
+        {"eps": {"rms_norm_eps": 0.04}},
+    ),
+    _family(
+        "cwm",
+        "CwmForCausalLM",
+        "cwm",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 12,
+            "rope_theta": 1000.0,
+            "rope_scaling": _LLAMA3,
+            "sliding_window": 9,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention", "sliding_attention"],
+            "hidden_act": "silu",
+        },
+        {"window": {"sliding_window": 11}, "scaling": {"rope_scaling": {"factor": 32.0}}},
+    ),
+    _family(
+        "smollm3",
+        "SmolLM3ForCausalLM",
+        "smollm3",
+        {
+            "num_hidden_layers": 4,
+            "rope_theta": 300.0,
+            "no_rope_layers": [1, 0, 1, 1],
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "tie_word_embeddings": True,
+            "hidden_act": "silu",
+            "mlp_bias": False,
+            "attention_bias": False,
+        },
+        {"all rotate": {"no_rope_layers": [1] * 4}, "another": {"no_rope_layers": [0, 1, 1, 1]}},
+    ),
+    _family(
+        "smollm3-interval",
+        "SmolLM3ForCausalLM",
+        "smollm3",
+        {"no_rope_layer_interval": 2, "rope_theta": 300.0, "attention_bias": True, "mlp_bias": True},
+        {"interval": {"no_rope_layer_interval": 3}},
+    ),
+    _family(
+        "exaone4",
+        "Exaone4ForCausalLM",
+        "exaone4",
+        {
+            "num_hidden_layers": 4,
+            "head_dim": 12,
+            "rope_theta": 1000.0,
+            "rope_scaling": _LLAMA3 | {"factor": 16.0},
+            "sliding_window": 9,
+            "sliding_window_pattern": 3,
+            "hidden_act": "silu",
+        },
+        {
+            "window": {"sliding_window": 11},
+            "pattern": {"sliding_window_pattern": 2},
+            "base": {"rope_theta": 100.0},
+            "full layers do not rotate": {"sliding_window": None, "layer_types": ["full_attention"] * 4},
+        },
+    ),
+    _family(
+        "exaone4-full",  # without any window all layers rotate
+        "Exaone4ForCausalLM",
+        "exaone4",
+        {
+            "rope_theta": 1000.0,
+            "sliding_window": None,
+            "sliding_window_pattern": None,
+            "layer_types": ["full_attention"] * 2,
+            "tie_word_embeddings": True,
+            "hidden_act": "silu",
+        },
+        {"base": {"rope_theta": 100.0}},
+    ),
+    _family(
+        "granite",
+        "GraniteForCausalLM",
+        "granite",
+        _GRANITE | {"rope_theta": 1000.0, "tie_word_embeddings": True, "attention_bias": False, "mlp_bias": False},
+        _GRANITE_FEATURES,
+    ),
+    _family(
+        "granite-biased",
+        "GraniteForCausalLM",
+        "granite",
+        {"rope_theta": 1000.0, "attention_multiplier": 0.4, "attention_bias": True, "mlp_bias": True},
+        {"attention": {"attention_multiplier": 0.2}},
+    ),
+    _family(
+        "granite4",  # dense: no experts, no recurrent layers
+        "GraniteMoeHybridForCausalLM",
+        "granitemoehybrid",
+        _GRANITE | _GRANITE4 | {"position_embedding_type": "rope", "rope_theta": 1000.0, "tie_word_embeddings": True},
+        _GRANITE_FEATURES | {"rope": {"position_embedding_type": None}},
+    ),
+    _family(
+        "granite4-nope",
+        "GraniteMoeHybridForCausalLM",
+        "granitemoehybrid",
+        _GRANITE | _GRANITE4 | {"position_embedding_type": "nope"},
+        {"rope": {"position_embedding_type": "rope"}},
+    ),
+    _family(
+        "glm",
+        "GlmForCausalLM",
+        "glm",
+        {"head_dim": 12, "partial_rotary_factor": 0.5, "rope_theta": 100.0, "attention_bias": True},
+        {"base": {"rope_theta": 1000.0}, "partial": {"partial_rotary_factor": 1.0}},
+    ),
+    _family(
+        "glm4",
+        "Glm4ForCausalLM",
+        "glm4",
+        {"head_dim": 12, "partial_rotary_factor": 0.5, "rope_theta": 100.0, "attention_bias": True},
+        {"base": {"rope_theta": 1000.0}, "eps": {"rms_norm_eps": 0.04}},
+    ),
+    _family(
+        "glm4-unbiased",
+        "Glm4ForCausalLM",
+        "glm4",
+        {"head_dim": 16, "partial_rotary_factor": 1.0, "attention_bias": False, "tie_word_embeddings": True},
+        {"partial": {"partial_rotary_factor": 0.5}},
+    ),
+    _family(
+        "ernie4_5",
+        "Ernie4_5ForCausalLM",
+        "ernie4_5",
+        {"head_dim": 12, "rope_theta": 100.0, "use_bias": False, "tie_word_embeddings": True, "hidden_act": "silu"},
+        {"base": {"rope_theta": 1000.0}},
+    ),
+    _family(
+        "ernie4_5-biased",
+        "Ernie4_5ForCausalLM",
+        "ernie4_5",
+        {"head_dim": 12, "rope_theta": 100.0, "use_bias": True, "hidden_act": "silu"},
+        {"base": {"rope_theta": 1000.0}},
+    ),
+    _family(
+        "helium",
+        "HeliumForCausalLM",
+        "helium",
+        {"head_dim": 8, "num_key_value_heads": 6, "rope_theta": 100.0, "attention_bias": False, "mlp_bias": False},
+        {"base": {"rope_theta": 1000.0}},
+    ),
+    _family(
+        "helium-biased",
+        "HeliumForCausalLM",
+        "helium",
+        {"head_dim": 8, "rope_theta": 100.0, "attention_bias": True, "mlp_bias": True},
+        {"base": {"rope_theta": 1000.0}},
+    ),
+    _family(
+        "arcee",
+        "ArceeForCausalLM",
+        "arcee",
+        {"head_dim": 12, "hidden_act": "relu2", "rope_theta": 100.0, "rope_scaling": _ARCEE_ROPE},
+        {"activation": {"hidden_act": "relu"}, "scaling": {"rope_scaling": None}},
+    ),
+    _family(
+        "arcee-biased",
+        "ArceeForCausalLM",
+        "arcee",
+        {"hidden_act": "relu2", "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
+        {"eps": {"rms_norm_eps": 0.04}},
+    ),
+    _elder(
+        "starcoder2",
+        "Starcoder2ForCausalLM",
+        "starcoder2",
+        _SIZES
+        | {"num_key_value_heads": 2, "hidden_act": "gelu_pytorch_tanh", "norm_epsilon": 0.02}
+        | {"use_bias": True, "rope_theta": 100.0, "sliding_window": 9, "activation_function": "gelu"},
+        {"window": {"sliding_window": 11}, "eps": {"norm_epsilon": 0.2}, "activation": {"hidden_act": "silu"}},
+    ),
+    _elder(
+        "starcoder2-unbiased",
+        "Starcoder2ForCausalLM",
+        "starcoder2",
+        _SIZES
+        | {"num_key_value_heads": 3, "hidden_act": "gelu", "norm_epsilon": 0.02, "use_bias": False}
+        | {"tie_word_embeddings": False, "sliding_window": None},
+        {"gelu is not tanh": {"hidden_act": "relu"}},
+    ),
+    _elder(
+        "gpt2",
+        "GPT2LMHeadModel",
+        "gpt2",
+        _GPT | {"n_layer": 2, "n_inner": None, "activation_function": "gelu_new", "n_ctx": 512},
+        {
+            "eps": {"layer_norm_epsilon": 0.2},
+            "activation": {"activation_function": "relu"},
+            "not scaled": {"scale_attn_weights": False},
+            "scaled by layer": {"scale_attn_by_inverse_layer_idx": True},
+        },
+    ),
+    _elder(
+        "gpt2-untied",
+        "GPT2LMHeadModel",
+        "gpt2",
+        _GPT | {"n_layer": 3, "n_inner": 84, "activation_function": "relu", "tie_word_embeddings": False},
+        {"activation": {"activation_function": "gelu"}},
+    ),
+    _elder(
+        "gpt_bigcode",  # StarCoder and OctoCoder: one key/value head
+        "GPTBigCodeForCausalLM",
+        "gpt_bigcode",
+        _GPT | {"n_layer": 2, "n_inner": 84, "activation_function": "gelu", "multi_query": True},
+        {"eps": {"layer_norm_epsilon": 0.2}, "activation": {"activation_function": "relu"}},
+    ),
+    _elder(
+        "gpt_bigcode-heads",
+        "GPTBigCodeForCausalLM",
+        "gpt_bigcode",
+        _GPT | {"n_layer": 2, "activation_function": "gelu_pytorch_tanh", "multi_query": False},
+        {"eps": {"layer_norm_epsilon": 0.2}},
+    ),
+    _elder(
+        "opt",
+        "OPTForCausalLM",
+        "opt",
+        _OPT | {"enable_bias": True, "do_layer_norm_before": True, "prefix": "</s>", "word_embed_proj_dim": 48},
+        {"activation": {"activation_function": "gelu"}, "order": {"do_layer_norm_before": False}},
+    ),
+    _elder(
+        "opt-unbiased",
+        "OPTForCausalLM",
+        "opt",
+        _OPT | {"enable_bias": False, "tie_word_embeddings": False},
+        {"activation": {"activation_function": "gelu"}},
+    ),
 ]
 FAMILIES = {family.name: family for family in _FAMILIES}
 WINDOWED = [n for n, f in FAMILIES.items() if (f.text_config.get("sliding_window") or 600) < 40 and n != "qwen2"]
@@ -417,11 +845,11 @@ def _draw_weights(model: torch.nn.Module, seed: int) -> None:
     for name, parameter in model.named_parameters():
         noise = torch.randn(parameter.shape, generator=generator)
         with torch.no_grad():
-            if parameter.dim() == 1 and "norm" in name:
+            if parameter.dim() == 1 and re.search(r"norm|\.ln_", name):
                 parameter.copy_(parameter + 0.3 * noise)
             elif parameter.dim() == 1:
                 parameter.copy_(0.5 * noise)
-            elif "embed_tokens" in name:
+            elif re.search(r"embed|wte|wpe", name):
                 parameter.copy_(0.4 * noise)
             else:
                 parameter.copy_(1.4 / parameter.shape[-1] ** 0.5 * noise)

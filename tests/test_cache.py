@@ -4,13 +4,13 @@ import random
 
 import pytest
 import torch
-from families import prompt_ids
+from families import FAMILIES, prompt_ids
 
 from minillm.attention import BACKENDS
 from minillm.cache import StaticCache
 from minillm.errors import CacheError, MinillmError
 from minillm.load.checkpoint import load_decoder
-from minillm.load.config_json import load_config
+from minillm.load.config_json import load_config, parse_config
 
 # Families that differ in how they use the cache: full layers, windows everywhere, windows on some.
 MODELS = ["llama3", "mistral-v0.1", "qwen2-window", "gemma2", "gemma3", "phi3"]
@@ -438,3 +438,10 @@ def test_rows_that_were_interrupted_in_the_making_are_made_anew(ours, monkeypatc
             cache.rows(0, 1)
     assert cache.rows(0, 1).batch_size == len(cache.rows(0, 1).keys[0]) == len(cache.rows(0, 1)._ids) == 1
     assert cache.rows(0, 1) is cache.rows(0, 1)
+
+
+def test_positions_that_were_not_learned_are_refused():
+    config = parse_config(FAMILIES["gpt2"].config)
+    assert StaticCache(config, 1, config.max_positions).max_cache_len == 512
+    with pytest.raises(CacheError, match="512 positions"):
+        StaticCache(config, 1, config.max_positions + 1)

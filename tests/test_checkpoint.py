@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import shutil
 import subprocess
 import sys
@@ -13,10 +14,11 @@ from families import FAMILIES, prompt_ids, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from minillm.cache import StaticCache
-from minillm.errors import BackendError, CheckpointError
+from minillm.errors import BackendError, CheckpointError, TokenizerError
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
 from minillm.load.hub import find_checkpoint
+from minillm.load.tokenizer import load_tokenizer
 
 PROMPT = prompt_ids(12, seed=1)
 
@@ -145,11 +147,41 @@ def test_everything_wrong_is_listed_in_one_error(rewritten):
     assert "[48, 48, 1]" in message
 
 
+@pytest.mark.parametrize(
+    ("name", "old"),
+    [
+        ("gpt2", lambda name: name.removeprefix("transformer.")),
+        ("opt", lambda name: name.removeprefix("model.")),
+    ],
+)
+def test_names_of_files_without_a_head_and_buffers_of_old_files(name, old, checkpoint, rewritten, ours):
+    def rename(tensors):
+        if name == "gpt2":
+            tensors["transformer.h.0.attn.bias"] = torch.ones(1, 1, 4, 4)
+            tensors["transformer.h.1.attn.masked_bias"] = torch.tensor(-1e4)
+        for key in list(tensors):
+            tensors[old(key)] = tensors.pop(key)
+
+    assert torch.equal(logits(load(rewritten(name, rename))), logits(ours(name)))
+
+
+def test_what_an_old_checkpoint_lacks_and_the_line_that_makes_it(checkpoint, tmp_path):
+    folder = tmp_path / "models--owner--old" / "snapshots" / "abc"
+    folder.mkdir(parents=True)
+    shutil.copy(checkpoint("gpt2") / "config.json", folder)
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+    line = r"pytorch_model.bin is pickle.*AutoModelForCausalLM.from_pretrained\('owner/old'\).save_pretrained"
+    with pytest.raises(CheckpointError, match=line):
+        load(folder)
+    with pytest.raises(TokenizerError, match=r"tokenizer.json.*AutoTokenizer.from_pretrained\('owner/old'\).save_pret"):
+        load_tokenizer(folder)
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_each_missing_tensor_is_named(name, checkpoint, rewritten, tmp_path):
     """For every family, leave out one tensor of each kind (layer 0 and the ones outside layers)."""
     kinds = [k for k in tensors_of(checkpoint(name)) if ".layers." not in k or ".layers.0." in k]
-    kinds = [k for k in kinds if "vision" not in k and "projector" not in k]
+    kinds = [k for k in kinds if not re.search("vision|visual|projector", k)]
     assert len(kinds) >= 8
     for index, kind in enumerate(kinds):
         folder = rewritten(name, lambda tensors, kind=kind: tensors.pop(kind))

@@ -19,12 +19,15 @@ from minillm.model import empty_decoder
 CONFIGS = PUBLISHED | {f"tiny {name}": family.config for name, family in FAMILIES.items()}
 
 
+def either(config, *names, default):
+    """The value under the first of these names that has one."""
+    return next((value for name in names if (value := getattr(config, name, None)) is not None), default)
+
+
 def windows_of(reference) -> list[int | None]:
     """The window of each layer as transformers' modelling code uses it."""
-    if reference.model_type in ("llama", "gemma", "olmo2"):
-        return [None] * reference.num_hidden_layers
-    if reference.model_type in ("mistral", "phi3"):
-        return [reference.sliding_window] * reference.num_hidden_layers
+    if getattr(reference, "layer_types", None) is None:  # then all layers are alike
+        return [getattr(reference, "sliding_window", None)] * reference.num_hidden_layers
     return [reference.sliding_window if t == "sliding_attention" else None for t in reference.layer_types]
 
 
@@ -44,31 +47,40 @@ def test_agrees_with_transformers(name):
 
     assert ours.vocab_size == theirs.vocab_size
     assert ours.hidden_size == theirs.hidden_size
-    assert ours.intermediate_size == theirs.intermediate_size
+    inner = ("shared_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+    assert ours.intermediate_size == either(theirs, *inner, default=4 * theirs.hidden_size)
     assert ours.num_heads == theirs.num_attention_heads
-    assert ours.num_kv_heads == theirs.num_key_value_heads
+    assert ours.num_kv_heads == either(theirs, "num_key_value_heads", default=theirs.num_attention_heads)
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert ours.head_dim == head_dim
     assert len(ours.layers) == theirs.num_hidden_layers
-    assert ours.norm.eps == theirs.rms_norm_eps
-    assert ours.tie_word_embeddings == bool(theirs.tie_word_embeddings)
+    residual = getattr(theirs, "residual_multiplier", 1.0)  # Granite's, divided out of stream and eps
+    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+    assert ours.norm.eps == either(theirs, *names, default=1e-5) / residual**2
+    assert ours.tie_word_embeddings == bool(full.tie_word_embeddings)
     if "bos_token_id" in raw.get("text_config", raw):
         assert ours.bos_token_id == theirs.bos_token_id
     stated = [raw.get("eos_token_id"), raw.get("text_config", {}).get("eos_token_id")]  # union of sources
     eos = {id for ids in stated if ids is not None for id in (ids if isinstance(ids, list) else [ids])}
     assert set(ours.eos_token_ids) == eos
     assert ours.dtype == str(full.dtype).removeprefix("torch.")
-    activation = getattr(theirs, "hidden_activation", None) or theirs.hidden_act
-    assert ours.activation == {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}[activation]
+    activation = either(theirs, "hidden_activation", "hidden_act", "activation_function", "activation", default="tanh")
+    tanh = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "tanh"), "gelu_tanh")
+    assert ours.activation == tanh.get(activation, activation)
 
     assert [layer.window for layer in ours.layers] == windows_of(theirs)
     scalar = getattr(theirs, "query_pre_attn_scalar", None) or head_dim
-    assert {layer.query_scale for layer in ours.layers} == {scalar**-0.5}
+    assert {layer.query_scale for layer in ours.layers} == {getattr(theirs, "attention_multiplier", scalar**-0.5)}
     assert {layer.softcap for layer in ours.layers} == {getattr(theirs, "attn_logit_softcapping", None)}
     assert ours.final_softcap == getattr(theirs, "final_logit_softcapping", None)
 
+    if not hasattr(theirs, "rope_parameters"):
+        assert {ours.ropes[layer.rope].kind for layer in ours.layers} == {"none"}
+        return
     for layer, rope in zip(ours.layers, rope_parameters_of(theirs), strict=True):
         spec = ours.ropes[layer.rope]
+        if spec.kind == "none":
+            continue
         assert spec.theta == rope["rope_theta"]
         assert spec.kind == rope["rope_type"]
         assert spec.dim == int(head_dim * rope.get("partial_rotary_factor", 1.0))
@@ -92,7 +104,9 @@ def test_both_spellings_give_the_same_config(name, checkpoint):
     saved = load_config(checkpoint(name))
     published = parse_config(FAMILIES[name].config)
     raw = json.loads((checkpoint(name) / "config.json").read_text())
-    assert "rope_parameters" in raw.get("text_config", raw)  # it really is the other spelling
+    spelled = raw.get("text_config", raw)
+    older = {"rope_theta", "rope_scaling", "rotary_pct", "rotary_emb_base"} & set(FAMILIES[name].text_config)
+    assert "rope_parameters" in spelled or not older  # it really is the other spelling
     assert saved == published
 
 
@@ -117,10 +131,18 @@ REJECTED = [
     # (a change to the llama recipe, what the message must name)
     ({"model_type": "mamba"}, "mamba"),
     ({"model_type": None}, "model_type"),
+    ({"model_type": "qwen3_moe"}, "mixture of experts"),
+    ({"model_type": "mamba2"}, "recurrent state"),
+    ({"model_type": "gemma3n_text"}, "between layers"),
+    ({"model_type": "t5"}, "encoder"),
     ({"num_experts": 8}, "num_experts"),
     ({"logit_scale": 0.0625}, "logit_scale"),
     ({"hidden_act": "relu"}, "relu"),
     ({"hidden_act": "gelu"}, "gelu"),
+    ({"do_layer_norm_before": False}, "do_layer_norm_before"),
+    ({"scale_attn_weights": False}, "scale_attn_weights"),
+    ({"word_embed_proj_dim": 24}, "word_embed_proj_dim"),
+    ({"activation_function": "silu"}, "activation_function"),
     ({"hidden_size": None}, "hidden_size"),
     ({"hidden_size": "48"}, "hidden_size"),
     ({"num_hidden_layers": 0}, "num_hidden_layers"),
@@ -184,6 +206,69 @@ REJECTED = [
 def test_bad_or_unknown_values_are_errors_that_name_them(change, named):
     raw = LLAMA | change
     with pytest.raises(ConfigError, match=named):
+        parse_config(raw)
+
+
+def test_queries_that_grow_with_their_position_are_not_computed_and_never_reached():
+    config = parse_config(FAMILIES["ministral3"].config)
+    assert config.max_positions == 256  # of 512
+    plain = FAMILIES["ministral3"].with_changes({"rope_parameters": {"llama_4_scaling_beta": 0.0}})
+    assert parse_config(plain).max_positions == 512
+
+
+def test_a_head_that_the_outer_file_ties_is_tied():
+    raw = FAMILIES["mistral3"].config
+    assert not parse_config(raw).tie_word_embeddings
+    assert parse_config(raw | {"tie_word_embeddings": True}).tie_word_embeddings
+    text = raw["text_config"] | {"tie_word_embeddings": True}
+    assert not parse_config(raw | {"text_config": text}).tie_word_embeddings
+    assert parse_config({k: v for k, v in raw.items() if "tie" not in k} | {"text_config": text}).tie_word_embeddings
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("smollm3", [True, False, True, True]),
+        ("smollm3-interval", [True, False]),
+        ("exaone4", [True, True, False, True]),
+        ("exaone4-full", [True, True]),
+        ("granite4", [True, True]),
+        ("granite4-nope", [False, False]),
+    ],
+)
+def test_which_layers_rotate(name, expected):
+    config = parse_config(FAMILIES[name].config)
+    assert [config.ropes[layer.rope].kind != "none" for layer in config.layers] == expected
+
+
+@pytest.mark.parametrize("listed", [[1], [1, 0, 2, 1], "1011", [1, 0, None, 1]])
+def test_no_rope_layers_that_do_not_fit(listed):
+    with pytest.raises(ConfigError, match="no_rope_layers"):
+        parse_config(FAMILIES["smollm3"].config | {"no_rope_layers": listed})
+
+
+def test_an_error_names_the_key_as_the_file_spells_it():
+    with pytest.raises(ConfigError, match="shared_intermediate_size"):
+        parse_config(FAMILIES["granite4"].config | {"shared_intermediate_size": -1})
+    with pytest.raises(ConfigError, match="num_local_experts"):
+        parse_config(FAMILIES["granite4"].config | {"num_local_experts": 8})
+
+
+def test_what_the_elders_files_leave_out_or_call_otherwise():
+    gpt2 = FAMILIES["gpt2"].config
+    assert parse_config({k: v for k, v in gpt2.items() if k != "n_inner"}) == parse_config(gpt2)
+    with pytest.raises(ConfigError, match="n_embd"):
+        parse_config({k: v for k, v in gpt2.items() if k != "n_embd"})
+    with pytest.raises(ConfigError, match="do_layer_norm_before"):  # OPT-350m
+        parse_config(FAMILIES["opt"].config | {"do_layer_norm_before": False})
+    assert parse_config(FAMILIES["starcoder2"].config).activation == "gelu_tanh"  # not what activation_function says
+    assert parse_config(FAMILIES["starcoder2-unbiased"].config).activation == "gelu"  # with erf
+    assert parse_config(FAMILIES["gemma"].config).activation == "gelu_tanh"  # which says "gelu"
+
+
+def test_layers_that_must_be_listed_are_not_guessed():
+    raw = {key: value for key, value in FAMILIES["cwm"].config.items() if key != "layer_types"}
+    with pytest.raises(ConfigError, match="layer_types"):
         parse_config(raw)
 
 

@@ -73,6 +73,26 @@ def test_norms_additions_and_rotation_with_any_number_of_threads():
 # ---- 16 bits ----
 
 
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("bias", [True, False])
+def test_layer_norm_rounds_where_pytorch_rounds(dtype, bias):
+    """Of 64 numbers that are +-1 the mean, a multiple of 1/32, and the sum of squares are exact in any order; the sum
+    of two 16-bit tensors is rounded before it is normed."""
+    torch.manual_seed(1)
+    x = torch.randint(0, 2, (50, 64)).mul(2).sub(1).to(dtype)
+    weight, shift = torch.randn(64).to(dtype), torch.randn(64).to(dtype) if bias else None
+    spec = NormSpec(1e-6, 0.0, True, center=True, bias=bias)
+    expected = torch.nn.functional.layer_norm(
+        x.double(), (64,), weight.double(), None if shift is None else shift.double(), 1e-6
+    )
+    for norm in (attention.norm, attention.norm_kernel):
+        assert (norm(x, weight, shift, spec) == expected.to(dtype)).double().mean() > 0.99  # float32 crosses a border
+    half = torch.full_like(x, 1.0)
+    normed, total = attention.add_norm_kernel(x - half, half, weight, shift, spec)
+    assert torch.equal(total, x)
+    assert torch.equal(normed, attention.norm_kernel(x, weight, shift, spec))
+
+
 def whole(*shape, largest):
     """Whole numbers: their squares add up without rounding, whoever adds them in whatever order."""
     return torch.randint(-largest, largest + 1, shape).float()
@@ -92,19 +112,19 @@ def test_norms_round_where_pytorch_rounds(spec, dtype, monkeypatch):
     torch.manual_seed(1)
     x, residual = (whole(50, 64, largest=200).to(dtype) for _ in range(2))
     weight = torch.randn(64).to(dtype)
-    alone = attention.norm(x, weight, spec)
-    normed, total = attention.add_norm(x, residual, weight, spec)
+    alone = attention.norm(x, weight, None, spec)
+    normed, total = attention.add_norm(x, residual, weight, None, spec)
     exact = x.float() + residual.float()
     assert (dtype == torch.float16) or not torch.equal(total.float(), exact)  # the rounding is there to be seen
     for compiled in (True, False):
         if not compiled:
             monkeypatch.setattr(cpu, "library", lambda: None)
-        assert torch.equal(attention.norm_kernel(x, weight, spec), alone)
-        ours = attention.add_norm_kernel(x, residual, weight, spec)
+        assert torch.equal(attention.norm_kernel(x, weight, None, spec), alone)
+        ours = attention.add_norm_kernel(x, residual, weight, None, spec)
         assert torch.equal(ours[1], total)
         assert torch.equal(ours[0], normed)
     # And each of the three is a norm of its own: none could stand in for another unnoticed.
-    others = [attention.norm(x, weight, other) for other in NORMS if other != spec]
+    others = [attention.norm(x, weight, None, other) for other in NORMS if other != spec]
     assert not any(torch.equal(alone, other) for other in others)
 
 
@@ -126,7 +146,7 @@ def test_a_familys_norm_and_embeddings_are_transformers_own_in_bfloat16(name, ch
         model = load_decoder(checkpoint(name), config, torch.bfloat16, "cpu", attention=backend)
         with torch.inference_mode():
             embedded, _ = model.embed(ids, torch.arange(40)[None], StaticCache(config, 1, 40, dtype=torch.bfloat16))
-            ours = model.backend.norm(x, norm.weight, config.norm)
+            ours = model.backend.norm(x, norm.weight, None, config.norm)
             assert torch.equal(embedded, expected)
             assert torch.equal(ours, norm(x)), backend
 

@@ -1,4 +1,4 @@
-"""RMSNorm, alone or with the residual addition before it: `minillm::rms_norm`, `minillm::add_rms_norm`; and `add`.
+"""RMSNorm and LayerNorm, alone or after the residual addition: `minillm::rms_norm`, `minillm::add_rms_norm`; and `add`.
 
 What bounds them: on a small model nothing but launching. Each is one pass over one token's activations
 (a few KB), so eager PyTorch spends its time starting five to eight kernels, each reading and writing the
@@ -12,7 +12,15 @@ from minillm_kernels import cpu
 from minillm_kernels.op import DTYPES, check_devices, op
 
 
-def check_norm(x: Tensor, weight: Tensor, eps: float, offset: float, multiply_in_fp32: bool) -> None:
+def check_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    multiply_in_fp32: bool,
+    bias: Tensor | None = None,
+    center: bool = False,
+) -> None:
     if not x.dim() or weight.shape != (x.shape[-1],) or not weight.numel() or not weight.is_contiguous():
         raise ValueError(
             f"rms_norm: weight must be [N], contiguous, for x [..., N], N > 0; got {tuple(weight.shape)}, "
@@ -22,7 +30,13 @@ def check_norm(x: Tensor, weight: Tensor, eps: float, offset: float, multiply_in
         raise ValueError(
             f"rms_norm: x and weight must share one dtype of float32, bfloat16, float16, got {x.dtype}, {weight.dtype}"
         )
-    check_devices("rms_norm", x, weight)
+    if bias is not None and (bias.shape != weight.shape or bias.dtype != x.dtype or not bias.is_contiguous()):
+        raise ValueError(
+            f"rms_norm: bias must be [N], contiguous, in x's dtype {x.dtype}, got {tuple(bias.shape)} {bias.dtype}"
+        )
+    check_devices("rms_norm", x, weight, bias)
+    if (center or bias is not None) and not multiply_in_fp32:
+        raise ValueError("rms_norm: center and bias need multiply_in_fp32=True: LayerNorm rounds once, at its end")
     if offset != 0 and not multiply_in_fp32:
         raise ValueError(
             f"rms_norm: offset {offset} needs multiply_in_fp32=True: a norm that rounds before it multiplies "
@@ -40,9 +54,16 @@ def check_add(x: Tensor, y: Tensor) -> None:
 
 
 def check_add_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, multiply_in_fp32: bool
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    multiply_in_fp32: bool,
+    bias: Tensor | None = None,
+    center: bool = False,
 ) -> None:
-    check_norm(x, weight, eps, offset, multiply_in_fp32)
+    check_norm(x, weight, eps, offset, multiply_in_fp32, bias, center)
     check_add(x, residual)
 
 
@@ -51,18 +72,28 @@ def empty_like(x: Tensor) -> Tensor:
 
 
 @op(check=check_norm, fake=lambda x, *_: empty_like(x), triton="minillm_kernels.gpu.norm")
-def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, multiply_in_fp32: bool) -> Tensor:
+def rms_norm(
+    x: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    multiply_in_fp32: bool,
+    bias: Tensor | None = None,
+    center: bool = False,
+) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * (offset + weight) over the last dimension (arXiv 1910.07467).
 
     x [..., N], weight [N], one dtype of float32, bfloat16, float16; returns [..., N] in that dtype. The mean is
     always taken in float32. Families differ in where they round, and their checkpoints were trained with it:
     Gemma (offset 1) and OLMo 2 (offset 0) multiply in float32 and round once, `multiply_in_fp32=True`;
     Llama rounds first and multiplies in x's dtype, `multiply_in_fp32=False` (offset 0 only).
+    With `center` the mean of x is taken off first, which makes it LayerNorm (arXiv 1607.06450), and `bias` [N], in x's
+    dtype, is added last; both need `multiply_in_fp32=True`.
     Raises ValueError when shapes or dtypes do not fit.
     """
     if cpu.available():
-        return cpu.rms_norm(x, None, weight, eps, offset, multiply_in_fp32)[0]
-    return norm(x, weight, eps, offset, multiply_in_fp32)
+        return cpu.rms_norm(x, None, weight, eps, offset, multiply_in_fp32, bias, center)[0]
+    return norm(x, weight, eps, offset, multiply_in_fp32, bias, center)
 
 
 @op(
@@ -71,20 +102,32 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, offset: float, multiply_in_f
     triton="minillm_kernels.gpu.norm",
 )
 def add_rms_norm(
-    x: Tensor, residual: Tensor, weight: Tensor, eps: float, offset: float, multiply_in_fp32: bool
+    x: Tensor,
+    residual: Tensor,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    multiply_in_fp32: bool,
+    bias: Tensor | None = None,
+    center: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(sum), sum) with sum = x + residual, rounded to their dtype; arguments as for `rms_norm`."""
     if cpu.available():
-        return cpu.rms_norm(x, residual, weight, eps, offset, multiply_in_fp32)
+        return cpu.rms_norm(x, residual, weight, eps, offset, multiply_in_fp32, bias, center)
     total = x + residual
-    return norm(total, weight, eps, offset, multiply_in_fp32), total
+    return norm(total, weight, eps, offset, multiply_in_fp32, bias, center), total
 
 
-def norm(x: Tensor, weight: Tensor, eps: float, offset: float, multiply_in_fp32: bool) -> Tensor:
+def norm(
+    x: Tensor, weight: Tensor, eps: float, offset: float, multiply_in_fp32: bool, bias: Tensor | None, center: bool
+) -> Tensor:
     wide = x.float()
+    if center:
+        wide = wide - wide.mean(-1, keepdim=True)
     wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
     if multiply_in_fp32:
-        return (wide * (offset + weight.float())).to(x.dtype)
+        wide = wide * (offset + weight.float())
+        return (wide if bias is None else wide + bias.float()).to(x.dtype)
     return wide.to(x.dtype) * weight
 
 

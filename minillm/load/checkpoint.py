@@ -9,7 +9,7 @@ finished model plus one tensor. Pickle files (`.bin`, `.pt`) can run code when o
 import math
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,27 +21,11 @@ from torch import Tensor, nn
 from minillm.config import ModelConfig
 from minillm.errors import BackendError, CheckpointError, first_line, shown
 from minillm.linear import Linear, QuantizedLinear
-from minillm.load.files import read_json
+from minillm.load.files import conversion, read_json
 from minillm.load.quantize import fill_rows
+from minillm.load.tensors import arrangement, file_names, file_shape, plain_name
 from minillm.model import Decoder, empty_decoder
 from minillm.progress import progress_bar
-
-# What the rows of a block's modules are called in the files, first to last. The suffix weight/bias is carried over;
-# a module that a model does not have is passed over.
-_BLOCK = {
-    "attention_norm": ["input_layernorm"],
-    "attention.qkv": ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"],
-    "attention.q_norm": ["self_attn.q_norm"],
-    "attention.k_norm": ["self_attn.k_norm"],
-    "attention.output": ["self_attn.o_proj"],
-    "attention_post_norm": ["post_attention_layernorm"],
-    "mlp_norm": ["pre_feedforward_layernorm"],
-    "mlp.gate_up": ["mlp.gate_proj", "mlp.up_proj"],
-    "mlp.down": ["mlp.down_proj"],
-    "mlp_post_norm": ["post_feedforward_layernorm"],
-}
-_FUSED = {"attention.qkv": ["self_attn.qkv_proj"], "mlp.gate_up": ["mlp.gate_up_proj"]}
-_NO_POST_NORM = {"mlp_norm": ["post_attention_layernorm"]}  # the same name, for another norm
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -59,6 +43,7 @@ class Destination:
     start: int
     shape: tuple[int, ...]
     dtype: torch.dtype | None  # exactly this one; None: any float, converted on the way
+    arrange: Callable[[Tensor], Tensor] | None  # what puts the file's rows in our order
 
 
 def load_decoder(
@@ -97,31 +82,28 @@ def load_decoder(
 
 def _fill(model: Decoder, place: Destination, tensor: Tensor) -> None:
     module = model.get_submodule(place.module)
+    tensor = tensor if place.arrange is None else place.arrange(tensor)
     if place.tensor == "weight" and place.dtype is None and isinstance(module, Linear | QuantizedLinear):
         fill_rows(module, place.start, tensor)
     else:
         whole = getattr(module, place.tensor)
-        whole.narrow(place.dimension, place.start, place.shape[place.dimension]).copy_(tensor)
+        whole.narrow(place.dimension, place.start, tensor.shape[place.dimension]).copy_(tensor)
 
 
 def destinations(config: ModelConfig, model: Decoder) -> dict[str, Destination]:
     """Every tensor a checkpoint of this config must hold (without the file's name prefix), and where it goes."""
     q_rows, kv_rows = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     rows = {"qkv": [q_rows, kv_rows, kv_rows], "gate_up": [config.intermediate_size] * 2}
-    block = _BLOCK | (_FUSED if config.fused_tensors else {}) | ({} if config.post_norm else _NO_POST_NORM)
-    parts = {"embedding": ["model.embed_tokens"], "norm": ["model.norm"]}
-    if not config.tie_word_embeddings or config.quantized_head:
-        parts["head"] = ["lm_head"]
-    for layer in range(config.num_layers):
-        for module, names in block.items():
-            parts[f"blocks.{layer}.{module}"] = [f"model.layers.{layer}.{name}" for name in names]
     modules, places = dict(model.named_modules()), {}
-    for module, names in parts.items():
+    for module, names in file_names(config).items():
+        if module == "head" and config.tie_word_embeddings and not config.quantized_head:
+            continue
         for tensor, dimension, shape, dtype in _tensors(modules.get(module), config.quantization is not None):
             start, counts = 0, rows[module.rsplit(".", 1)[-1]] if len(names) > 1 else [shape[dimension]]
-            for name, count in zip(names, counts, strict=True):
-                part = (*shape[:dimension], count, *shape[dimension + 1 :])
-                places[f"{name}.{tensor}"] = Destination(module, tensor, dimension, start, part, dtype)
+            for part, (name, count) in enumerate(zip(names, counts, strict=True)):
+                size = file_shape(config, module, (*shape[:dimension], count, *shape[dimension + 1 :]))
+                arrange = arrangement(config, module, part)
+                places[f"{name}.{tensor}"] = Destination(module, tensor, dimension, start, size, dtype, arrange)
                 start += count
     return places
 
@@ -134,7 +116,7 @@ def _tensors(module: nn.Module | None, stored: bool) -> Iterator[tuple[str, int,
             yield name, dimension, tuple(tensor.shape), tensor.dtype
     elif isinstance(module, QuantizedLinear):
         yield "weight", 0, (module.out_features, module.in_features), None
-    elif hasattr(module, "weight"):
+    elif getattr(module, "weight", None) is not None:
         yield "weight", 0, tuple(module.weight.shape), None
     if getattr(module, "bias", None) is not None:
         yield "bias", 0, tuple(module.bias.shape), None
@@ -155,12 +137,10 @@ def _tensor_files(folder: Path) -> dict[str, str]:
     single = folder / "model.safetensors"
     if not single.exists():
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
-        hint = (
-            f"; {', '.join(pickles[:3])} is pickle and is never opened: transformers' AutoModelForCausalLM"
-            ".from_pretrained(...).save_pretrained(folder) writes safetensors"
-        )
+        pickled = f" ({', '.join(pickles[:3])} is pickle and is never opened)" if pickles else ""
         raise CheckpointError(
-            f"{folder} holds no model.safetensors and no model.safetensors.index.json{hint * bool(pickles)}"
+            f"{folder} holds no model.safetensors and no model.safetensors.index.json{pickled}; this writes one: "
+            f"{conversion(folder, 'AutoModelForCausalLM')}"
         )
     with _open(single) as handle:
         return dict.fromkeys(handle.keys(), single.name)
@@ -206,19 +186,6 @@ def stored_numbers(folder: Path) -> dict[str, int]:
                 header = handle.get_slice(name)
                 counts[header.get_dtype()] += math.prod(header.get_shape())
     return dict(counts)
-
-
-def plain_name(name: str, config: ModelConfig) -> str | None:
-    """A tensor's name as in a text-only checkpoint, or None if it is none of the decoder's."""
-    if name.endswith("rotary_emb.inv_freq"):
-        return None  # a buffer old Llama files carry; it follows from config.json
-    if config.nested:
-        # Two generations of names: language_model.model.x and model.language_model.x.
-        name = re.sub(r"^(language_model\.model|model\.language_model)\.", "model.", name)
-        name = name.removeprefix("language_model.")
-        if not name.startswith(("model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")):
-            return None  # vision tower and projector
-    return name
 
 
 def stream_tensors(

@@ -12,7 +12,7 @@ from typing import Any
 
 from minillm.config import LayerSpec, ModelConfig, NormSpec, RopeSpec
 from minillm.errors import CheckpointError, ConfigError, RequestError, shown
-from minillm.load.families import FAMILIES, HARMLESS, NEUTRAL, Family
+from minillm.load.families import FAMILIES, HARMLESS, NEUTRAL, REFUSED, Family
 from minillm.load.files import read_json
 from minillm.options import DTYPES, QUANTIZED_FORMATS, GenerationConfig
 
@@ -21,6 +21,8 @@ from minillm.options import DTYPES, QUANTIZED_FORMATS, GenerationConfig
 _LARGEST = 2**24
 _MOST_LAYERS = 1024
 _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")  # Phi-3's first name of longrope
+# RoPE parameters that say nothing of text: one position for all three axes of an image, and what `_read` looks at.
+_MULTIMODAL = ("mrope_section", "mrope_interleaved", "llama_4_scaling_beta", "max_position_embeddings")
 
 
 def load_config(folder: str | Path, strict: bool = True) -> ModelConfig:
@@ -48,11 +50,16 @@ def parse_config(raw: dict[str, Any], strict: bool = True) -> ModelConfig:
         ids = [*token_ids(text.get("eos_token_id"), "text_config.eos_token_id")]
         ids += token_ids(raw.get("eos_token_id"), "eos_token_id")
         text["eos_token_id"] = list(dict.fromkeys(ids))
+        if raw.get("tie_word_embeddings") is not None:
+            text["tie_word_embeddings"] = raw["tie_word_embeddings"]  # the head belongs to the outer model
+    for why, names in REFUSED.items():
+        if text.get("model_type") in names.split():
+            raise ConfigError(f"config.json: model_type {text['model_type']!r} {why}")
     model_type = _Reader(text, {}).one_of(FAMILIES, "model_type")
     family = FAMILIES[model_type]
-    reader = _Reader(text, family.defaults)
+    reader = _Reader(text, family.defaults, spelled=family.spelled)
     config = _read(reader, model_type, family, nested)
-    unread = sorted(set(text) - reader.seen - HARMLESS)
+    unread = sorted(set(text) - reader.seen - HARMLESS - set(family.ignored.split()))
     for key in [key for key in unread if key in NEUTRAL]:
         if text[key] not in (None, NEUTRAL[key]):
             raise ConfigError(f"config.json: {key} = {shown(text[key])} is not supported for {model_type}")
@@ -70,6 +77,8 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
     hidden_size = reader.integer("hidden_size")
     num_heads = reader.integer("num_attention_heads")
     num_kv_heads = reader.integer("num_key_value_heads", optional=True) or num_heads
+    if "multi_query" in family.defaults and reader.flag("multi_query"):
+        num_kv_heads = 1
     head_dim = reader.integer("head_dim", optional=True)
     if head_dim is None:
         if hidden_size % num_heads:
@@ -84,42 +93,74 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         )
     if num_heads * head_dim > _LARGEST:
         raise ConfigError(f"config.json: num_attention_heads {num_heads} of head_dim {head_dim} are over {_LARGEST}")
+    if reader.integer("word_embed_proj_dim", default=hidden_size) != hidden_size:
+        raise ConfigError(f"config.json: word_embed_proj_dim other than hidden_size {hidden_size} is not supported")
     max_positions = reader.integer("max_position_embeddings")
     ropes = _ropes(reader, family, head_dim, max_positions)
     # Files of these kinds may state the unstretched length; Gemma 3's state the stretched one.
     if ropes[0].kind in ("linear", "dynamic", "yarn") and not family.local_rope:
         max_positions = max(max_positions, int(ropes[0].original_length * ropes[0].factor))
+    scaling = reader.table("rope_parameters") or reader.table("rope_scaling") or {}
+    if scaling.get("llama_4_scaling_beta"):
+        # Queries grow with their position beyond the original length, and are what they are within it.
+        max_positions = ropes[0].original_length
     scalar = reader.number("query_pre_attn_scalar", default=head_dim) if family.softcaps else head_dim
     softcap = reader.number("attn_logit_softcapping", optional=True) if family.softcaps else None
+    scale, embedding_scale = scalar**-0.5, hidden_size**0.5 if family.scaled_embedding else 1.0
+    eps, logit_scale = reader.number("rms_norm_eps", default=1e-6), 1.0
+    if family.multipliers:
+        # x + m f(norm(x)), layer after layer, is m times what y + f(norm(y)) makes of x / m; and the norm of m y with
+        # eps is the norm of y with eps / m^2. So m costs nothing.
+        residual = reader.number("residual_multiplier", default=1.0)
+        embedding_scale, eps = reader.number("embedding_multiplier", default=1.0) / residual, eps / residual**2
+        scale = reader.number("attention_multiplier", default=1.0)
+        logit_scale = 1 / reader.number("logits_scaling", default=1.0)
+    windows = _windows(reader, family, num_layers)
+    rotates = _rotates(reader, family, windows)
+    if not all(rotates):
+        ropes = (*(ropes if any(rotates) else ()), RopeSpec(theta=1e4, dim=2, kind="none"))
     layers = [
-        LayerSpec(window, rope=1 if family.local_rope and window else 0, query_scale=scalar**-0.5, softcap=softcap)
-        for window in _windows(reader, family, num_layers)
+        LayerSpec(
+            window,
+            rope=len(ropes) - 1 if not rotated else 1 if family.local_rope and window else 0,
+            query_scale=scale,
+            softcap=softcap,
+        )
+        for window, rotated in zip(windows, rotates, strict=True)
     ]
     dtypes = {prefix + name: name for prefix in ("", "torch.") for name in DTYPES}
-    bias = family.bias_keys and reader.flag("attention_bias")
+
+    def bias(of: bool | str) -> bool:
+        return reader.flag(of) if isinstance(of, str) else of
+
     return ModelConfig(
         family=model_type,
         vocab_size=reader.integer("vocab_size"),
         hidden_size=hidden_size,
-        intermediate_size=reader.integer("intermediate_size"),
+        intermediate_size=reader.integer("intermediate_size", default=None if family.gated else 4 * hidden_size),
         num_heads=num_heads,
         num_kv_heads=num_kv_heads,
         head_dim=head_dim,
         max_positions=max_positions,
         layers=tuple(layers),
         ropes=ropes,
-        norm=NormSpec(reader.number("rms_norm_eps", default=1e-6), family.norm_offset, family.norm_in_fp32),
+        norm=NormSpec(
+            eps, family.norm_offset, family.norm_in_fp32 or family.layer_norm, family.layer_norm, family.norm_bias
+        ),
         pre_norm=family.pre_norm,
         post_norm=family.post_norm,
         qk_norm=family.qk_norm,
-        qkv_bias=family.qkv_bias or bias,
-        output_bias=bias,
-        mlp_bias=family.mlp_bias_key and reader.flag("mlp_bias"),
+        qkv_bias=bias(family.qkv_bias),
+        output_bias=bias(family.output_bias),
+        mlp_bias=bias(family.mlp_bias),
         activation=_activation(reader, family),
-        embedding_scale=hidden_size**0.5 if family.scaled_embedding else 1.0,
+        gated=family.gated,
+        learned_positions=family.learned_positions,
+        embedding_scale=embedding_scale,
+        rounded_scale=family.scaled_embedding,
+        logit_scale=logit_scale,
         final_softcap=reader.number("final_logit_softcapping", optional=True) if family.softcaps else None,
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
-        fused_tensors=family.fused,
         nested=nested,
         **_quantization(reader),
         dtype=dtypes.get(reader.one_of(dtypes, "dtype", "torch_dtype", optional=True)),
@@ -132,11 +173,12 @@ def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | N
     """The sliding window of each layer: by name where `layer_types` lists them, else by the family's rule."""
     window = reader.integer("sliding_window", optional=True)
     first_window = reader.integer("max_window_layers", default=num_layers, minimum=0)
-    pattern = reader.integer("sliding_window_pattern", "_sliding_window_pattern", default=1)
     if family.windows == "from_layer" and not reader.flag("use_sliding_window"):
         window = None
     names = reader.get("layer_types")
-    if names is None:
+    reader.get("sliding_window_pattern", "_sliding_window_pattern")  # of no interest (and "LLLG") beside a list
+    if names is None and family.windows != "listed":
+        pattern = reader.integer("sliding_window_pattern", "_sliding_window_pattern", default=1)
         slides = {
             "none": lambda layer: False,
             "all": lambda layer: True,
@@ -144,7 +186,7 @@ def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | N
             "pattern": lambda layer: (layer + 1) % pattern != 0,
         }[family.windows]
         return [window if slides(layer) else None for layer in range(num_layers)]
-    kinds = ("full_attention", "sliding_attention")
+    kinds = ("full_attention", "sliding_attention", "attention")
     if not isinstance(names, list) or len(names) != num_layers or any(name not in kinds for name in names):
         raise ConfigError(
             f"config.json: layer_types must name full_attention or sliding_attention for each of {num_layers} "
@@ -155,13 +197,31 @@ def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | N
     return [window if name == "sliding_attention" else None for name in names]
 
 
+def _rotates(reader: "_Reader", family: Family, windows: list[int | None]) -> list[bool]:
+    """Which layers rotate their queries and keys."""
+    if family.rotates == "listed":
+        interval = reader.integer("no_rope_layer_interval", default=4)
+        listed = reader.get("no_rope_layers")  # its name says the opposite: 1 where the layer rotates
+        if listed is None:
+            return [(layer + 1) % interval != 0 for layer in range(len(windows))]
+        if not isinstance(listed, list) or len(listed) < len(windows) or any(flag not in (0, 1) for flag in listed):
+            raise ConfigError(f"config.json: no_rope_layers must list 0 or 1 for each layer, not {shown(listed)}")
+        return [flag == 1 for flag in listed[: len(windows)]]
+    if family.rotates == "stated":
+        return [reader.one_of(("rope", "nope"), "position_embedding_type", default="nope") == "rope"] * len(windows)
+    if family.rotates == "none":
+        return [False] * len(windows)
+    sliding_only = family.rotates == "windowed" and reader.get("sliding_window") is not None
+    return [window is not None or not sliding_only for window in windows]
+
+
 def _ropes(reader: "_Reader", family: Family, head_dim: int, max_positions: int) -> tuple[RopeSpec, ...]:
-    """The rotary tables: one, or (global, local) for Gemma 3."""
+    """The rotary tables: one, or (global, local) where sliding layers have their own."""
     original = reader.integer("original_max_position_embeddings", optional=True)
     theta = reader.number("rope_theta", default=1e4)
     partial = reader.number("partial_rotary_factor", default=1.0)
     common = dict(rope_theta=theta, partial_rotary_factor=partial, original_max_position_embeddings=original)
-    local = common | dict(rope_theta=reader.number("rope_local_base_freq", default=1e4))
+    local = common | dict(rope_theta=reader.number("rope_local_base_freq", default=theta))
     scaling, newer = reader.table("rope_scaling"), reader.table("rope_parameters")
     if newer is None:
         tables = [common | (scaling or {}), local]
@@ -191,6 +251,7 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
     original = values.integer("original_max_position_embeddings", default=max_positions, minimum=2)
     # A file that stretches the context without saying how far means max / original.
     factors = {"default": 1.0, "yarn": max_positions / original, "longrope": max_positions / original}
+    values.seen.update(_MULTIMODAL)
     lists = {}
     for name in ("short_factor", "long_factor"):
         entries = values.get(name)
@@ -226,6 +287,8 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
 
 def _activation(reader: "_Reader", family: Family) -> str:
     names = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+    if not family.gated:
+        names |= {"gelu_fast": "gelu_tanh", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
     if family.gelu_means_tanh:
         names["gelu"] = "gelu_tanh"  # Gemma's first files say "gelu"; the model was trained with tanh
     older = reader.one_of(names, "hidden_act", default="silu")
@@ -272,11 +335,18 @@ def generation_defaults(folder: Path, config: ModelConfig, tokenizer_eos: int | 
 class _Reader:
     """Reads and range-checks keys, and remembers which were asked for."""
 
-    def __init__(self, raw: dict[str, Any], defaults: dict[str, Any], where: str = "config.json"):
-        self.raw, self.defaults, self.where, self.seen = raw, defaults, where, set()
+    def __init__(
+        self,
+        raw: dict[str, Any],
+        defaults: dict[str, Any],
+        where: str = "config.json",
+        spelled: dict[str, str] | None = None,
+    ):
+        self.raw, self.defaults, self.where, self.spelled, self.seen = raw, defaults, where, spelled or {}, set()
 
     def get(self, *names: str) -> Any:
         """The first of these keys that is in the file (also as null), else the family's default."""
+        names = tuple(word for name in names for word in (self.spelled.get(name), name) if word)
         self.seen.update(names)
         for source in (self.raw, self.defaults):
             for name in names:
@@ -291,7 +361,8 @@ class _Reader:
         value = self.get(*names)
         value = default if value is None else value
         if not (value is None and optional) and not fits(value):
-            raise ConfigError(f"{self.where}: {names[0]} must be {rule}, not {shown(value)}")
+            key = self.spelled.get(names[0], names[0])
+            raise ConfigError(f"{self.where}: {key} must be {rule}, not {shown(value)}")
         return value
 
     def integer(self, *names: str, minimum: int = 1, maximum: int = _LARGEST, **absent) -> int | None:

@@ -51,3 +51,11 @@ def read_json(path: Path, error: type[MinillmError]) -> dict[str, Any]:
         inside = [one.values() if isinstance(one, dict) else one for one in level]
         level = [value for values in inside for value in values if isinstance(value, dict | list)]
     return content
+
+
+def conversion(folder: Path, kind: str) -> str:
+    """The line of `transformers` (its class `kind`) that writes what the folder of an old model lacks."""
+    # In the Hub's cache it is models--owner--name/snapshots/commit.
+    cached = folder.parents[1].name if len(folder.parents) > 1 else ""
+    source = cached.removeprefix("models--").replace("--", "/") if cached.startswith("models--") else folder
+    return f"transformers.{kind}.from_pretrained({str(source)!r}).save_pretrained('a-new-folder')"

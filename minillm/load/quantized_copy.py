@@ -14,11 +14,12 @@ from torch import Tensor
 
 from minillm.errors import CheckpointError, first_line
 from minillm.linear import Int4Linear, QuantizedLinear, QuantizeSpec, make_linear
-from minillm.load.checkpoint import naming, plain_name, plan_loading, stream_tensors
+from minillm.load.checkpoint import naming, plan_loading, stream_tensors
 from minillm.load.config_json import load_config
 from minillm.load.files import read_json
 from minillm.load.hub import HUB_PATTERNS
 from minillm.load.quantize import fill_rows
+from minillm.load.tensors import plain_name
 from minillm.model import empty_decoder
 
 _SHARD_BYTES = 2**30
@@ -88,11 +89,15 @@ def _tensors(source: Path, quantize: str, quantize_head: bool) -> Iterator[tuple
     modules = dict(model.named_modules())
     for name, tensor in stream_tensors(source, files, f"quantizing {source.name}"):
         place, plain = plan[name], plain_name(name, config)
+        tensor = tensor if place.arrange is None else place.arrange(tensor)
         with naming(name):
             if place.tensor == "weight" and isinstance(modules[place.module], QuantizedLinear):
                 yield from _quantized(plain.removesuffix(".weight"), tensor, modules[place.module])
             else:
-                yield plain, tensor.clone()  # the original is a window on the source file
+                yield (
+                    plain,
+                    tensor.clone(memory_format=torch.contiguous_format),
+                )  # the original is a window on the source file
             if config.tie_word_embeddings and quantize_head and place.module == "embedding":
                 yield from _quantized("lm_head", tensor, model.head)
 

@@ -9,7 +9,7 @@ from tokenizers import Tokenizer as RustTokenizer
 
 from minillm.errors import TokenizerError, shown
 from minillm.load.chat_template import ChatTemplate
-from minillm.load.files import TEMPLATE_BYTES, TOKENIZER_BYTES, read_json, read_text
+from minillm.load.files import TEMPLATE_BYTES, TOKENIZER_BYTES, conversion, read_json, read_text
 from minillm.tokenizer import Tokenizer, in_rust, is_unicode
 
 _MOST_GROWTH = 1000
@@ -22,8 +22,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     content = read_text(path, TokenizerError, TOKENIZER_BYTES)
     if content is None:
         raise TokenizerError(
-            f"{path} does not exist. minillm reads only tokenizer.json; where a model ships another format, "
-            "transformers' AutoTokenizer.from_pretrained(...).save_pretrained(folder) writes one"
+            f"{path} does not exist, and minillm reads no other format; this writes one: "
+            f"{conversion(folder, 'AutoTokenizer')}"
         )
     with in_rust(f"{path} is not a readable tokenizer"):
         rust = RustTokenizer.from_str(content)

@@ -21,7 +21,7 @@ from minillm.errors import RequestError
 from minillm.llm import LLM
 from minillm.measure.bench import device_name
 from minillm.measure.memory import format_bytes, parameter_count
-from minillm.model import NoNorm, empty_decoder
+from minillm.model import Norm, empty_decoder
 
 
 def facts(
@@ -40,17 +40,20 @@ def facts(
         f"{count} layer{'s' * (count > 1)} {'see everything' if window is None else f'slide over {window}'}"
         for window, count in Counter(layer.window for layer in config.layers).items()
     ]
-    names = ["RoPE"] if len(config.ropes) == 1 else ["RoPE full layers", "RoPE sliding layers"]
+    ropes = [spec for spec in config.ropes if spec.kind != "none"]
+    still = sum(config.ropes[layer.rope].kind == "none" for layer in config.layers)
+    names = ["RoPE"] if len(ropes) < 2 else ["RoPE full layers", "RoPE sliding layers"]
     rows = [
         ("family", config.family),
         ("layers", str(config.num_layers)),
         ("hidden size", str(config.hidden_size)),
         ("heads", f"{config.num_heads} query, {config.num_kv_heads} key/value of {config.head_dim} ({sharing})"),
-        ("MLP", f"{config.intermediate_size} wide, {config.activation}"),
+        ("MLP", f"{config.intermediate_size} wide, {config.activation}{'' if config.gated else ', no gate'}"),
         ("vocabulary", f"{config.vocab_size}, head {tied} embedding"),
-        ("positions", str(config.max_positions)),
+        ("positions", f"{config.max_positions}{', learned' if config.learned_positions else ''}"),
         ("attention", ", ".join(windows)),
-        *zip(names, map(_rope, config.ropes), strict=True),
+        *zip(names, map(_rope, ropes), strict=False),
+        *([("no RoPE", f"{still} of {config.num_layers} layers")] if still else []),
         ("norms", _norms(config)),
         ("biases", ", ".join(name for name, there in biases.items() if there) or "none"),
     ]
@@ -90,7 +93,8 @@ def _rope(spec: RopeSpec) -> str:
 
 def _norms(config: ModelConfig) -> str:
     places = [name for name, there in (("before", config.pre_norm), ("after", config.post_norm)) if there]
-    text = f"RMSNorm {' and '.join(places)} attention and MLP, eps {config.norm.eps:g}"
+    kind = "LayerNorm" if config.norm.center else "RMSNorm"
+    text = f"{kind} {' and '.join(places)} attention and MLP, eps {config.norm.eps:g}"
     extra = {None: "", "head": ", on each q/k head", "full": ", on the whole q/k projection"}[config.qk_norm]
     return text + extra + (", weight + 1" if config.norm.offset else "")
 
@@ -125,7 +129,8 @@ class Trace:
 
 # The modules worth showing, by the last part of their name.
 _SHOWN = """
-    embedding attention_norm qkv q_norm k_norm output attention_post_norm mlp_norm gate_up down mlp_post_norm norm head
+    embedding attention_norm qkv q_norm k_norm output attention_post_norm mlp_norm gate_up up down mlp_post_norm norm
+    head
 """.split()
 
 
@@ -165,7 +170,7 @@ def trace(llm: LLM, text: str) -> Trace:
 
     with ExitStack() as undo:
         for name, module in model.named_modules():
-            if name.rsplit(".", 1)[-1] in _SHOWN and not isinstance(module, NoNorm):
+            if name.rsplit(".", 1)[-1] in _SHOWN and not (isinstance(module, Norm) and module.weight is None):
                 for method in {"forward", "add", "gated"} & set(dir(module)):
                     setattr(module, method, timed(name, getattr(module, method)))
                     undo.callback(delattr, module, method)

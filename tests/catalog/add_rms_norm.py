@@ -4,7 +4,14 @@ import torch
 from minillm_kernels.norm import add_rms_norm
 
 from catalog.entry import Entry, Results, rounding, unit
-from catalog.rms_norm import NORM_CASES, NORM_MODEL_CASES, rms_norm_bounds, rms_norm_inputs, rms_norm_reference
+from catalog.rms_norm import (
+    NORM_CASES,
+    NORM_MODEL_CASES,
+    centring,
+    rms_norm_bounds,
+    rms_norm_inputs,
+    rms_norm_reference,
+)
 
 
 def add_rms_norm_inputs(case: dict, dtype: torch.dtype, device, generator: torch.Generator) -> dict:
@@ -12,16 +19,19 @@ def add_rms_norm_inputs(case: dict, dtype: torch.dtype, device, generator: torch
     return rms_norm_inputs(case, dtype, device, generator) | {"residual": residual}
 
 
-def add_rms_norm_reference(x, residual, weight, eps, offset, multiply_in_fp32) -> Results:
+def add_rms_norm_reference(x, residual, weight, eps, offset, multiply_in_fp32, bias=None, center=False) -> Results:
     total = x.double() + residual.double()
-    return (*rms_norm_reference(total, weight, eps, offset, multiply_in_fp32), total)
+    return (*rms_norm_reference(total, weight, eps, offset, multiply_in_fp32, bias, center), total)
 
 
-def add_rms_norm_bounds(expected, x, residual, weight, eps, offset, multiply_in_fp32) -> Results:
+def add_rms_norm_bounds(
+    expected, x, residual, weight, eps, offset, multiply_in_fp32, bias=None, center=False
+) -> Results:
     """As for rms_norm; the sum is rounded too, which moves an element and the norm by one unit each."""
     normed, total = expected
-    (bound,) = rms_norm_bounds((normed,), x, weight, eps, offset, multiply_in_fp32)
-    return bound + 2 * unit(x.dtype) * normed.abs(), rounding(total, x.dtype)
+    (bound,) = rms_norm_bounds((normed,), total.to(x.dtype), weight, eps, offset, multiply_in_fp32, bias, center)
+    moved = centring(total, weight, eps, offset) if center else normed.abs()
+    return bound + 2 * unit(x.dtype) * moved, rounding(total, x.dtype)
 
 
 ENTRY = Entry(

@@ -22,6 +22,7 @@ FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3,
 GROUP_SIZES = (32, 64, 128)  # inputs that share a scale in int4
 FEW_ROWS = 16  # up to which the time is that of reading the weights: other code than for many rows
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
+ACTIVATIONS = GATES | {"gelu": 3, "relu": 4, "relu2": 5}
 
 
 class Call:
@@ -53,10 +54,11 @@ LINEAR = Call(
 GEMM = Call("gemm", LINEAR.members)
 RMS_NORM = Call(
     "rms_norm",
-    """int64_t x, residual, weight, out, sum, rows, width, dtype, multiply_in_fp32, threads, group, group_stride;
-    double eps, offset;""",
+    """int64_t x, residual, weight, bias, out, sum, rows, width, dtype, multiply_in_fp32, center, threads, group,
+    group_stride; double eps, offset;""",
 )
 ADD = Call("add", "int64_t x, y, out, count, dtype, threads;")
+ACTIVATE = Call("activate", "int64_t x, out, rows, width, kind, gated, dtype, threads;")
 ROPE = Call(
     "rope_and_cache_write",
     """int64_t q, k, v, cos, sin, k_cache, v_cache, position, out, batch, tokens, heads, kv_heads, head_dim, half,
@@ -128,7 +130,14 @@ def product(
 
 
 def rms_norm(
-    x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, offset: float, multiply_in_fp32: bool
+    x: Tensor,
+    residual: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    offset: float,
+    multiply_in_fp32: bool,
+    bias: Tensor | None = None,
+    center: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """(norm, sum) as `minillm::add_rms_norm` returns them, or (norm, None) without a residual."""
     width = x.shape[-1]
@@ -141,10 +150,10 @@ def rms_norm(
     if residual is not None:
         residual, total = residual.contiguous(), torch.empty(x.shape, dtype=x.dtype, device="cpu")
     packed = RMS_NORM.pack(
-        x.data_ptr(), address(residual), address(weight), out.data_ptr(), address(total), x.numel() // width,
-        width, FORMATS[x.dtype], multiply_in_fp32, threads(), *groups, eps, offset,
+        x.data_ptr(), address(residual), address(weight), address(bias), out.data_ptr(), address(total),
+        x.numel() // width, width, FORMATS[x.dtype], multiply_in_fp32, center, threads(), *groups, eps, offset,
     )  # fmt: skip
-    _call(RMS_NORM, packed, x, residual, weight, out, total)
+    _call(RMS_NORM, packed, x, residual, weight, bias, out, total)
     return out, total
 
 
@@ -169,6 +178,19 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
     packed = ADD.pack(address(x), address(y), out.data_ptr(), out.numel(), FORMATS[x.dtype], threads())
     _call(ADD, packed, x, y, out)
+    return out
+
+
+def activate(x: Tensor, activation: str, gated: bool) -> Tensor:
+    """As `activation.activate`."""
+    x = x.contiguous()
+    width = x.shape[-1] // (2 if gated else 1)
+    out = torch.empty((*x.shape[:-1], width), dtype=x.dtype, device="cpu")
+    packed = ACTIVATE.pack(
+        x.data_ptr(), out.data_ptr(), out.numel() // max(width, 1), width, ACTIVATIONS[activation], gated,
+        FORMATS[x.dtype], threads(),
+    )  # fmt: skip
+    _call(ACTIVATE, packed, x, out)
     return out
 
 

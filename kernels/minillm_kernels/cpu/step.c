@@ -1,4 +1,4 @@
-/* What a decode step does between its matrix products: RMSNorm, rotation with the cache write, attention.
+/* What a decode step does between its matrix products: norms, activations, rotation with the cache write, attention.
  *
  * Each handles a few KB, so what costs is not arithmetic but getting started: in eager PyTorch a norm is
  * eight operator calls, a rotation twelve, at some microseconds each. Here each is one call. Arithmetic is
@@ -32,6 +32,15 @@ INLINE float dot(const float *a, const float *b, long count) {
     return total;
 }
 
+INLINE float total(const float *a, long count) {
+    vf sum = vf_zero();
+    long i = 0;
+    for (; i + LANES <= count; i += LANES) sum = vf_fma(vf_load(a + i), vf_set(1.0f), sum);
+    float total = vf_sum(sum);
+    for (; i < count; i++) total += a[i];
+    return total;
+}
+
 INLINE void narrow(const float *wide, long count, int dtype, void *p, long start) {
     uint16_t *bits = (uint16_t *)p + start;
     if (dtype == FLOAT32) memcpy((float *)p + start, wide, count * sizeof(float));
@@ -39,27 +48,28 @@ INLINE void narrow(const float *wide, long count, int dtype, void *p, long start
     else for (long i = 0; i < count; i++) bits[i] = float_to_half(wide[i]);
 }
 
-/* ---- RMSNorm, with the residual added first if there is one ---- */
+/* ---- RMSNorm, or with `center` LayerNorm; the residual is added first if there is one ---- */
 
 /* group: rows of x that lie side by side; group_stride: elements from one such group to the next */
-CALL(rms_norm, int64_t x, residual, weight, out, sum, rows, width, dtype, multiply_in_fp32, threads, group,
-     group_stride; double eps, offset;);
+CALL(rms_norm, int64_t x, residual, weight, bias, out, sum, rows, width, dtype, multiply_in_fp32, center, threads,
+     group, group_stride; double eps, offset;);
 
 enum { NORM_ROWS = 8 }; /* that share a widened weight: a piece of the work */
 
 static int norm_rows(const void *call, long piece, int thread) {
     const struct rms_norm_call *c = call;
     const void *x = (const void *)(uintptr_t)c->x, *residual = (const void *)(uintptr_t)c->residual;
-    const void *weight = (const void *)(uintptr_t)c->weight;
+    const void *weight = (const void *)(uintptr_t)c->weight, *bias = (const void *)(uintptr_t)c->bias;
     void *out = (void *)(uintptr_t)c->out, *sum = (void *)(uintptr_t)c->sum;
     const long width = c->width, first = piece * NORM_ROWS;
     const long end = c->rows < first + NORM_ROWS ? c->rows : first + NORM_ROWS;
     const int dtype = (int)c->dtype;
     const float offset = (float)c->offset;
     (void)thread;
-    float *wide = malloc(sizeof(float) * 3 * width), *w = wide + width, *other = w + width;
+    float *wide = malloc(sizeof(float) * 4 * width), *w = wide + width, *other = w + width, *b = other + width;
     if (!wide) return 1;
     widen(weight, 0, width, dtype, w);
+    if (bias) widen(bias, 0, width, dtype, b);
     for (long row = first; row < end; row++) {
         long start = row * width;
         widen(x, row / c->group * c->group_stride + row % c->group * width, width, dtype, wide);
@@ -69,6 +79,10 @@ static int norm_rows(const void *call, long piece, int thread) {
             narrow(wide, width, dtype, sum, start);
             widen(sum, start, width, dtype, wide); /* rounded: this is what the next layer will see */
         }
+        if (c->center) {
+            float mean = total(wide, width) / (float)width;
+            for (long i = 0; i < width; i++) wide[i] -= mean;
+        }
         float scale = 1.0f / sqrtf(dot(wide, wide, width) / (float)width + (float)c->eps);
         for (long i = 0; i < width; i++) wide[i] *= scale;
         if (!c->multiply_in_fp32 && dtype != FLOAT32) { /* rounded before the weight, too */
@@ -76,6 +90,7 @@ static int norm_rows(const void *call, long piece, int thread) {
             widen(out, start, width, dtype, wide);
         }
         for (long i = 0; i < width; i++) wide[i] *= c->multiply_in_fp32 ? offset + w[i] : w[i];
+        if (bias) for (long i = 0; i < width; i++) wide[i] += b[i];
         narrow(wide, width, dtype, out, start);
     }
     free(wide);
@@ -107,6 +122,58 @@ static int add_piece(const void *call, long i, int thread) {
 
 int minillm_add(const struct add_call *c) {
     return minillm_parallel((c->count + ADDED - 1) / ADDED, c->count > SERIAL_WORK ? c->threads : 1, add_piece, c);
+}
+
+/* ---- activations: of each element, or of a first half of `width` elements times the second ---- */
+
+CALL(activate, int64_t x, out, rows, width, kind, gated, dtype, threads;);
+
+/* erf to 2e-7 (Abramowitz and Stegun 7.1.26), in a loop that the compiler vectorises */
+INLINE float erf_near(float x) {
+    float a = fabsf(x), t = 1.0f / (1.0f + 0.3275911f * a);
+    float p = t * (0.254829592f + t * (-0.284496736f + t * (1.421413741f + t * (-1.453152027f + t * 1.061405429f))));
+    return copysignf(1.0f - p * exp_negative(-a * a), x);
+}
+
+/* Written out per kind, so that each is one loop. 1 + tanh(z) = 2 sigmoid(2 z). */
+INLINE void activate_values(float *x, long count, int kind) {
+    if (kind == RELU) for (long i = 0; i < count; i++) x[i] = x[i] < 0 ? 0 : x[i];
+    else if (kind == RELU2) for (long i = 0; i < count; i++) x[i] = x[i] < 0 ? 0 : x[i] * x[i];
+    else if (kind == GELU) for (long i = 0; i < count; i++) x[i] *= 0.5f * (1.0f + erf_near(x[i] * 0.7071067812f));
+    else for (long i = 0; i < count; i++) {
+        float z = kind == SILU ? x[i] : 1.5957691216f * (x[i] + 0.044715f * x[i] * x[i] * x[i]);
+        float e = exp_negative(-fabsf(z));
+        x[i] *= (z < 0 ? e : 1.0f) / (1.0f + e);
+    }
+}
+
+static int activate_piece(const void *call, long i, int thread) {
+    const struct activate_call *c = call;
+    const long pieces = (c->width + ADDED - 1) / ADDED, row = i / pieces, start = i % pieces * ADDED;
+    const long count = c->width - start < ADDED ? c->width - start : ADDED;
+    const void *from = (const void *)(uintptr_t)c->x;
+    const long first = row * c->width * (c->gated ? 2 : 1) + start;
+    float x[ADDED], up[ADDED];
+    (void)thread;
+    widen(from, first, count, (int)c->dtype, x);
+    switch (c->kind) {
+        case SILU: activate_values(x, count, SILU); break;
+        case GELU_TANH: activate_values(x, count, GELU_TANH); break;
+        case GELU: activate_values(x, count, GELU); break;
+        case RELU: activate_values(x, count, RELU); break;
+        case RELU2: activate_values(x, count, RELU2); break;
+    }
+    if (c->gated) {
+        widen(from, first + c->width, count, (int)c->dtype, up);
+        for (long k = 0; k < count; k++) x[k] *= up[k];
+    }
+    narrow(x, count, (int)c->dtype, (void *)(uintptr_t)c->out, row * c->width + start);
+    return 0;
+}
+
+int minillm_activate(const struct activate_call *c) {
+    long pieces = c->rows * ((c->width + ADDED - 1) / ADDED);
+    return minillm_parallel(pieces, 8 * c->rows * c->width > SERIAL_WORK ? c->threads : 1, activate_piece, c);
 }
 
 /* ---- rotate queries and keys, put keys and values into their cache slots ---- */

@@ -1,5 +1,6 @@
 /* What the C files share: reading and writing one value of a given dtype, e^x, and how they are called. */
 enum { FLOAT32, BFLOAT16, FLOAT16, INT8, INT4 };  /* weight formats; the first three also type activations */
+enum { NO_GATE, SILU, GELU_TANH, GELU, RELU, RELU2 };
 
 INLINE float read_value(const void *p, long i, int dtype) {
     if (dtype == FLOAT32) return ((const float *)p)[i];

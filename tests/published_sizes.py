@@ -1,0 +1,288 @@
+"""More published `config.json` files, each with the number of parameters its model card gives.
+
+Written down from memory (facts; what a reader must let pass is kept, what only training used is not). Some of the
+larger files state little; what they leave out comes from the families' defaults.
+"""
+
+
+def _file(architecture: str, model_type: str, **keys) -> dict:
+    return {"architectures": [architecture], "model_type": model_type, "torch_dtype": "bfloat16", **keys}
+
+
+def _sizes(d: int, f: int, layers: int, heads: int, kv: int, vocabulary: int, **keys) -> dict:
+    return {
+        "hidden_size": d,
+        "intermediate_size": f,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv,
+        "vocab_size": vocabulary,
+        "hidden_act": "silu",
+        "use_cache": True,
+        "initializer_range": 0.02,
+    } | keys
+
+
+# name -> (config.json, parameters of the text model in billions as published)
+SIZES = {
+    "Mistral-Small-3.1-24B": (
+        _file(
+            "Mistral3ForConditionalGeneration",
+            "mistral3",
+            image_token_index=10,
+            multimodal_projector_bias=False,
+            projector_hidden_act="gelu",
+            spatial_merge_size=2,
+            vision_feature_layer=-1,
+            vision_config={"model_type": "pixtral"},
+            text_config=_sizes(
+                5120, 32768, 40, 32, 8, 131072, model_type="mistral", head_dim=128, max_position_embeddings=131072,
+                rms_norm_eps=1e-05, rope_theta=1000000000.0, sliding_window=None, attention_dropout=0.0,
+            ),
+            tie_word_embeddings=False,
+        ),
+        23.57,
+    ),
+    "Ministral-3-3B": (
+        _file(
+            "Mistral3ForConditionalGeneration",
+            "mistral3",
+            image_token_index=10,
+            vision_config={"model_type": "pixtral"},
+            text_config=_sizes(
+                3072, 9216, 26, 32, 8, 131072, model_type="ministral3", head_dim=128, max_position_embeddings=262144,
+                rms_norm_eps=1e-05, sliding_window=None, tie_word_embeddings=True,
+                rope_parameters={
+                    "beta_fast": 32.0, "beta_slow": 1.0, "factor": 16.0, "llama_4_scaling_beta": 0.1, "mscale": 1.0,
+                    "mscale_all_dim": 1.0, "original_max_position_embeddings": 16384, "rope_theta": 1000000.0,
+                    "rope_type": "yarn", "type": "yarn",
+                },
+            ),
+            tie_word_embeddings=True,
+        ),
+        3.43,
+    ),
+    "Olmo-3-1025-7B": (
+        _file(
+            "Olmo3ForCausalLM",
+            "olmo3",
+            **_sizes(4096, 11008, 32, 32, 32, 100278, max_position_embeddings=65536, rms_norm_eps=1e-06),
+            attention_bias=False,
+            eos_token_id=100257,
+            pad_token_id=100277,
+            layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 8,
+            rope_scaling={
+                "attention_factor": 1.2079441541679836, "beta_fast": 32.0, "beta_slow": 1.0, "factor": 8.0,
+                "original_max_position_embeddings": 8192, "rope_type": "yarn",
+            },
+            rope_theta=500000,
+            sliding_window=4096,
+            tie_word_embeddings=False,
+        ),
+        7.30,
+    ),
+    "Seed-OSS-36B-Base": (
+        _file(
+            "SeedOssForCausalLM",
+            "seed_oss",
+            **_sizes(5120, 27648, 64, 80, 8, 155136, max_position_embeddings=524288, rms_norm_eps=1e-06, head_dim=128),
+            attention_bias=True,
+            attention_out_bias=False,
+            attention_dropout=0.1,
+            residual_dropout=0.1,
+            mlp_bias=False,
+            rope_scaling={"rope_type": "default"},
+            rope_theta=10000000.0,
+            tie_word_embeddings=False,
+        ),
+        36.15,
+    ),
+    "Qwen3-VL-4B-Instruct": (
+        _file(
+            "Qwen3VLForConditionalGeneration",
+            "qwen3_vl",
+            image_token_id=151655,
+            video_token_id=151656,
+            vision_start_token_id=151652,
+            vision_end_token_id=151653,
+            vision_config={"model_type": "qwen3_vl", "deepstack_visual_indexes": [5, 11, 17]},
+            text_config=_sizes(
+                2560, 9728, 36, 32, 8, 151936, model_type="qwen3_vl_text", head_dim=128, attention_bias=False,
+                max_position_embeddings=262144, rms_norm_eps=1e-06, rope_theta=5000000, tie_word_embeddings=True,
+                rope_scaling={"mrope_interleaved": True, "mrope_section": [24, 20, 20], "rope_type": "default"},
+                bos_token_id=151643, eos_token_id=151645, attention_dropout=0.0, dtype="bfloat16",
+            ),
+            tie_word_embeddings=True,
+        ),
+        4.02,
+    ),
+    "cwm": (
+        _file(
+            "CwmForCausalLM",
+            "cwm",
+            **_sizes(6144, 21504, 64, 48, 8, 128256, max_position_embeddings=131072, rms_norm_eps=1e-05, head_dim=128),
+            layer_types=(["full_attention"] + ["sliding_attention"] * 3) * 16,
+            rope_scaling={
+                "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+            rope_theta=1000000.0,
+            sliding_window=8192,
+            tie_word_embeddings=False,
+        ),
+        32.6,
+    ),
+    "SmolLM3-3B": (
+        _file(
+            "SmolLM3ForCausalLM", "smollm3",
+            **_sizes(2048, 11008, 36, 16, 4, 128256, max_position_embeddings=65536, rms_norm_eps=1e-06),
+            attention_bias=False, mlp_bias=False, no_rope_layer_interval=4, no_rope_layers=[1, 1, 1, 0] * 9,
+            layer_types=["full_attention"] * 36, rope_scaling=None, rope_theta=5000000.0, sliding_window=None,
+            use_sliding_window=False, max_window_layers=28, pretraining_tp=2, tie_word_embeddings=True,
+            bos_token_id=128000, eos_token_id=128012,
+        ),
+        3.08,
+    ),
+    "EXAONE-4.0-1.2B": (
+        _file(
+            "Exaone4ForCausalLM", "exaone4",
+            **_sizes(2048, 4096, 30, 32, 8, 102400, max_position_embeddings=65536, rms_norm_eps=1e-05, head_dim=64),
+            attention_dropout=0.0, layer_types=["full_attention"] * 30, rope_theta=1000000, sliding_window=None,
+            sliding_window_pattern=None, tie_word_embeddings=True, bos_token_id=1, eos_token_id=361, pad_token_id=0,
+            rope_scaling={
+                "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+        ),
+        1.28,
+    ),
+    "EXAONE-4.0-32B": (
+        _file(
+            "Exaone4ForCausalLM", "exaone4",
+            **_sizes(5120, 27392, 64, 40, 8, 102400, max_position_embeddings=131072, rms_norm_eps=1e-05, head_dim=128),
+            layer_types=(["sliding_attention"] * 3 + ["full_attention"]) * 16, rope_theta=1000000,
+            sliding_window=4096, sliding_window_pattern="LLLG", tie_word_embeddings=False,
+            rope_scaling={
+                "factor": 16.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+                "original_max_position_embeddings": 8192, "rope_type": "llama3",
+            },
+        ),
+        32.0,
+    ),
+    "granite-3.3-2b-instruct": (
+        _file(
+            "GraniteForCausalLM", "granite",
+            **_sizes(2048, 8192, 40, 32, 8, 49159, max_position_embeddings=131072, rms_norm_eps=1e-05),
+            attention_bias=False, mlp_bias=False, attention_multiplier=0.015625, embedding_multiplier=12.0,
+            logits_scaling=8.0, residual_multiplier=0.22, rope_scaling=None, rope_theta=10000000.0,
+            tie_word_embeddings=True,
+        ),
+        2.53,
+    ),
+    "GLM-4-9B-0414": (
+        _file(
+            "Glm4ForCausalLM", "glm4",
+            **_sizes(4096, 13696, 40, 32, 2, 151552, max_position_embeddings=32768, rms_norm_eps=1e-05, head_dim=128),
+            attention_bias=True, attention_dropout=0.0, partial_rotary_factor=0.5, rope_theta=10000.0,
+            tie_word_embeddings=False, eos_token_id=[151329, 151336, 151338], pad_token_id=151329,
+        ),
+        9.40,
+    ),
+    "glm-4-9b-chat-hf": (
+        _file(
+            "GlmForCausalLM", "glm",
+            **_sizes(
+                4096, 13696, 40, 32, 2, 151552, max_position_embeddings=131072, rms_norm_eps=1.5625e-07, head_dim=128
+            ),
+            attention_bias=True, partial_rotary_factor=0.5, rope_theta=10000.0, tie_word_embeddings=False,
+        ),
+        9.40,
+    ),
+    "ERNIE-4.5-0.3B-PT": (
+        _file(
+            "Ernie4_5ForCausalLM", "ernie4_5",
+            **_sizes(1024, 3072, 18, 16, 2, 103424, max_position_embeddings=131072, rms_norm_eps=1e-05, head_dim=128),
+            rope_scaling=None, rope_theta=500000.0, tie_word_embeddings=True, use_bias=False,
+        ),
+        0.36,
+    ),
+    "helium-1-2b": (
+        _file(
+            "HeliumForCausalLM", "helium",
+            **_sizes(2048, 8192, 28, 16, 8, 64000, max_position_embeddings=4096, rms_norm_eps=1e-08, head_dim=128),
+            attention_bias=False, mlp_bias=False, rope_theta=20000.0, tie_word_embeddings=False,
+        ),
+        2.02,
+    ),
+    "AFM-4.5B": (
+        _file(
+            "ArceeForCausalLM", "arcee",
+            **_sizes(2560, 18432, 36, 20, 4, 128004, max_position_embeddings=65536, rms_norm_eps=1e-05, head_dim=128)
+            | {"hidden_act": "relu2"},
+            attention_bias=False, mlp_bias=False, rope_theta=10000.0, tie_word_embeddings=False,
+            bos_token_id=128000, eos_token_id=128003,
+            rope_scaling={
+                "beta_fast": 32.0, "beta_slow": 1.0, "factor": 20.0, "mscale": 1.0,
+                "original_max_position_embeddings": 4096, "rope_type": "yarn", "type": "yarn",
+            },
+        ),
+        4.62,
+    ),
+    "starcoder2-3b": (
+        _file(
+            "Starcoder2ForCausalLM", "starcoder2",
+            **_sizes(3072, 12288, 30, 24, 2, 49152, max_position_embeddings=16384)
+            | {"hidden_act": "gelu_pytorch_tanh"},
+            activation_function="gelu", attention_softmax_in_fp32=True, scale_attention_softmax_in_fp32=True,
+            scale_attn_weights=True, layer_norm_epsilon=1e-05, norm_epsilon=1e-05, mlp_type="default",
+            norm_type="layer_norm", rope_theta=999999.4420358813, sliding_window=4096, use_bias=True,
+            attention_dropout=0.1, residual_dropout=0.1, embedding_dropout=0.1, bos_token_id=0, eos_token_id=0,
+        ),
+        3.03,
+    ),
+    "gpt2": (
+        {
+            "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+            "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256, "initializer_range": 0.02,
+            "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 768, "n_head": 12,
+            "n_layer": 12, "n_positions": 1024, "resid_pdrop": 0.1, "summary_activation": None,
+            "summary_first_dropout": 0.1, "summary_proj_to_labels": True, "summary_type": "cls_index",
+            "summary_use_proj": True, "vocab_size": 50257,
+            "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        },
+        0.124,
+    ),
+    "gpt2-xl": (
+        {
+            "activation_function": "gelu_new", "architectures": ["GPT2LMHeadModel"], "bos_token_id": 50256,
+            "eos_token_id": 50256, "layer_norm_epsilon": 1e-05, "model_type": "gpt2", "n_ctx": 1024, "n_embd": 1600,
+            "n_head": 25, "n_layer": 48, "n_positions": 1024, "output_past": True, "vocab_size": 50257,
+        },
+        1.558,
+    ),
+    "octocoder": (
+        {
+            "activation_function": "gelu", "architectures": ["GPTBigCodeForCausalLM"],
+            "attention_softmax_in_fp32": True,
+            "attn_pdrop": 0.1, "bos_token_id": 0, "embd_pdrop": 0.1, "eos_token_id": 0, "inference_runner": 0,
+            "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "max_batch_size": None,
+            "max_sequence_length": None, "model_type": "gpt_bigcode", "multi_query": True, "n_embd": 6144,
+            "n_head": 48, "n_inner": 24576, "n_layer": 40, "n_positions": 8192, "pad_key_length": True,
+            "pre_allocate_kv_cache": False, "resid_pdrop": 0.1, "scale_attention_softmax_in_fp32": True,
+            "scale_attn_weights": True, "summary_type": "cls_index", "torch_dtype": "float32",
+            "validate_runner_input": True, "vocab_size": 49152, "use_cache": True,
+        },
+        15.52,
+    ),
+    "opt-125m": (
+        {
+            "_remove_final_layer_norm": False, "activation_dropout": 0.0, "activation_function": "relu",
+            "architectures": ["OPTForCausalLM"], "attention_dropout": 0.0, "bos_token_id": 2,
+            "do_layer_norm_before": True, "dropout": 0.1, "eos_token_id": 2, "ffn_dim": 3072, "hidden_size": 768,
+            "init_std": 0.02, "layerdrop": 0.0, "max_position_embeddings": 2048, "model_type": "opt",
+            "num_attention_heads": 12, "num_hidden_layers": 12, "pad_token_id": 1, "prefix": "</s>",
+            "torch_dtype": "float16", "use_cache": True, "vocab_size": 50272, "word_embed_proj_dim": 768,
+        },
+        0.125,
+    ),
+}  # fmt: skip
