@@ -51,17 +51,14 @@ def test_attention_matches_float64(any_build, case):
 
 @needs_c
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize("window", [None, 150])
 def test_attention_of_a_token_does_not_depend_on_its_chunk(dtype, window):
     torch.manual_seed(0)
-    slots = 300 if window is None else 50 + 199
     q = torch.randn(1, 6, 300, 40).to(dtype)
-    k, v = torch.randn(2, 1, 2, slots, 40).to(dtype)
+    k, v = torch.randn(2, 1, 2, 300, 40).to(dtype)
     position = torch.arange(300)[None]
     whole = decode_attention(q[:, :, 100:], k, v, position[:, 100:], 0.2, window)
     for start, stop in ((100, 117), (117, 200), (200, 300), (133, 171)):
-        if window is not None and stop < 300:
-            continue  # a ring that has gone on
         chunk = decode_attention(q[:, :, start:stop], k, v, position[:, start:stop], 0.2, window)
         assert torch.equal(chunk, whole[:, :, start - 100 : stop - 100])
 

@@ -26,8 +26,6 @@ INLINE float exp_negative(float x) {
     return e * power;
 }
 
-enum { NO_GATE, SILU, GELU_TANH };
-
 /* Both activations are g times a sigmoid: 1 + tanh(z) = 2 sigmoid(2 z). */
 INLINE float gated(int gate, float g, float up) {
     float z = gate == SILU ? g : 1.5957691216f * (g + 0.044715f * g * g * g);
