@@ -8,8 +8,8 @@ function of (seed, position, stream) and nothing else: a row draws the same numb
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
+from minillm_kernels import cpu
 from torch import Tensor
 
 from minillm.options import GenerationConfig
@@ -116,64 +116,29 @@ def probabilities(
     """
     if temperature is None:
         return _one_hot(logits)
+    if _in_c(logits):
+        return cpu.probabilities(logits, temperature, top_k, top_p, min_p)
     greedy = temperature == 0  # [B]
     scaled = logits / torch.where(greedy, 1.0, temperature)[:, None].to(logits.dtype)  # [B, V]
     probs = scaled.softmax(dim=-1)
     filters = (top_k, None if top_p is None else torch.where(top_p < 1, top_p, torch.inf), min_p)
     if any(column is not None for column in filters):
-        if not _may_look(logits):
-            probs = _filtered(scaled, probs, *filters)
-        else:
-            for b in range(len(probs)):
-                own = [None if column is None else column[b : b + 1] for column in filters]
-                ids = _likely(scaled[b], probs[b], *own)
-                kept = _filtered(*(x[b : b + 1].index_select(1, ids) for x in (scaled, probs)), *own)
-                probs[b].zero_().scatter_(0, ids, kept[0])
-    return probs if _may_look(logits) and not greedy.any() else torch.where(greedy[:, None], _one_hot(logits), probs)
+        probs = _filtered(scaled, probs, *filters)
+    return torch.where(greedy[:, None], _one_hot(logits), probs)
 
 
-def _may_look(x: Tensor) -> bool:
-    """Whether values may decide what is computed: a GPU's queue would wait for a look, and a graph has no values."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-
-
-def _likely(scaled: Tensor, probs: Tensor, *filters: Tensor | None) -> Tensor:
-    """Ids of a row `[V]`, ascending, among them all that the filters (`[1]` each) keep.
-
-    Only these need sorting, and models are mostly sure: so look a few nats below the best token, then deeper, until
-    what is found is proof that nothing below matters. Without proof, all ids.
-    """
-    top_k, top_p, min_p = filters
-    values, shares, best = scaled.numpy(), probs.numpy(), scaled.max().item()
-    for depth in range(8, 36, 4):
-        ids = np.flatnonzero(values >= best - depth)
-        if top_k is not None and top_k < len(values):
-            proven = len(ids) > top_k  # the k-th is among them, and so are its equals
-        else:  # 1e-9: 2^18 numbers in float64 add up to the same within 2^-34 in any order. 1.01: exp is rounded.
-            proven = top_p is not None and shares[ids].sum(dtype=np.float64) > top_p.item() + 1e-9
-            proven = proven or (min_p is not None and min_p > 1.01 * np.exp(-depth))
-        if proven:
-            return torch.from_numpy(ids)
-    return torch.arange(len(values), device=scaled.device)
+def _in_c(x: Tensor) -> bool:
+    """Whether C does it, in a tenth of the time (`kernels/minillm_kernels/cpu/sampling.c`)."""
+    return x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling() and cpu.available()
 
 
 def _filtered(scaled: Tensor, probs: Tensor, *filters: Tensor | None) -> Tensor:
     """What the filters (`[B]` each) leave of `probs [B, n]`, the softmax of `scaled [B, n]`.
 
-    No bit depends on tokens that are dropped, on other rows or on the number of threads, because sums run from the
-    likeliest token down. (`sum` adds up a single long row in as many parts as it has threads.)
+    No bit depends on tokens that are dropped, because sums run from the likeliest token down.
     """
     top_k, top_p, min_p = filters
-    if _may_look(scaled):
-        # A stable sort, the largest first, ten times as fast as PyTorch's: read as integers, floats keep their order
-        # once the negative ones are turned round, and with the place below them no two are equal.
-        bits = (scaled + 0.0).view(torch.int32)  # -0.0 becomes 0.0
-        places = torch.arange(bits.shape[1], device=bits.device)  # [n]
-        keys = (~bits ^ (bits >> 31 & 0x7FFFFFFF)).long().bitwise_left_shift_(32).add_(places)  # [B, n]
-        keys.numpy().sort(axis=1)
-        order = keys.bitwise_and_(0xFFFFFFFF)  # [B, n]
-    else:
-        order = scaled.argsort(dim=-1, descending=True, stable=True)  # [B, n]
+    order = scaled.argsort(dim=-1, descending=True, stable=True)  # [B, n]
     if top_k is not None:
         kth = order.gather(-1, (top_k.clamp(max=scaled.shape[-1]) - 1)[:, None])  # [B, 1]
         probs = probs.masked_fill(scaled < scaled.gather(-1, kth), 0.0)
@@ -221,9 +186,6 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
 
     Returns `[B]` int64, an id even where `probs` are no numbers.
     """
-    rows = max(1, 2**17 // probs.shape[-1])
-    if _may_look(probs) and len(probs) > rows:  # a few at a time: large new tensors cost more than the sums
-        return torch.cat([sample(*some) for some in zip(probs.split(rows), u.split(rows), strict=True)])
     # float64: over 100,000 tokens a float32 running sum would lose the rare ones.
     cumulative = probs.to(torch.float64, copy=True).cumsum_(dim=-1)  # [B, V]
     # u is at most 1 - 2^-53, so its share of the total stays below the total even after rounding, and the
@@ -242,6 +204,8 @@ def next_token(logits: Tensor, sampling: Sampling, position: Tensor, seen: Tenso
     if sampling.temperature is None:
         return logits.argmax(dim=-1)  # what the search below would find in a one-hot distribution
     probs = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    if _in_c(probs):
+        return cpu.draw(probs, sampling.seed, position, 0)
     return sample(probs, uniform(sampling.seed, position))
 
 

@@ -27,6 +27,7 @@ for quantize in (None, "int8", "int4-g32"):
     for compile in ("auto", False):
         llm = LLM.from_pretrained("demo", quantize=quantize, quantize_head=quantize is not None, compile=compile)
         assert llm.generate("Once upon a time there was", max_new_tokens=20, eos_token_id=[]).stats
+        assert llm.generate(" ".join(["The dog and the cat."] * 20), max_new_tokens=3, top_p=0.9).stats
         assert llm.generate(["The", "The dog and the cat"], max_new_tokens=5, prompt_lookup_num_tokens=3)
 """
 RAGGED_PRODUCT = """
@@ -91,8 +92,13 @@ def test_a_planted_read_past_a_tensor_is_noticed(sanitized, tmp_path):
 
 def test_the_kernel_tests(sanitized):
     """Every case of the catalog, and arguments of every kind of wrongness (`-s`: the report must not be captured)."""
-    files = [str(ROOT / "tests" / name) for name in ("test_catalog.py", "test_kernel_arguments.py")]
-    result = sanitized("-m", "pytest", "-s", "-p", "no:cacheprovider", "-k", "c_kernels or C-", *files)
+    files = [
+        str(ROOT / "tests" / name)
+        for name in ("test_catalog.py", "test_kernel_arguments.py", "test_prefill_kernels.py")
+    ]
+    result = sanitized(
+        "-m", "pytest", "-s", "-p", "no:cacheprovider", "-k", "c_kernels or C- or native or chunk or spoiled", *files
+    )
     assert result.returncode == 0, report(result)
     summary = result.stdout.splitlines()[-1]
     assert "passed" in summary, summary

@@ -71,6 +71,10 @@ ATTENTION = Call(
 )
 FLASH = Call("flash_attention", ATTENTION.members)
 QUANTIZE = Call("quantize_int4", "int64_t dtype, weight, rows, inputs, group_size, packed, scale, zero, threads;")
+PROBABILITIES = Call(
+    "probabilities", "int64_t logits, out, rows, vocabulary, temperature, top_k, top_p, min_p, threads;"
+)
+DRAW = Call("draw", "int64_t probs, out, rows, vocabulary, seed, position, stream;")
 REPLAY = Call("replay", "int64_t function, arguments;")
 
 
@@ -225,6 +229,37 @@ def decode_attention(q, k, v, cache_position, scale, window, softcap, alibi_slop
     )  # fmt: skip
     _call(ATTENTION if tokens <= FEW_ROWS else FLASH, packed, q, k, v, cache_position, alibi_slopes, out)
     return out.transpose(1, 2)
+
+
+def probabilities(
+    logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
+) -> Tensor:
+    """The distribution that is sampled from, [B, V] float32 like logits; each parameter is [B] or None."""
+    logits, out = logits.contiguous(), torch.empty(logits.shape, dtype=torch.float32, device="cpu")
+    (rows, vocabulary), narrow = logits.shape, torch.float32
+    columns = [(temperature, narrow), (top_k, torch.int64), (top_p, narrow), (min_p, narrow)]
+    columns = [None if column is None else column.to(dtype).contiguous() for column, dtype in columns]
+    if logits.dtype != torch.float32 or any(column is not None and column.shape != (rows,) for column in columns):
+        raise ValueError(
+            f"logits must be [B, V] float32 and each parameter [B], got {tuple(logits.shape)} {logits.dtype}"
+        )
+    packed = PROBABILITIES.pack(logits.data_ptr(), out.data_ptr(), rows, vocabulary, *map(address, columns), threads())
+    _call(PROBABILITIES, packed, logits, out, *columns)
+    return out
+
+
+def draw(probs: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
+    """For each row of probs [B, V] float32 the token at which their sum passes the row's random number, [B] int64."""
+    probs, seed, position = probs.contiguous(), seed.contiguous(), position.contiguous()
+    rows, vocabulary = probs.shape
+    if probs.dtype != torch.float32 or not vocabulary or seed.shape != (rows,) or position.shape != (rows,):
+        raise ValueError(f"probs must be [B, V] float32, seed and position [B], got {tuple(probs.shape)} {probs.dtype}")
+    if seed.dtype != torch.int64 or position.dtype != torch.int64:
+        raise ValueError(f"seed and position must be int64, got {seed.dtype}, {position.dtype}")
+    out = torch.empty(rows, dtype=torch.int64, device="cpu")
+    packed = DRAW.pack(probs.data_ptr(), out.data_ptr(), rows, vocabulary, seed.data_ptr(), position.data_ptr(), stream)
+    _call(DRAW, packed, probs, seed, position, out)
+    return out
 
 
 def _call(call: Call, packed: bytes, *tensors: Tensor | None) -> None:

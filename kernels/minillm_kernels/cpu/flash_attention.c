@@ -26,8 +26,9 @@ struct work {
     unit *keys, *values;               /* [KEYS, units] where they cannot be read in place; [value_rows, key_units] */
     unit *lines;                       /* the block's values before they are turned: [key_units, head_dim] */
     float *scores, *sums;              /* [KEYS, WIDTH], [value_rows, WIDTH] */
-    float largest[WIDTH], total[WIDTH], position[WIDTH], oldest[WIDTH], slope[WIDTH];
-    long first, last;                  /* positions that any query of the panel sees */
+    float largest[WIDTH], total[WIDTH], slope[WIDTH];
+    float position[WIDTH], oldest[WIDTH]; /* counted from `origin`: exact, whatever the positions are */
+    long origin, last;                 /* where the first block begins; the last position that a query sees */
     int registers;
 };
 
@@ -59,20 +60,25 @@ INLINE void look(const struct flash *f, long b, long kv, long first, struct work
     const int64_t *position = (const int64_t *)(uintptr_t)f->c.position + b * f->c.tokens;
     const float *slopes = (const float *)(uintptr_t)f->c.slopes;
     const long rows = f->group * f->c.tokens;
-    long newest = -1;
-    w->first = w->last = -1;
+    long newest = -1, first_seen = -1, places[WIDTH], from[WIDTH];
+    w->last = -1;
     for (long t = 0; t < f->c.tokens; t++) newest = position[t] > newest ? position[t] : newest;
     for (long i = 0; i < WIDTH; i++) {
         long row = first + i, place = row < rows ? position[row / f->group] : -1;
         long oldest = f->c.window && place >= f->c.window ? place - f->c.window + 1 : 0;
         /* The slots hold the newest positions: past the end of a cache that is no ring a query sees no more than they. */
         if (newest - oldest >= f->c.slots) oldest = newest - f->c.slots + 1;
-        w->position[i] = (float)place, w->oldest[i] = (float)oldest; /* exact below 2^24 */
+        places[i] = place, from[i] = oldest;
         w->slope[i] = slopes && row < rows ? slopes[kv * f->group + row % f->group] : 0;
         w->largest[i] = -1e30f, w->total[i] = 0;
         if (place < 0) continue;
-        w->first = w->first < 0 || oldest < w->first ? oldest : w->first;
+        first_seen = first_seen < 0 || oldest < first_seen ? oldest : first_seen;
         w->last = place > w->last ? place : w->last;
+    }
+    w->origin = first_seen < 0 ? 0 : first_seen / KEYS * KEYS;
+    for (long i = 0; i < WIDTH; i++) {
+        w->position[i] = places[i] < 0 ? -1 : (float)(places[i] - w->origin);
+        w->oldest[i] = (float)(from[i] - w->origin);
     }
 }
 
@@ -85,7 +91,7 @@ INLINE const unit *keys_of(const struct flash *f, int pairs, int dtype, long bas
     if ((pairs || dtype == FLOAT32) && D * f->size == f->units * 4 && slot + KEYS <= f->c.slots)
         return (const unit *)((const char *)k + (base + slot * D) * f->size);
     memset(w->keys, 0, sizeof(unit) * KEYS * f->units);
-    for (long n = 0; n < KEYS && begin + n <= last; n++) {
+    for (long n = 0; n < KEYS && n <= last - begin; n++) {
         char *row = (char *)(w->keys + n * f->units);
         long start = base + (begin + n) % f->c.slots * D;
         for (long d = 0; d < D; d++) put_element(pairs, dtype, k, start + d, row, d);
@@ -100,7 +106,7 @@ INLINE int values_of(const struct flash *f, int pairs, int dtype, long base, lon
     const uint16_t exponent = dtype == BFLOAT16 ? 0x7f80 : 0x7c00;
     int odd = 0;
     memset(w->lines, 0, sizeof(unit) * f->key_units * wide);
-    for (long n = 0; n < KEYS && begin + n <= last; n++) {
+    for (long n = 0; n < KEYS && n <= last - begin; n++) {
         long start = base + (begin + n) % f->c.slots * D;
         if (dtype == FLOAT32) for (long d = 0; d < D; d++) odd |= !(fabsf(((const float *)v)[start + d]) < INFINITY);
         else for (long d = 0; d < D; d++) odd |= (((const uint16_t *)v)[start + d] & exponent) == exponent;
@@ -117,7 +123,7 @@ INLINE int values_of(const struct flash *f, int pairs, int dtype, long base, lon
 }
 
 /* Scores become weights: e^(score - the largest so far), 0 for what a query does not see. What was summed up with a
- * smaller `largest` is scaled down. */
+ * smaller `largest` is scaled down. The block begins at `begin`, counted from the origin. */
 INLINE void weigh(const struct flash *f, int pairs, long begin, struct work *w) {
     const struct flash_attention_call *c = &f->c;
     const long width = w->registers * LANES;
@@ -164,7 +170,7 @@ INLINE void weigh(const struct flash *f, int pairs, long begin, struct work *w) 
 /* What panel.h's product would do, but for queries that see only finite values: 0 * inf is no number. */
 INLINE void add_seen_values(const struct flash *f, int dtype, long base, long begin, long last, struct work *w) {
     const long width = w->registers * LANES;
-    for (long n = 0; n < KEYS && begin + n <= last; n++)
+    for (long n = 0; n < KEYS && n <= last - begin; n++)
         for (long i = 0; i < width; i++)
             for (long d = 0; w->scores[n * WIDTH + i] != 0 && d < f->c.head_dim; d++)
                 w->sums[d * WIDTH + i] += w->scores[n * WIDTH + i] *
@@ -192,12 +198,13 @@ INLINE int attend_panel(const struct flash *f, int pairs, int dtype, long piece)
     memset(w.weights, 0, sizeof(unit) * f->key_units * WIDTH);
     memset(w.values, 0, sizeof(unit) * f->value_rows * f->key_units);
     memset(w.sums, 0, sizeof(float) * f->value_rows * WIDTH);
-    for (long begin = w.first / KEYS * KEYS; w.last >= 0 && begin <= w.last; begin += KEYS) {
+    for (long passed = 0; passed <= w.last - w.origin; passed += KEYS) {
+        const long begin = w.origin + passed;
         long stride;
         const unit *keys = keys_of(f, pairs, dtype, base, begin, w.last, &w, &stride);
         memset(w.scores, 0, sizeof(float) * KEYS * WIDTH);
         multiply(pairs, w.registers, keys, stride, KEYS, f->units, w.query, w.scores);
-        weigh(f, pairs, begin, &w);
+        weigh(f, pairs, passed, &w);
         if (values_of(f, pairs, dtype, base, begin, w.last, &w))
             multiply(pairs, w.registers, w.values, f->key_units, c->head_dim, f->key_units, w.weights, w.sums);
         else add_seen_values(f, dtype, base, begin, w.last, &w);

@@ -1,0 +1,197 @@
+/* From logits to a token: the softmax and its filters, and the draw. minillm/sampling.py says what they mean.
+ *
+ * A row is passed over a few times and never sorted: which tokens the filters keep is found by partitioning, as in
+ * quickselect, and of a vocabulary of 128,000 only those near the best one are partitioned. Sums are float64 in an order
+ * that depends on the row alone.
+ */
+#include <stdlib.h>
+
+#include "simd.h"
+#include "threads.h"
+#include "values.h"
+
+/* logits, out [rows, vocabulary]; temperature, top_p, min_p: float [rows], top_k: int64 [rows], or NULL */
+CALL(probabilities, int64_t logits, out, rows, vocabulary, temperature, top_k, top_p, min_p, threads;);
+
+enum { SUMMED = 512, SIDE = 16 }; /* floats that are added up before they join a float64, SIDE of them side by side */
+
+/* The sum of x where `logits` reach `floor`, and how many do */
+static double mass_from(const float *logits, const float *x, long count, float floor, long *number) {
+    double total = 0;
+    *number = 0;
+    for (long start = 0; start < count; start += SUMMED) {
+        const long end = count < start + SUMMED ? count : start + SUMMED, whole = start + (end - start) / SIDE * SIDE;
+        float sums[SIDE] = {0}, all = 0;
+        int32_t seen[SIDE] = {0};
+        for (long i = start; i < whole; i += SIDE)
+            for (int j = 0; j < SIDE; j++) {
+                sums[j] += logits[i + j] >= floor ? x[i + j] : 0;
+                seen[j] += logits[i + j] >= floor;
+            }
+        for (int j = 0; j < SIDE; j++) all += sums[j], *number += seen[j];
+        for (long i = whole; i < end; i++)
+            if (logits[i] >= floor) all += x[i], ++*number;
+        total += all;
+    }
+    return total;
+}
+
+static double sum_of(const float *x, long count) {
+    long all;
+    return mass_from(x, x, count, -INFINITY, &all);
+}
+
+static float largest_of(const float *x, long count) {
+    float best[SIDE], all = -INFINITY;
+    const long whole = count / SIDE * SIDE;
+    for (int j = 0; j < SIDE; j++) best[j] = -INFINITY;
+    for (long i = 0; i < whole; i += SIDE)
+        for (int j = 0; j < SIDE; j++) best[j] = x[i + j] > best[j] ? x[i + j] : best[j];
+    for (int j = 0; j < SIDE; j++) all = best[j] > all ? best[j] : all;
+    for (long i = whole; i < count; i++) all = x[i] > all ? x[i] : all;
+    return all;
+}
+
+/* Larger for likelier tokens, and among equals for lower ids: no two are equal. */
+static uint64_t rank_of(float value, long id) {
+    uint32_t bits;
+    value += 0.0f; /* -0 becomes 0 */
+    memcpy(&bits, &value, 4);
+    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
+    return (uint64_t)bits << 32 | (0xffffffffu - (uint32_t)id);
+}
+
+static long id_of(uint64_t rank) { return (long)(0xffffffffu - (uint32_t)rank); }
+
+/* Moves the likeliest to the front, and returns how many it takes until their mass reaches `limit`, or `most` of them. */
+static long likeliest(uint64_t *ranks, long count, const float *probs, double limit, long most) {
+    long low = 0, high = count; /* those before `low` are taken, those from `high` on are not */
+    double mass = 0;            /* of those before `low` */
+    while (high - low > 1) {
+        uint64_t a = ranks[low], b = ranks[low + (high - low) / 2], c = ranks[high - 1];
+        uint64_t pivot = a > b ? (b > c ? b : a > c ? c : a) : (a > c ? a : b > c ? c : b);
+        long middle = low;
+        double some = 0; /* mass of those above the pivot */
+        for (long i = low; i < high; i++)
+            if (ranks[i] > pivot) {
+                uint64_t rank = ranks[i];
+                ranks[i] = ranks[middle], ranks[middle++] = rank;
+                some += probs[id_of(rank)];
+            }
+        if (middle > low && (mass + some >= limit || middle >= most)) {
+            high = middle;
+            continue;
+        }
+        for (long i = middle; i < high; i++) /* the pivot next */
+            if (ranks[i] == pivot) ranks[i] = ranks[middle], ranks[middle] = pivot;
+        mass += some;
+        if (middle + 1 >= most || mass + probs[id_of(pivot)] >= limit) return middle + 1;
+        mass += probs[id_of(pivot)];
+        low = middle + 1;
+    }
+    return high;
+}
+
+static int row_probabilities(const void *call, long row, int thread) {
+    const struct probabilities_call *c = call;
+    const long V = c->vocabulary;
+    const float *logits = (const float *)(uintptr_t)c->logits + row * V;
+    float *out = (float *)(uintptr_t)c->out + row * V;
+    const float temperature = ((const float *)(uintptr_t)c->temperature)[row];
+    const float top_p = c->top_p ? ((const float *)(uintptr_t)c->top_p)[row] : 1;
+    const float min_p = c->min_p ? ((const float *)(uintptr_t)c->min_p)[row] : 0;
+    const int64_t top_k = c->top_k ? ((const int64_t *)(uintptr_t)c->top_k)[row] : V;
+    (void)thread;
+    if (temperature == 0) { /* the first largest, or what is no number */
+        long chosen = 0;
+        for (long i = 1; i < V && !isnan(logits[chosen]); i++) chosen = logits[i] > logits[chosen] || isnan(logits[i]) ? i : chosen;
+        memset(out, 0, V * sizeof(float));
+        return out[chosen] = 1, 0;
+    }
+    int odd = 0;
+    for (long i = 0; i < V; i++) odd |= !(logits[i] < INFINITY);
+    const float best = largest_of(logits, V);
+    if (odd || best == -INFINITY) { /* as a softmax of them is */
+        for (long i = 0; i < V; i++) out[i] = NAN;
+        return 0;
+    }
+    const float top = best / temperature;
+    for (long i = 0; i < V; i++) {
+        float depth = logits[i] / temperature - top;
+        out[i] = depth < -87 ? 0 : exp_negative(depth);
+    }
+    const float all = (float)sum_of(out, V);
+    for (long i = 0; i < V; i++) out[i] /= all;
+    const int by_count = top_k < V, by_mass = top_p < 1;
+    if (!by_count && !by_mass && !(min_p > 0)) return 0;
+
+    uint64_t *ranks = malloc(V * sizeof *ranks);
+    if (!ranks) return 1;
+    long near = 0;
+    for (float depth = 8; near == 0; depth += depth) { /* those that are so near the best, if that proves to be enough */
+        const float floor = depth < 64 ? best - depth * temperature : -INFINITY;
+        long count;
+        const double mass = mass_from(logits, out, V, floor, &count);
+        const int proven = by_count ? count > top_k : by_mass ? mass > top_p + 1e-6 : min_p > 1.01f * exp_negative(-depth);
+        if (!proven && floor > -INFINITY) continue;
+        for (long i = 0; i < V; i++)
+            if (logits[i] >= floor && out[i] > 0) ranks[near++] = rank_of(logits[i] / temperature, i);
+    }
+    long kept = near;
+    double left = 1; /* mass that top-k leaves */
+    if (by_count && top_k < near) {
+        kept = likeliest(ranks, near, out, INFINITY, top_k);
+        uint64_t last = UINT64_MAX;
+        for (long i = 0; i < kept; i++) last = ranks[i] < last ? ranks[i] : last;
+        for (long i = kept; i < near; i++) /* ties with the last stay */
+            if (ranks[i] >> 32 == last >> 32) {
+                uint64_t rank = ranks[i];
+                ranks[i] = ranks[kept], ranks[kept++] = rank;
+            }
+    }
+    if (by_count) {
+        left = 0;
+        for (long i = 0; i < kept; i++) left += out[id_of(ranks[i])];
+    }
+    if (by_mass) kept = likeliest(ranks, kept, out, top_p * left, kept);
+    float largest = 0;
+    for (long i = 0; i < kept; i++) largest = out[id_of(ranks[i])] > largest ? out[id_of(ranks[i])] : largest;
+    /* What stays is marked by its sign, the rest becomes 0; the sum runs in the order of ids. */
+    for (long i = 0; i < kept; i++)
+        if (out[id_of(ranks[i])] >= min_p * largest) out[id_of(ranks[i])] *= -1;
+    free(ranks);
+    for (long i = 0; i < V; i++) out[i] = out[i] < 0 ? -out[i] : 0;
+    const float rest = (float)sum_of(out, V);
+    for (long i = 0; i < V; i++) out[i] /= rest;
+    return 0;
+}
+
+int minillm_probabilities(const struct probabilities_call *c) {
+    return minillm_parallel(c->rows, c->rows * c->vocabulary > 1 << 14 ? c->threads : 1, row_probabilities, c);
+}
+
+/* ---- the draw ---- */
+
+/* probs [rows, vocabulary]; seed, position: int64 [rows]; out: int64 [rows] */
+CALL(draw, int64_t probs, out, rows, vocabulary, seed, position, stream;);
+
+static uint64_t mix(uint64_t z) { /* SplitMix64's finaliser */
+    z += 0x9E3779B97F4A7C15u;
+    z = (z ^ z >> 30) * 0xBF58476D1CE4E5B9u;
+    z = (z ^ z >> 27) * 0x94D049BB133111EBu;
+    return z ^ z >> 31;
+}
+
+int minillm_draw(const struct draw_call *c) {
+    for (long row = 0; row < c->rows; row++) {
+        const float *probs = (const float *)(uintptr_t)c->probs + row * c->vocabulary;
+        const uint64_t seed = ((const uint64_t *)(uintptr_t)c->seed)[row], place = ((const uint64_t *)(uintptr_t)c->position)[row];
+        const double u = (double)(mix(mix(mix(seed) ^ place) ^ (uint64_t)c->stream) >> 11) * 0x1p-53;
+        double total = 0, passed = 0;
+        for (long i = 0; i < c->vocabulary; i++) total += probs[i];
+        long token = 0;
+        while (token < c->vocabulary - 1 && !((passed += probs[token]) > u * total)) token++;
+        ((int64_t *)(uintptr_t)c->out)[row] = token;
+    }
+    return 0;
+}
