@@ -117,9 +117,10 @@ class Block(nn.Module):
         self.attention_norm = norm(config.pre_norm)
         self.attention = Attention(config, config.layers[index], index, backend, linear, dtype)
         self.attention_post_norm = norm(config.post_norm)
-        self.mlp_norm = norm(config.pre_norm)
+        self.mlp_norm = norm(config.pre_norm and config.parallel != "shared")
         self.mlp = MLP(config, linear)
         self.mlp_post_norm = norm(config.post_norm)
+        self.parallel = config.parallel
 
     def forward(
         self, x: Tensor, update: Tensor | None, rotary: Rotary, view: KeyView, cache: StaticCache
@@ -130,6 +131,9 @@ class Block(nn.Module):
         """
         normed, x = (self.attention_norm(x), x) if update is None else self.attention_norm.add(update, x)
         attended = self.attention_post_norm(self.attention(normed, rotary, view, cache))
+        if self.parallel is not None:  # both read the same stream, and their sum is added to it
+            normed = normed if self.parallel == "shared" else self.mlp_norm(x)
+            return x, self.mlp_post_norm.add(attended, self.mlp(normed))[0]
         normed, x = self.mlp_norm.add(attended, x)
         return x, self.mlp_post_norm(self.mlp(normed))
 
@@ -163,7 +167,7 @@ class Decoder(nn.Module):
             self.positions = nn.Embedding.from_pretrained(learned, freeze=False)
         self.blocks = nn.ModuleList(Block(config, i, backend, linear, dtype) for i in range(config.num_layers))
         self.norm = Norm(config.hidden_size, config.norm, backend, dtype)
-        self.head = head(config.hidden_size, config.vocab_size, False)
+        self.head = head(config.hidden_size, config.vocab_size, config.head_bias)
         if config.tie_word_embeddings and isinstance(self.head, Linear):  # a quantized head has its own copy
             self.head.weight = self.embedding.weight
 

@@ -104,6 +104,16 @@ _OPT = {
     "max_position_embeddings": 512,
     "activation_function": "relu",
 }
+_NEOX = {"hidden_act": "gelu", "layer_norm_eps": 0.02, "classifier_dropout": 0.1}
+_FALCON = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 512,
+    "layer_norm_epsilon": 0.02,
+    "alibi": False,
+    "apply_residual_connection_post_layernorm": False,
+}
 _ARCEE_ROPE = {
     "rope_type": "yarn",
     "factor": 20.0,
@@ -814,6 +824,142 @@ _FAMILIES = [
         "opt",
         _OPT | {"enable_bias": False, "tie_word_embeddings": False},
         {"activation": {"activation_function": "gelu"}},
+    ),
+    _elder(
+        "gpt_neox",  # Pythia
+        "GPTNeoXForCausalLM",
+        "gpt_neox",
+        _SIZES | _NEOX | {"use_parallel_residual": True, "rotary_pct": 0.5, "rotary_emb_base": 100},
+        {
+            "parallel": {"use_parallel_residual": False},
+            "rotary": {"rotary_pct": 1.0},
+            "base": {"rotary_emb_base": 1000},
+            "eps": {"layer_norm_eps": 0.2},
+        },
+    ),
+    _elder(
+        "gpt_neox-behind",
+        "GPTNeoXForCausalLM",
+        "gpt_neox",
+        _SIZES
+        | _NEOX
+        | {"use_parallel_residual": False, "rotary_pct": 0.25, "attention_bias": False}
+        | {"tie_word_embeddings": True},
+        {"parallel": {"use_parallel_residual": True}, "gelu is not tanh": {"hidden_act": "relu"}},
+    ),
+    _elder(
+        "falcon-7b",  # one key/value head, one norm, no bias
+        "FalconForCausalLM",
+        "falcon",
+        _FALCON | {"multi_query": True, "parallel_attn": True, "bias": False, "new_decoder_architecture": False},
+        {"eps": {"layer_norm_epsilon": 0.2}},
+    ),
+    _elder(
+        "falcon-40b",
+        "FalconForCausalLM",
+        "falcon",
+        _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "multi_query": True, "bias": True},
+        {"eps": {"layer_norm_epsilon": 0.2}},
+    ),
+    _elder(
+        "falcon-11b",
+        "FalconForCausalLM",
+        "falcon",
+        _FALCON
+        | {"new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1}
+        | {"ffn_hidden_size": 84, "rope_theta": 500.0, "tie_word_embeddings": False},
+        {"base": {"rope_theta": 100.0}},
+    ),
+    _elder(
+        "falcon-behind",
+        "FalconForCausalLM",
+        "falcon",
+        _FALCON | {"multi_query": False, "parallel_attn": False, "bias": True},
+        {"eps": {"layer_norm_epsilon": 0.2}},
+    ),
+    _elder(
+        "phi",
+        "PhiForCausalLM",
+        "phi",
+        _SIZES
+        | {"hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "rope_theta": 100.0, "layer_norm_eps": 0.02}
+        | {"num_key_value_heads": None, "qk_layernorm": False, "tie_word_embeddings": False},
+        {"rotary": {"partial_rotary_factor": 1.0}, "base": {"rope_theta": 1000.0}},
+    ),
+    _elder(
+        "phi-grouped",
+        "PhiForCausalLM",
+        "phi",
+        _SIZES | {"hidden_act": "gelu", "partial_rotary_factor": 1.0, "layer_norm_eps": 0.02, "num_key_value_heads": 2},
+        {"eps": {"layer_norm_eps": 0.2}},
+    ),
+    _elder(
+        "stablelm",
+        "StableLmForCausalLM",
+        "stablelm",
+        _SIZES
+        | {"num_key_value_heads": 6, "partial_rotary_factor": 0.25, "rope_theta": 100.0, "layer_norm_eps": 0.02}
+        | {"use_qkv_bias": True, "hidden_act": "silu"},
+        {"parallel": {"use_parallel_residual": True}, "rotary": {"partial_rotary_factor": 0.75}},
+    ),
+    _elder(
+        "stablelm-parallel",
+        "StableLmForCausalLM",
+        "stablelm",
+        _SIZES
+        | {"num_key_value_heads": 3, "layer_norm_eps": 0.02, "use_parallel_residual": True}
+        | {"use_qkv_bias": False, "tie_word_embeddings": True},
+        {"parallel": {"use_parallel_residual": False}},
+    ),
+    _elder(
+        "cohere",
+        "CohereForCausalLM",
+        "cohere",
+        _SIZES
+        | {"logit_scale": 0.3, "rope_theta": 100.0, "layer_norm_eps": 0.02, "use_qk_norm": False}
+        | {"num_key_value_heads": 6},
+        {"logits": {"logit_scale": 1.0}, "base": {"rope_theta": 1000.0}},
+    ),
+    _elder(
+        "cohere2",
+        "Cohere2ForCausalLM",
+        "cohere2",
+        _SIZES
+        | {"logit_scale": 0.3, "rope_theta": 100.0, "layer_norm_eps": 0.02, "sliding_window": 9}
+        | {"num_key_value_heads": 2, "num_hidden_layers": 4, "sliding_window_pattern": 3},
+        {
+            "logits": {"logit_scale": 1.0},
+            "base": {"rope_theta": 1000.0},
+            "window": {"sliding_window": 11},
+            "pattern": {"sliding_window_pattern": 2},
+        },
+    ),
+    _elder(
+        "cohere2-biased",
+        "Cohere2ForCausalLM",
+        "cohere2",
+        _SIZES
+        | {"attention_bias": True, "sliding_window": 12, "tie_word_embeddings": False, "layer_norm_eps": 0.02}
+        | {"logit_scale": 1.5},
+        {"logits": {"logit_scale": 1.0}},
+    ),
+    _elder(
+        "nemotron",
+        "NemotronForCausalLM",
+        "nemotron",
+        _SIZES
+        | {"num_key_value_heads": 2, "partial_rotary_factor": 0.5, "norm_eps": 0.02, "rope_theta": 100.0}
+        | {"hidden_act": "relu2", "head_dim": 12},
+        {"eps": {"norm_eps": 0.2}, "rotary": {"partial_rotary_factor": 1.0}},
+    ),
+    _elder(
+        "nemotron-biased",
+        "NemotronForCausalLM",
+        "nemotron",
+        _SIZES
+        | {"num_key_value_heads": 6, "norm_eps": 0.02, "attention_bias": True, "mlp_bias": True}
+        | {"hidden_act": "relu2", "tie_word_embeddings": True},
+        {"activation": {"hidden_act": "relu"}},
     ),
 ]
 FAMILIES = {family.name: family for family in _FAMILIES}

@@ -50,12 +50,16 @@ def test_agrees_with_transformers(name):
     inner = ("shared_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
     assert ours.intermediate_size == either(theirs, *inner, default=4 * theirs.hidden_size)
     assert ours.num_heads == theirs.num_attention_heads
-    assert ours.num_kv_heads == either(theirs, "num_key_value_heads", default=theirs.num_attention_heads)
+    if theirs.model_type == "falcon":
+        shared = theirs.multi_query and not theirs.new_decoder_architecture
+        assert ours.num_kv_heads == (1 if shared else theirs.num_kv_heads)
+    else:
+        assert ours.num_kv_heads == either(theirs, "num_key_value_heads", default=theirs.num_attention_heads)
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert ours.head_dim == head_dim
     assert len(ours.layers) == theirs.num_hidden_layers
     residual = getattr(theirs, "residual_multiplier", 1.0)  # Granite's, divided out of stream and eps
-    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
     assert ours.norm.eps == either(theirs, *names, default=1e-5) / residual**2
     assert ours.tie_word_embeddings == bool(full.tie_word_embeddings)
     if "bos_token_id" in raw.get("text_config", raw):
@@ -264,6 +268,28 @@ def test_what_the_elders_files_leave_out_or_call_otherwise():
     assert parse_config(FAMILIES["starcoder2"].config).activation == "gelu_tanh"  # not what activation_function says
     assert parse_config(FAMILIES["starcoder2-unbiased"].config).activation == "gelu"  # with erf
     assert parse_config(FAMILIES["gemma"].config).activation == "gelu_tanh"  # which says "gelu"
+    with pytest.raises(ConfigError, match="use_qk_norm"):
+        parse_config(FAMILIES["cohere"].config | {"use_qk_norm": True})
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gpt_neox", "separate"),
+        ("gpt_neox-behind", None),
+        ("falcon-7b", "shared"),
+        ("falcon-40b", "separate"),
+        ("falcon-11b", "shared"),
+        ("falcon-behind", None),
+        ("phi", "shared"),
+        ("stablelm", None),
+        ("stablelm-parallel", "shared"),
+        ("cohere2", "shared"),
+        ("llama3", None),
+    ],
+)
+def test_how_attention_and_mlp_stand_to_each_other(name, expected):
+    assert parse_config(FAMILIES[name].config).parallel == expected
 
 
 def test_layers_that_must_be_listed_are_not_guessed():

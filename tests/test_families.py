@@ -212,6 +212,7 @@ def test_every_family_is_recorded_in_int8(name, checkpoint):
 
 
 IN_BFLOAT16 = "llama3 gemma2 qwen3 olmo2 olmo3 smollm3 granite glm4 arcee starcoder2 gpt2 gpt_bigcode opt"
+IN_BFLOAT16 += " gpt_neox falcon-7b falcon-40b phi stablelm cohere2 nemotron"
 
 
 @pytest.mark.parametrize("name", IN_BFLOAT16.split())

@@ -77,8 +77,9 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
     hidden_size = reader.integer("hidden_size")
     num_heads = reader.integer("num_attention_heads")
     num_kv_heads = reader.integer("num_key_value_heads", optional=True) or num_heads
-    if "multi_query" in family.defaults and reader.flag("multi_query"):
-        num_kv_heads = 1
+    shared, newer = reader.flag("multi_query"), reader.flag("new_decoder_architecture")  # Falcon's, the second one
+    if "multi_query" in family.defaults and not newer:
+        num_kv_heads = 1 if shared else num_heads
     head_dim = reader.integer("head_dim", optional=True)
     if head_dim is None:
         if hidden_size % num_heads:
@@ -115,6 +116,8 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         embedding_scale, eps = reader.number("embedding_multiplier", default=1.0) / residual, eps / residual**2
         scale = reader.number("attention_multiplier", default=1.0)
         logit_scale = 1 / reader.number("logits_scaling", default=1.0)
+    if "logit_scale" in family.defaults:
+        logit_scale = reader.number("logit_scale")
     windows = _windows(reader, family, num_layers)
     rotates = _rotates(reader, family, windows)
     if not all(rotates):
@@ -149,6 +152,7 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         ),
         pre_norm=family.pre_norm,
         post_norm=family.post_norm,
+        parallel=_parallel(reader, family),
         qk_norm=family.qk_norm,
         qkv_bias=bias(family.qkv_bias),
         output_bias=bias(family.output_bias),
@@ -160,6 +164,7 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         rounded_scale=family.scaled_embedding,
         logit_scale=logit_scale,
         final_softcap=reader.number("final_logit_softcapping", optional=True) if family.softcaps else None,
+        head_bias=family.head_bias,
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
         nested=nested,
         **_quantization(reader),
@@ -197,6 +202,17 @@ def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | N
     return [window if name == "sliding_attention" else None for name in names]
 
 
+def _parallel(reader: "_Reader", family: Family) -> str | None:
+    """Whether attention and MLP read the same stream, and through how many norms."""
+    if family.parallel is None:
+        return None
+    newer = reader.flag("new_decoder_architecture")
+    count = reader.integer("num_ln_in_parallel_attn", default=2 if newer else 1, maximum=2)
+    if not reader.flag("parallel", default=True):
+        return None
+    return family.parallel if family.parallel != "stated" else "separate" if newer and count == 2 else "shared"
+
+
 def _rotates(reader: "_Reader", family: Family, windows: list[int | None]) -> list[bool]:
     """Which layers rotate their queries and keys."""
     if family.rotates == "listed":
@@ -211,6 +227,8 @@ def _rotates(reader: "_Reader", family: Family, windows: list[int | None]) -> li
         return [reader.one_of(("rope", "nope"), "position_embedding_type", default="nope") == "rope"] * len(windows)
     if family.rotates == "none":
         return [False] * len(windows)
+    if family.rotates == "sliding":
+        return [window is not None for window in windows]
     sliding_only = family.rotates == "windowed" and reader.get("sliding_window") is not None
     return [window is not None or not sliding_only for window in windows]
 

@@ -15,6 +15,7 @@ class Family:
     defaults: dict[str, Any] = field(default_factory=dict)
     spelled: dict[str, str] = field(default_factory=dict)  # a key as it is called here -> as these files call it
     names: dict[str, str] = field(default_factory=dict)  # of tensors, where they are not Llama's; see `tensors.py`
+    separate_names: dict[str, str] = field(default_factory=dict)  # other names, where parallel blocks have two norms
     ignored: str = ""  # keys of these files that mean something elsewhere and nothing here
     interleaved: bool = False  # neighbouring channels rotate together
     grouped: bool = False  # q, k and v are one matrix, in which each key head follows the queries that share it
@@ -27,21 +28,28 @@ class Family:
     norm_bias: bool = False
     pre_norm: bool = True
     post_norm: bool = False
+    parallel: str | None = (
+        None  # "shared" or "separate" norms, or "stated" (Falcon), unless the key `parallel` is false
+    )
     qk_norm: str | None = None
     # A bias on all of them, on none, or as the flag of this name in the file says.
     qkv_bias: bool | str = False
     output_bias: bool | str = False
     mlp_bias: bool | str = False
     gated: bool = True
+    head_bias: bool = False
     learned_positions: bool = False
     scaled_embedding: bool = False
     multipliers: bool = False  # Granite: on embeddings, scores, what is added to the stream, and logits
     gelu_means_tanh: bool = False
     local_rope: bool = False  # sliding layers have a rotary table of their own
-    rotates: str = "all"  # all layers | none | listed (in `no_rope_layers`) | windowed (if there are windows) | stated
+    rotates: str = (
+        "all"  # all layers | none | sliding | listed (`no_rope_layers`) | windowed (if there are windows) | stated
+    )
     softcaps: bool = False
 
 
+_ATTENTION_BIAS = dict(qkv_bias="attention_bias", output_bias="attention_bias")
 # Before Llama: LayerNorm with biases, no gate, a head that reads the embedding.
 _ELDER = Family(dict(tie_word_embeddings=True, rms_norm_eps=1e-5), layer_norm=True, norm_bias=True, gated=False)
 _ALL_BIASES = dict(qkv_bias=True, output_bias=True, mlp_bias=True)
@@ -73,13 +81,47 @@ _GPT2 = replace(
     rotates="none",
     **_ALL_BIASES,
 )
+_MEGATRON = {
+    "attention.qkv": "self_attention.query_key_value",
+    "attention.output": "self_attention.dense",
+    "mlp.up": "mlp.dense_h_to_4h",
+    "mlp.down": "mlp.dense_4h_to_h",
+}
+_FALCON = replace(
+    _ELDER,
+    defaults=_ELDER.defaults | dict(hidden_act="gelu", multi_query=True, max_position_embeddings=2048),
+    spelled={
+        "intermediate_size": "ffn_hidden_size",
+        "num_key_value_heads": "num_kv_heads",
+        "hidden_act": "activation",
+        "rms_norm_eps": "layer_norm_epsilon",
+        "parallel": "parallel_attn",
+    },
+    names=_MEGATRON
+    | {"embedding": "transformer.word_embeddings", "norm": "transformer.ln_f", "blocks.": "transformer.h."},
+    separate_names={"attention_norm": "ln_attn", "mlp_norm": "ln_mlp"},
+    grouped=True,
+    parallel="stated",
+    qkv_bias="bias",
+    output_bias="bias",
+    mlp_bias="bias",
+)
+_COHERE = Family(
+    dict(tie_word_embeddings=True, rms_norm_eps=1e-5, rope_theta=5e5, logit_scale=0.0625),
+    spelled={"rms_norm_eps": "layer_norm_eps"},
+    ignored="position_embedding_type rotary_pct use_embedding_sharing use_gated_activation use_parallel_block "
+    "use_parallel_embedding layer_switch order_of_interleaved_layers",
+    layer_norm=True,
+    parallel="shared",
+    interleaved=True,
+    **_ATTENTION_BIAS,
+)
 _FUSED_MLP = {"mlp.gate_up": "mlp.gate_up_proj"}
 _POST_NORMS = {
     "attention_post_norm": "post_attention_layernorm",  # elsewhere the name of the norm before the MLP
     "mlp_norm": "pre_feedforward_layernorm",
     "mlp_post_norm": "post_feedforward_layernorm",
 }
-_ATTENTION_BIAS = dict(qkv_bias="attention_bias", output_bias="attention_bias")
 _MISTRAL = Family(dict(sliding_window=4096, num_key_value_heads=8, max_position_embeddings=131072), windows="all")
 _OLMO2 = Family(
     dict(rms_norm_eps=1e-5, max_position_embeddings=2048),
@@ -236,6 +278,70 @@ FAMILIES: dict[str, Family] = {
         output_bias="enable_bias",
         mlp_bias="enable_bias",
     ),
+    "gpt_neox": replace(
+        _ELDER,
+        defaults=dict(rms_norm_eps=1e-5, hidden_act="gelu", partial_rotary_factor=0.25, attention_bias=True),
+        spelled={
+            "rms_norm_eps": "layer_norm_eps",
+            "partial_rotary_factor": "rotary_pct",
+            "rope_theta": "rotary_emb_base",
+            "parallel": "use_parallel_residual",
+        },
+        names=_MEGATRON
+        | {
+            "embedding": "gpt_neox.embed_in",
+            "norm": "gpt_neox.final_layer_norm",
+            "blocks.": "gpt_neox.layers.",
+            "attention.qkv": "attention.query_key_value",
+            "attention.output": "attention.dense",
+        },
+        grouped=True,
+        parallel="separate",
+        mlp_bias=True,
+        **_ATTENTION_BIAS,
+    ),
+    "falcon": _FALCON,
+    "phi": replace(
+        _ELDER,
+        defaults=dict(
+            rms_norm_eps=1e-5, hidden_act="gelu_new", partial_rotary_factor=0.5, max_position_embeddings=2048
+        ),
+        spelled={"rms_norm_eps": "layer_norm_eps"},
+        names={
+            "norm": "model.final_layernorm",
+            "attention.output": "self_attn.dense",
+            "mlp.up": "mlp.fc1",
+            "mlp.down": "mlp.fc2",
+        },
+        parallel="shared",
+        head_bias=True,
+        **_ALL_BIASES,
+    ),
+    "stablelm": Family(
+        dict(rms_norm_eps=1e-5, partial_rotary_factor=0.25, parallel=False),
+        spelled={"rms_norm_eps": "layer_norm_eps", "parallel": "use_parallel_residual"},
+        layer_norm=True,
+        norm_bias=True,
+        parallel="shared",
+        qkv_bias="use_qkv_bias",
+    ),
+    "cohere": _COHERE,
+    "cohere2": replace(
+        _COHERE,
+        defaults=_COHERE.defaults | dict(sliding_window=4096, sliding_window_pattern=4, rope_theta=1e4),
+        windows="pattern",
+        rotates="sliding",
+    ),
+    "nemotron": Family(
+        dict(rms_norm_eps=1e-5, hidden_act="relu2", partial_rotary_factor=0.5),
+        spelled={"rms_norm_eps": "norm_eps"},
+        layer_norm=True,
+        norm_bias=True,
+        norm_offset=1.0,
+        gated=False,
+        mlp_bias="mlp_bias",
+        **_ATTENTION_BIAS,
+    ),
 }
 
 # What other decoders need that this one does not have; a `model_type` is refused with the sentence it stands under.
@@ -269,7 +375,7 @@ HARMLESS = frozenset(
     summary_type summary_use_proj summary_activation summary_proj_to_labels summary_first_dropout n_ctx
     task_specific_params reorder_and_upcast_attn attention_softmax_in_fp32 scale_attention_softmax_in_fp32 attn_pdrop
     inference_runner max_batch_size pad_key_length pre_allocate_kv_cache validate_runner_input embedding_dropout dropout
-    activation_dropout layerdrop init_std prefix output_past
+    classifier_dropout activation_dropout layerdrop init_std prefix output_past model_max_length
     time_step_min time_step_max shared_intermediate_size normalization_function init_method
     """.split()
 )
@@ -292,6 +398,10 @@ NEUTRAL: dict[str, Any] = {
     "do_layer_norm_before": True,  # false in OPT-350m alone
     "_remove_final_layer_norm": False,
     "layer_norm_elementwise_affine": True,
+    "apply_residual_connection_post_layernorm": False,
+    "alibi": False,
+    "use_qk_norm": False,
+    "qk_layernorm": False,
     "mlp_type": "default",
     "norm_type": "layer_norm",
     "use_mrope": False,  # multimodal positions

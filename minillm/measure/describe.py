@@ -96,6 +96,7 @@ def _norms(config: ModelConfig) -> str:
     kind = "LayerNorm" if config.norm.center else "RMSNorm"
     text = f"{kind} {' and '.join(places)} attention and MLP, eps {config.norm.eps:g}"
     extra = {None: "", "head": ", on each q/k head", "full": ", on the whole q/k projection"}[config.qk_norm]
+    extra += {None: "", "shared": ", one for both", "separate": ", both of the same stream"}[config.parallel]
     return text + extra + (", weight + 1" if config.norm.offset else "")
 
 
