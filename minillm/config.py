@@ -78,9 +78,11 @@ class ModelConfig:
     mlp_bias: bool
     activation: str  # "silu" | "gelu_tanh", and without a gate "gelu" | "relu" | "relu2"
     gated: bool  # the MLP multiplies activation(gate x) by up x; or it has no gate
+    alibi_slopes: tuple[float, ...]  # scores fall by this for each position between query and key, per head; (): not
     learned_positions: bool  # a vector for each position is added to the embeddings (GPT-2)
     embedding_scale: float  # embeddings are multiplied by this,
-    rounded_scale: bool  # rounded to the model's dtype (Gemma) or not
+    rounded_scale: bool  # rounded to the model's dtype (Gemma) or not,
+    embedding_norm: bool  # and normed (BLOOM)
     logit_scale: float  # and logits by this
     final_softcap: float | None
     head_bias: bool

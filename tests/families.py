@@ -961,6 +961,52 @@ _FAMILIES = [
         | {"hidden_act": "relu2", "tie_word_embeddings": True},
         {"activation": {"hidden_act": "relu"}},
     ),
+    _elder(
+        "bloom",
+        "BloomForCausalLM",
+        "bloom",
+        {"hidden_size": 48, "n_layer": 2, "n_head": 4, "layer_norm_epsilon": 0.02, "seq_length": 512}
+        | {"apply_residual_connection_post_layernorm": False, "n_inner": None, "offset_alibi": 100},
+        {
+            "eps": {"layer_norm_epsilon": 0.2},
+            "order": {"apply_residual_connection_post_layernorm": True},
+            "slopes": {"n_head": 8},
+        },
+    ),
+    _elder(
+        "bloom-heads",  # in no power of two, and the head apart
+        "BloomForCausalLM",
+        "bloom",
+        {"n_embed": 48, "n_layer": 2, "n_head": 6, "layer_norm_epsilon": 0.02, "tie_word_embeddings": False},
+        {"slopes": {"n_head": 4}},
+    ),
+    _elder(
+        "mpt",
+        "MptForCausalLM",
+        "mpt",
+        {"d_model": 48, "n_layers": 2, "n_heads": 6, "max_seq_len": 512, "expansion_ratio": 4, "no_bias": True}
+        | {"layer_norm_epsilon": 0.02, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": None}},
+        {
+            "clipping": {"attn_config": {"clip_qkv": 0.5}},
+            "scale": {"attn_config": {"softmax_scale": 0.1}},
+            "eps": {"layer_norm_epsilon": 0.2},
+        },
+    ),
+    _elder(
+        "mpt-untied",
+        "MptForCausalLM",
+        "mpt",
+        {"d_model": 48, "n_layers": 2, "n_heads": 4, "max_seq_len": 512, "tie_word_embeddings": False}
+        | {"layer_norm_epsilon": 0.02, "attn_config": {"attn_impl": "torch"}},
+        {"slopes": {"n_heads": 8}},
+    ),
+    _elder(
+        "falcon-rw",  # slopes and positions that transformers' bfloat16 holds exactly
+        "FalconForCausalLM",
+        "falcon",
+        _FALCON | {"alibi": True, "num_attention_heads": 4, "multi_query": False, "parallel_attn": False, "bias": True},
+        {"alibi": {"alibi": False}},
+    ),
 ]
 FAMILIES = {family.name: family for family in _FAMILIES}
 WINDOWED = [n for n, f in FAMILIES.items() if (f.text_config.get("sliding_window") or 600) < 40 and n != "qwen2"]
@@ -972,6 +1018,11 @@ def reference_config(config: dict):
 
     config = copy.deepcopy(config)
     return AutoConfig.for_model(config.pop("model_type"), **config)
+
+
+def _attention(config: dict) -> str:
+    """Written out; but Falcon's, written out, adds ALiBi in the mask and again to the scores (transformers 5.23)."""
+    return "sdpa" if config["model_type"] == "falcon" and config.get("alibi") else "eager"
 
 
 def _model_class(config):
@@ -1004,7 +1055,9 @@ def _draw_weights(model: torch.nn.Module, seed: int) -> None:
 def make_model(config: dict, seed: int):
     """A `transformers` model of this config.json dict with our wide random weights, fp32, eager."""
     config = reference_config(config)
-    model = _model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = _model_class(config)._from_config(
+        config, dtype=torch.float32, attn_implementation=_attention(config.to_dict())
+    )
     _draw_weights(model, seed)
     return model.eval()
 
@@ -1027,7 +1080,7 @@ def load_reference(folder: Path):
     import transformers
 
     model_class = getattr(transformers, config["architectures"][0])
-    return model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation=_attention(config)).eval()
 
 
 def prompt_ids(length: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[int]:

@@ -376,4 +376,42 @@ SIZES = {
         ),
         4.19,
     ),
+    "bloom-560m": (
+        {
+            "apply_residual_connection_post_layernorm": False, "attention_dropout": 0.0,
+            "architectures": ["BloomForCausalLM"], "attention_softmax_in_fp32": True, "bias_dropout_fusion": True,
+            "bos_token_id": 1, "eos_token_id": 2, "hidden_dropout": 0.0, "initializer_range": 0.02,
+            "layer_norm_epsilon": 1e-05, "masked_softmax_fusion": True, "model_type": "bloom", "n_embed": 1024,
+            "n_inner": None, "n_layer": 24, "num_attention_heads": 16, "offset_alibi": 100, "pad_token_id": 3,
+            "pretraining_tp": 1, "seq_length": 2048, "skip_bias_add": True, "skip_bias_add_qkv": False,
+            "unk_token_id": 0, "use_cache": True, "vocab_size": 250880,
+        },
+        0.559,
+    ),
+    "mpt-7b": (
+        {
+            "architectures": ["MPTForCausalLM"],
+            "attn_config": {
+                "alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0,
+                "attn_type": "multihead_attention", "attn_uses_sequence_id": False, "clip_qkv": None,
+                "prefix_lm": False, "qk_ln": False, "softmax_scale": None,
+            },
+            "auto_map": {}, "d_model": 4096, "emb_pdrop": 0, "embedding_fraction": 1.0, "expansion_ratio": 4,
+            "init_config": {"name": "kaiming_normal_"}, "init_device": "cpu", "learned_pos_emb": True,
+            "logit_scale": None, "max_seq_len": 2048, "model_type": "mpt", "n_heads": 32, "n_layers": 32,
+            "no_bias": True, "norm_type": "low_precision_layernorm", "resid_pdrop": 0,
+            "tokenizer_name": "EleutherAI/gpt-neox-20b", "torch_dtype": "bfloat16", "use_cache": False, "verbose": 0,
+            "vocab_size": 50432,
+        },
+        6.65,
+    ),
+    "falcon-rw-1b": (
+        {
+            "alibi": True, "apply_residual_connection_post_layernorm": False, "architectures": ["FalconForCausalLM"],
+            "bias": True, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 2048, "layer_norm_epsilon": 1e-05,
+            "model_type": "falcon", "multi_query": False, "new_decoder_architecture": False,
+            "num_attention_heads": 32, "num_hidden_layers": 24, "parallel_attn": False, "vocab_size": 50304,
+        },
+        1.31,
+    ),
 }  # fmt: skip

@@ -16,7 +16,9 @@ ROAD = """
     drafting speculative row batch request llm
 """.split()
 WINGS = {
-    "load": "files families config_json tensors chat_template tokenizer hub quantize checkpoint quantized_copy".split(),
+    "load": """
+        files families keys reader config_json tensors chat_template tokenizer hub quantize checkpoint quantized_copy
+    """.split(),
     "cli": "flags commands".split(),
     "faster": "compiled steps".split(),
     "serve": "engine".split(),

@@ -18,6 +18,7 @@ from minillm.load.families import FAMILIES
 _LLAMA = {
     "embedding": "model.embed_tokens",
     "positions": "",
+    "embedding_norm": "",
     "norm": "model.norm",
     "head": "lm_head",
     "blocks.": "model.layers.",
@@ -31,7 +32,7 @@ _LLAMA = {
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }
-_TOP = ("embedding", "positions", "norm", "head", "blocks.")
+_TOP = ("embedding", "positions", "embedding_norm", "norm", "head", "blocks.")
 # Buffers that old files carry; they follow from config.json.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias")
 
