@@ -268,3 +268,15 @@ def test_drafts_batches_and_the_last_learned_position(name, text_tokenizer_files
         rows = llm.generate(prompts, max_new_tokens=19, **options)
         assert [row.token_ids for row in rows] == [ids[:19] for ids in expected]
         assert llm.generate(prompts[0], max_new_tokens=37, **options).token_ids == expected[0]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon-40b", "bloom", "cohere2", "nemotron", "granite"])
+def test_gradients_are_the_references(name, checkpoint):
+    """What fine-tuning needs: the gradient of a loss by the embedding, through every part of the decoder."""
+    theirs, config = load_reference(checkpoint(name)), load_config(checkpoint(name))
+    model = load_decoder(checkpoint(name), config, torch.float32, "cpu", attention="math").requires_grad_(True)
+    ids = torch.tensor([PROMPT])
+    theirs(ids).logits.square().mean().backward()
+    model(ids, torch.arange(40)[None], StaticCache(config, 1, 40)).square().mean().backward()
+    expected = theirs.get_input_embeddings().weight.grad
+    assert (model.embedding.weight.grad - expected).abs().max() < 1e-4 * expected.abs().max()
