@@ -44,7 +44,7 @@ class Backend:
     norm: Callable[[Tensor, Tensor, Tensor | None, NormSpec], Tensor]
     add_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, NormSpec], tuple[Tensor, Tensor]]
     rotate_and_write: Callable[[Tensor, Tensor, Tensor, Rotary, Tensor, Tensor, KeyView], Tensor]
-    attend: Callable[[Tensor, Tensor, Tensor, KeyView, LayerSpec], Tensor]
+    attend: Callable[[Tensor, Tensor, Tensor, KeyView, LayerSpec, Tensor | None], Tensor]
     softcap: bool = True
     max_head_dim: int | None = None  # None: any
 
@@ -93,7 +93,15 @@ def rotate_and_write(
     return rotate(q, cos, sin)
 
 
-def attend_math(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
+def alibi(slopes: Tensor, view: KeyView) -> Tensor:
+    """slope * (key position - query position), `[B, H, T, S]` float32 (Press et al. 2022, ALiBi, arXiv:2108.12409)."""
+    distance = view.key_position - view.cache_position[:, :, None]  # [B, T, S]
+    return slopes[:, None, None] * distance[:, None]
+
+
+def attend_math(
+    q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec, slopes: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T * scale) v over the visible slots, in float32.
 
     Args:
@@ -101,6 +109,7 @@ def attend_math(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: La
         keys, values: `[B, KV, S + 1, D]`; H is a multiple of KV (Ainslie et al. 2023, GQA, arXiv:2305.13245).
         view: which slots each query sees.
         spec: query scale and softcap of the layer.
+        slopes: `[H]` float32, of models that know positions by ALiBi; else None.
 
     Returns `[B, T, H * D]` in q's dtype.
     """
@@ -112,13 +121,17 @@ def attend_math(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: La
     scores = torch.einsum("btkgd,bksd->bkgts", grouped, keys) * spec.query_scale  # [B, KV, G, T, S]
     if spec.softcap is not None:
         scores = spec.softcap * torch.tanh(scores / spec.softcap)
+    if slopes is not None:
+        scores = scores + alibi(slopes, view).view(B, KV, H // KV, T, -1)
     scores = scores.masked_fill(~view.mask[:, None, None], float("-inf"))
     weights = scores.softmax(dim=-1)  # [B, KV, G, T, S]
     out = torch.einsum("bkgts,bksd->btkgd", weights, values)  # [B, T, KV, G, D]
     return out.reshape(B, T, H * D).to(q.dtype)
 
 
-def attend_sdpa(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
+def attend_sdpa(
+    q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec, slopes: Tensor | None = None
+) -> Tensor:
     """The same through `F.scaled_dot_product_attention`; arguments as for `attend_math`.
 
     The G query heads that share a key head are folded into the query length, so keys and values are
@@ -128,7 +141,11 @@ def attend_sdpa(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: La
     KV = keys.shape[1]
     G = H // KV
     q = q.reshape(B, T, KV, G, D).permute(0, 2, 3, 1, 4).reshape(B, KV, G * T, D)
-    mask = view.mask[:, None].repeat(1, 1, G, 1)  # [B, 1, G * T, S]
+    if slopes is None:
+        mask = view.mask[:, None].repeat(1, 1, G, 1)  # [B, 1, G * T, S]
+    else:
+        mask = alibi(slopes, view).masked_fill(~view.mask[:, None], float("-inf"))  # [B, H, T, S]
+        mask = mask.view(B, KV, G * T, -1).to(q.dtype)
     keys, values = keys[:, :, : view.key_length], values[:, :, : view.key_length]  # [B, KV, S, D]
     out = F.scaled_dot_product_attention(q, keys, values, mask, scale=spec.query_scale)  # [B, KV, G * T, D]
     return out.view(B, KV, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
@@ -159,18 +176,20 @@ def rotate_and_write_kernel(
     return rope_and_cache_write(q, k, v, *rotary, keys, values, view.cache_position).transpose(1, 2)  # [B, T, H, D]
 
 
-def attend_kernel(q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec) -> Tensor:
+def attend_kernel(
+    q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec, slopes: Tensor | None = None
+) -> Tensor:
     """Attention through the kernel that suits the step; arguments as for `attend_math`."""
     B, T, H, D = q.shape
     q = q.transpose(1, 2)  # [B, H, T, D]
     if view.from_start and (q.is_cuda or interpreting()):
         # The rows' first tokens: slots 0 .. T - 1 are the keys, whatever the layer.
         keys, values = keys[:, :, :T], values[:, :, :T]  # [B, KV, T, D]
-        out = flash_attention(q, keys, values, spec.query_scale, view.window, spec.softcap)  # [B, H, T, D]
+        out = flash_attention(q, keys, values, spec.query_scale, view.window, spec.softcap, slopes)  # [B, H, T, D]
     else:
         keys, values = keys[:, :, : view.num_slots], values[:, :, : view.num_slots]  # [B, KV, S, D], without the bin
         position = view.cache_position
-        out = decode_attention(q, keys, values, position, spec.query_scale, view.window, spec.softcap)
+        out = decode_attention(q, keys, values, position, spec.query_scale, view.window, spec.softcap, slopes)
     return out.transpose(1, 2).reshape(B, T, H * D)
 
 

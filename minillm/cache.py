@@ -64,12 +64,17 @@ class KeyView:
         return self._slots
 
     @property
+    def key_position(self) -> Tensor:
+        """[B, 1, key_length]: the position of what each slot holds, negative where it holds nothing yet."""
+        last = self.cache_position.amax(dim=1, keepdim=True)  # [B, 1]
+        slot = torch.arange(self.key_length, device=last.device)  # [key_length]
+        return (last - (last - slot) % self.num_slots)[:, None, :]
+
+    @property
     def mask(self) -> Tensor:
         """[B, T, key_length] bool, True where the query sees the slot."""
         if self._mask is None:
-            last = self.cache_position.amax(dim=1, keepdim=True)  # [B, 1]
-            slot = torch.arange(self.key_length, device=last.device)  # [key_length]
-            key_position = (last - (last - slot) % self.num_slots)[:, None, :]  # [B, 1, key_length]
+            key_position = self.key_position  # [B, 1, key_length]
             query = self.cache_position[:, :, None]  # [B, T, 1]
             seen = (key_position >= 0) & (key_position <= query)
             if self.window is not None:

@@ -71,17 +71,21 @@ class ModelConfig:
     norm: NormSpec
     pre_norm: bool  # a norm before attention and MLP (all but OLMo2)
     post_norm: bool  # a norm after them, before the residual sum (Gemma 2 and 3, OLMo2)
+    parallel: str | None  # MLP beside attention, not behind it, with the same norm ("shared") or its own ("separate")
     qk_norm: str | None  # None | "head": over each head | "full": over the whole projection
     qkv_bias: bool
     output_bias: bool
     mlp_bias: bool
     activation: str  # "silu" | "gelu_tanh", and without a gate "gelu" | "relu" | "relu2"
     gated: bool  # the MLP multiplies activation(gate x) by up x; or it has no gate
+    alibi_slopes: tuple[float, ...]  # scores fall by this for each position between query and key, per head; (): not
     learned_positions: bool  # a vector for each position is added to the embeddings (GPT-2)
     embedding_scale: float  # embeddings are multiplied by this,
-    rounded_scale: bool  # rounded to the model's dtype (Gemma) or not
+    rounded_scale: bool  # rounded to the model's dtype (Gemma) or not,
+    embedding_norm: bool  # and normed (BLOOM)
     logit_scale: float  # and logits by this
     final_softcap: float | None
+    head_bias: bool
     tie_word_embeddings: bool  # the head reads the embedding matrix
     nested: bool  # the decoder is the text half of a larger checkpoint (`text_config`)
     quantization: str | None  # the file holds quantized matrices: "int8", "int4-g64", ... (`minillm quantize`)

@@ -63,6 +63,8 @@ class Attention(nn.Module):
         self.spec, self.index, self.backend, self.qk_norm = spec, index, backend, config.qk_norm
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.split = (q_size, kv_size, kv_size)
+        slopes = torch.tensor(config.alibi_slopes, dtype=torch.float32) if config.alibi_slopes else None  # [H]
+        self.register_buffer("slopes", slopes, persistent=False)
         # One matrix for q, k and v: a decode step is bound by reading weights, and one read beats three.
         self.qkv = linear(config.hidden_size, sum(self.split), config.qkv_bias)
         self.output = linear(q_size, config.hidden_size, config.output_bias)
@@ -83,7 +85,7 @@ class Attention(nn.Module):
             q, k = self.q_norm(q), self.k_norm(k)
         keys, values = cache.keys[self.index], cache.values[self.index]  # [B, KV, S + 1, D]
         q = self.backend.rotate_and_write(q, k, v, rotary, keys, values, view)  # [B, T, H, D]
-        attended = self.backend.attend(q, keys, values, view, self.spec)  # [B, T, H * D]
+        attended = self.backend.attend(q, keys, values, view, self.spec, self.slopes)  # [B, T, H * D]
         return self.output(attended)  # [B, T, d]
 
 
@@ -117,9 +119,10 @@ class Block(nn.Module):
         self.attention_norm = norm(config.pre_norm)
         self.attention = Attention(config, config.layers[index], index, backend, linear, dtype)
         self.attention_post_norm = norm(config.post_norm)
-        self.mlp_norm = norm(config.pre_norm)
+        self.mlp_norm = norm(config.pre_norm and config.parallel != "shared")
         self.mlp = MLP(config, linear)
         self.mlp_post_norm = norm(config.post_norm)
+        self.parallel = config.parallel
 
     def forward(
         self, x: Tensor, update: Tensor | None, rotary: Rotary, view: KeyView, cache: StaticCache
@@ -130,6 +133,9 @@ class Block(nn.Module):
         """
         normed, x = (self.attention_norm(x), x) if update is None else self.attention_norm.add(update, x)
         attended = self.attention_post_norm(self.attention(normed, rotary, view, cache))
+        if self.parallel is not None:  # both read the same stream, and their sum is added to it
+            normed = normed if self.parallel == "shared" else self.mlp_norm(x)
+            return x, self.mlp_post_norm.add(attended, self.mlp(normed))[0]
         normed, x = self.mlp_norm.add(attended, x)
         return x, self.mlp_post_norm(self.mlp(normed))
 
@@ -161,9 +167,10 @@ class Decoder(nn.Module):
         if config.learned_positions:
             learned = torch.empty(config.max_positions, config.hidden_size, dtype=dtype)
             self.positions = nn.Embedding.from_pretrained(learned, freeze=False)
+        self.embedding_norm = Norm(config.hidden_size, config.norm, backend, dtype, config.embedding_norm)
         self.blocks = nn.ModuleList(Block(config, i, backend, linear, dtype) for i in range(config.num_layers))
         self.norm = Norm(config.hidden_size, config.norm, backend, dtype)
-        self.head = head(config.hidden_size, config.vocab_size, False)
+        self.head = head(config.hidden_size, config.vocab_size, config.head_bias)
         if config.tie_word_embeddings and isinstance(self.head, Linear):  # a quantized head has its own copy
             self.head.weight = self.embedding.weight
 
@@ -190,7 +197,7 @@ class Decoder(nn.Module):
             x = x * self.embedding_scale
         if self.positions is not None:
             x = x + self.positions(cache_position.clamp(min=0))  # [B, T, d]; of padding nobody sees it
-        return x, [cos_sin(table, cache_position) for table in cache.rotary]
+        return self.embedding_norm(x), [cos_sin(table, cache_position) for table in cache.rotary]
 
     def walk(
         self,

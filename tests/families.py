@@ -104,6 +104,16 @@ _OPT = {
     "max_position_embeddings": 512,
     "activation_function": "relu",
 }
+_NEOX = {"hidden_act": "gelu", "layer_norm_eps": 0.02, "classifier_dropout": 0.1}
+_FALCON = {
+    "hidden_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 512,
+    "layer_norm_epsilon": 0.02,
+    "alibi": False,
+    "apply_residual_connection_post_layernorm": False,
+}
 _ARCEE_ROPE = {
     "rope_type": "yarn",
     "factor": 20.0,
@@ -815,6 +825,188 @@ _FAMILIES = [
         _OPT | {"enable_bias": False, "tie_word_embeddings": False},
         {"activation": {"activation_function": "gelu"}},
     ),
+    _elder(
+        "gpt_neox",  # Pythia
+        "GPTNeoXForCausalLM",
+        "gpt_neox",
+        _SIZES | _NEOX | {"use_parallel_residual": True, "rotary_pct": 0.5, "rotary_emb_base": 100},
+        {
+            "parallel": {"use_parallel_residual": False},
+            "rotary": {"rotary_pct": 1.0},
+            "base": {"rotary_emb_base": 1000},
+            "eps": {"layer_norm_eps": 0.2},
+        },
+    ),
+    _elder(
+        "gpt_neox-behind",
+        "GPTNeoXForCausalLM",
+        "gpt_neox",
+        _SIZES
+        | _NEOX
+        | {"use_parallel_residual": False, "rotary_pct": 0.25, "attention_bias": False}
+        | {"tie_word_embeddings": True},
+        {"parallel": {"use_parallel_residual": True}, "gelu is not tanh": {"hidden_act": "relu"}},
+    ),
+    _elder(
+        "falcon-7b",  # one key/value head, one norm, no bias
+        "FalconForCausalLM",
+        "falcon",
+        _FALCON | {"multi_query": True, "parallel_attn": True, "bias": False, "new_decoder_architecture": False},
+        {"eps": {"layer_norm_epsilon": 0.2}},
+    ),
+    _elder(
+        "falcon-40b",
+        "FalconForCausalLM",
+        "falcon",
+        _FALCON | {"new_decoder_architecture": True, "num_kv_heads": 2, "multi_query": True, "bias": True},
+        {"eps": {"layer_norm_epsilon": 0.2}},
+    ),
+    _elder(
+        "falcon-11b",
+        "FalconForCausalLM",
+        "falcon",
+        _FALCON
+        | {"new_decoder_architecture": True, "num_kv_heads": 3, "num_ln_in_parallel_attn": 1}
+        | {"ffn_hidden_size": 84, "rope_theta": 500.0, "tie_word_embeddings": False},
+        {"base": {"rope_theta": 100.0}},
+    ),
+    _elder(
+        "falcon-behind",
+        "FalconForCausalLM",
+        "falcon",
+        _FALCON | {"multi_query": False, "parallel_attn": False, "bias": True},
+        {"eps": {"layer_norm_epsilon": 0.2}},
+    ),
+    _elder(
+        "phi",
+        "PhiForCausalLM",
+        "phi",
+        _SIZES
+        | {"hidden_act": "gelu_new", "partial_rotary_factor": 0.5, "rope_theta": 100.0, "layer_norm_eps": 0.02}
+        | {"num_key_value_heads": None, "qk_layernorm": False, "tie_word_embeddings": False},
+        {"rotary": {"partial_rotary_factor": 1.0}, "base": {"rope_theta": 1000.0}},
+    ),
+    _elder(
+        "phi-grouped",
+        "PhiForCausalLM",
+        "phi",
+        _SIZES | {"hidden_act": "gelu", "partial_rotary_factor": 1.0, "layer_norm_eps": 0.02, "num_key_value_heads": 2},
+        {"eps": {"layer_norm_eps": 0.2}},
+    ),
+    _elder(
+        "stablelm",
+        "StableLmForCausalLM",
+        "stablelm",
+        _SIZES
+        | {"num_key_value_heads": 6, "partial_rotary_factor": 0.25, "rope_theta": 100.0, "layer_norm_eps": 0.02}
+        | {"use_qkv_bias": True, "hidden_act": "silu"},
+        {"parallel": {"use_parallel_residual": True}, "rotary": {"partial_rotary_factor": 0.75}},
+    ),
+    _elder(
+        "stablelm-parallel",
+        "StableLmForCausalLM",
+        "stablelm",
+        _SIZES
+        | {"num_key_value_heads": 3, "layer_norm_eps": 0.02, "use_parallel_residual": True}
+        | {"use_qkv_bias": False, "tie_word_embeddings": True},
+        {"parallel": {"use_parallel_residual": False}},
+    ),
+    _elder(
+        "cohere",
+        "CohereForCausalLM",
+        "cohere",
+        _SIZES
+        | {"logit_scale": 0.3, "rope_theta": 100.0, "layer_norm_eps": 0.02, "use_qk_norm": False}
+        | {"num_key_value_heads": 6},
+        {"logits": {"logit_scale": 1.0}, "base": {"rope_theta": 1000.0}},
+    ),
+    _elder(
+        "cohere2",
+        "Cohere2ForCausalLM",
+        "cohere2",
+        _SIZES
+        | {"logit_scale": 0.3, "rope_theta": 100.0, "layer_norm_eps": 0.02, "sliding_window": 9}
+        | {"num_key_value_heads": 2, "num_hidden_layers": 4, "sliding_window_pattern": 3},
+        {
+            "logits": {"logit_scale": 1.0},
+            "base": {"rope_theta": 1000.0},
+            "window": {"sliding_window": 11},
+            "pattern": {"sliding_window_pattern": 2},
+        },
+    ),
+    _elder(
+        "cohere2-biased",
+        "Cohere2ForCausalLM",
+        "cohere2",
+        _SIZES
+        | {"attention_bias": True, "sliding_window": 12, "tie_word_embeddings": False, "layer_norm_eps": 0.02}
+        | {"logit_scale": 1.5},
+        {"logits": {"logit_scale": 1.0}},
+    ),
+    _elder(
+        "nemotron",
+        "NemotronForCausalLM",
+        "nemotron",
+        _SIZES
+        | {"num_key_value_heads": 2, "partial_rotary_factor": 0.5, "norm_eps": 0.02, "rope_theta": 100.0}
+        | {"hidden_act": "relu2", "head_dim": 12},
+        {"eps": {"norm_eps": 0.2}, "rotary": {"partial_rotary_factor": 1.0}},
+    ),
+    _elder(
+        "nemotron-biased",
+        "NemotronForCausalLM",
+        "nemotron",
+        _SIZES
+        | {"num_key_value_heads": 6, "norm_eps": 0.02, "attention_bias": True, "mlp_bias": True}
+        | {"hidden_act": "relu2", "tie_word_embeddings": True},
+        {"activation": {"hidden_act": "relu"}},
+    ),
+    _elder(
+        "bloom",
+        "BloomForCausalLM",
+        "bloom",
+        {"hidden_size": 48, "n_layer": 2, "n_head": 4, "layer_norm_epsilon": 0.02, "seq_length": 512}
+        | {"apply_residual_connection_post_layernorm": False, "n_inner": None, "offset_alibi": 100},
+        {
+            "eps": {"layer_norm_epsilon": 0.2},
+            "order": {"apply_residual_connection_post_layernorm": True},
+            "slopes": {"n_head": 8},
+        },
+    ),
+    _elder(
+        "bloom-heads",  # in no power of two, and the head apart
+        "BloomForCausalLM",
+        "bloom",
+        {"n_embed": 48, "n_layer": 2, "n_head": 6, "layer_norm_epsilon": 0.02, "tie_word_embeddings": False},
+        {"slopes": {"n_head": 4}},
+    ),
+    _elder(
+        "mpt",
+        "MptForCausalLM",
+        "mpt",
+        {"d_model": 48, "n_layers": 2, "n_heads": 6, "max_seq_len": 512, "expansion_ratio": 4, "no_bias": True}
+        | {"layer_norm_epsilon": 0.02, "attn_config": {"alibi": True, "alibi_bias_max": 8, "clip_qkv": None}},
+        {
+            "clipping": {"attn_config": {"clip_qkv": 0.5}},
+            "scale": {"attn_config": {"softmax_scale": 0.1}},
+            "eps": {"layer_norm_epsilon": 0.2},
+        },
+    ),
+    _elder(
+        "mpt-untied",
+        "MptForCausalLM",
+        "mpt",
+        {"d_model": 48, "n_layers": 2, "n_heads": 4, "max_seq_len": 512, "tie_word_embeddings": False}
+        | {"layer_norm_epsilon": 0.02, "attn_config": {"attn_impl": "torch"}},
+        {"slopes": {"n_heads": 8}},
+    ),
+    _elder(
+        "falcon-rw",  # slopes and positions that transformers' bfloat16 holds exactly
+        "FalconForCausalLM",
+        "falcon",
+        _FALCON | {"alibi": True, "num_attention_heads": 4, "multi_query": False, "parallel_attn": False, "bias": True},
+        {"alibi": {"alibi": False}},
+    ),
 ]
 FAMILIES = {family.name: family for family in _FAMILIES}
 WINDOWED = [n for n, f in FAMILIES.items() if (f.text_config.get("sliding_window") or 600) < 40 and n != "qwen2"]
@@ -826,6 +1018,11 @@ def reference_config(config: dict):
 
     config = copy.deepcopy(config)
     return AutoConfig.for_model(config.pop("model_type"), **config)
+
+
+def _attention(config: dict) -> str:
+    """Written out; but Falcon's, written out, adds ALiBi in the mask and again to the scores (transformers 5.23)."""
+    return "sdpa" if config["model_type"] == "falcon" and config.get("alibi") else "eager"
 
 
 def _model_class(config):
@@ -858,7 +1055,9 @@ def _draw_weights(model: torch.nn.Module, seed: int) -> None:
 def make_model(config: dict, seed: int):
     """A `transformers` model of this config.json dict with our wide random weights, fp32, eager."""
     config = reference_config(config)
-    model = _model_class(config)._from_config(config, dtype=torch.float32, attn_implementation="eager")
+    model = _model_class(config)._from_config(
+        config, dtype=torch.float32, attn_implementation=_attention(config.to_dict())
+    )
     _draw_weights(model, seed)
     return model.eval()
 
@@ -881,7 +1080,7 @@ def load_reference(folder: Path):
     import transformers
 
     model_class = getattr(transformers, config["architectures"][0])
-    return model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    return model_class.from_pretrained(folder, dtype=torch.float32, attn_implementation=_attention(config)).eval()
 
 
 def prompt_ids(length: int, seed: int = 0, vocabulary: int = VOCABULARY) -> list[int]:

@@ -285,4 +285,133 @@ SIZES = {
         },
         0.125,
     ),
+    "pythia-160m": (
+        {
+            "architectures": ["GPTNeoXForCausalLM"], "bos_token_id": 0, "eos_token_id": 0, "hidden_act": "gelu",
+            "hidden_size": 768, "initializer_range": 0.02, "intermediate_size": 3072, "layer_norm_eps": 1e-05,
+            "max_position_embeddings": 2048, "model_type": "gpt_neox", "num_attention_heads": 12,
+            "num_hidden_layers": 12, "rotary_emb_base": 10000, "rotary_pct": 0.25, "tie_word_embeddings": False,
+            "torch_dtype": "float16", "use_cache": True, "use_parallel_residual": True, "vocab_size": 50304,
+        },
+        0.162,
+    ),
+    "falcon-7b": (
+        {
+            "alibi": False, "apply_residual_connection_post_layernorm": False, "architectures": ["FalconForCausalLM"],
+            "attention_dropout": 0.0, "auto_map": {}, "bias": False, "bos_token_id": 11, "eos_token_id": 11,
+            "hidden_dropout": 0.0, "hidden_size": 4544, "initializer_range": 0.02, "layer_norm_epsilon": 1e-05,
+            "model_type": "falcon", "multi_query": True, "new_decoder_architecture": False, "num_attention_heads": 71,
+            "num_hidden_layers": 32, "parallel_attn": True, "torch_dtype": "bfloat16", "use_cache": True,
+            "vocab_size": 65024,
+        },
+        6.92,
+    ),
+    "falcon-40b": (
+        {
+            "alibi": False, "apply_residual_connection_post_layernorm": False, "architectures": ["FalconForCausalLM"],
+            "bias": False, "bos_token_id": 11, "eos_token_id": 11, "hidden_size": 8192, "layer_norm_epsilon": 1e-05,
+            "model_type": "falcon", "multi_query": True, "new_decoder_architecture": True, "num_attention_heads": 128,
+            "num_hidden_layers": 60, "num_kv_heads": 8, "parallel_attn": True, "vocab_size": 65024,
+        },
+        41.3,
+    ),
+    "falcon-11B": (
+        {
+            "activation": "gelu", "alibi": False, "architectures": ["FalconForCausalLM"], "bias": False,
+            "bos_token_id": 11, "eos_token_id": 11, "ffn_hidden_size": 16384, "hidden_size": 4096,
+            "layer_norm_epsilon": 1e-05, "max_position_embeddings": 8192, "model_type": "falcon", "multi_query": True,
+            "new_decoder_architecture": True, "num_attention_heads": 32, "num_hidden_layers": 60, "num_kv_heads": 8,
+            "num_ln_in_parallel_attn": 1, "parallel_attn": True, "rope_scaling": None, "rope_theta": 500042.0,
+            "tie_word_embeddings": False, "vocab_size": 65024,
+        },
+        11.10,
+    ),
+    "phi-2": (
+        _file(
+            "PhiForCausalLM", "phi",
+            **_sizes(2560, 10240, 32, 32, 32, 51200, max_position_embeddings=2048, layer_norm_eps=1e-05)
+            | {"hidden_act": "gelu_new"},
+            embd_pdrop=0.0, resid_pdrop=0.1, partial_rotary_factor=0.4, qk_layernorm=False, rope_scaling=None,
+            rope_theta=10000.0, tie_word_embeddings=False, bos_token_id=50256, eos_token_id=50256,
+        ),
+        2.78,
+    ),
+    "stablelm-2-1_6b": (
+        _file(
+            "StableLmForCausalLM", "stablelm",
+            **_sizes(2048, 5632, 24, 32, 32, 100352, max_position_embeddings=4096, layer_norm_eps=1e-05),
+            partial_rotary_factor=0.25, rope_theta=10000, use_qkv_bias=True, tie_word_embeddings=False,
+            bos_token_id=100257, eos_token_id=100257,
+        ),
+        1.64,
+    ),
+    "c4ai-command-r-v01": (
+        _file(
+            "CohereForCausalLM", "cohere",
+            **_sizes(8192, 22528, 40, 64, 64, 256000, max_position_embeddings=8192, layer_norm_eps=1e-05),
+            attention_bias=False, attention_dropout=0.0, logit_scale=0.0625, rope_theta=8000000.0, use_qk_norm=False,
+            model_max_length=131072, bos_token_id=5, eos_token_id=255001, pad_token_id=0,
+        ),
+        34.98,
+    ),
+    "c4ai-command-r7b-12-2024": (
+        _file(
+            "Cohere2ForCausalLM", "cohere2",
+            **_sizes(4096, 14336, 32, 32, 8, 256000, max_position_embeddings=132096, layer_norm_eps=1e-05),
+            attention_bias=False, attention_dropout=0.0, cache_implementation="hybrid", head_dim=128, layer_switch=4,
+            logit_scale=0.25, order_of_interleaved_layers="local_attn_first", position_embedding_type="rope_gptj",
+            rope_scaling=None, rope_theta=50000, rotary_pct=1.0, sliding_window=4096, sliding_window_pattern=4,
+            use_embedding_sharing=True, use_gated_activation=True, use_parallel_block=True,
+            use_parallel_embedding=True, bos_token_id=5, eos_token_id=255001, pad_token_id=0,
+        ),
+        8.03,
+    ),
+    "Minitron-4B-Base": (
+        _file(
+            "NemotronForCausalLM", "nemotron",
+            **_sizes(3072, 9216, 32, 24, 8, 256000, max_position_embeddings=4096, norm_eps=1e-05, head_dim=128)
+            | {"hidden_act": "relu2"},
+            attention_bias=False, mlp_bias=False, partial_rotary_factor=0.5, rope_theta=10000,
+            tie_word_embeddings=False, bos_token_id=2, eos_token_id=3,
+        ),
+        4.19,
+    ),
+    "bloom-560m": (
+        {
+            "apply_residual_connection_post_layernorm": False, "attention_dropout": 0.0,
+            "architectures": ["BloomForCausalLM"], "attention_softmax_in_fp32": True, "bias_dropout_fusion": True,
+            "bos_token_id": 1, "eos_token_id": 2, "hidden_dropout": 0.0, "initializer_range": 0.02,
+            "layer_norm_epsilon": 1e-05, "masked_softmax_fusion": True, "model_type": "bloom", "n_embed": 1024,
+            "n_inner": None, "n_layer": 24, "num_attention_heads": 16, "offset_alibi": 100, "pad_token_id": 3,
+            "pretraining_tp": 1, "seq_length": 2048, "skip_bias_add": True, "skip_bias_add_qkv": False,
+            "unk_token_id": 0, "use_cache": True, "vocab_size": 250880,
+        },
+        0.559,
+    ),
+    "mpt-7b": (
+        {
+            "architectures": ["MPTForCausalLM"],
+            "attn_config": {
+                "alibi": True, "alibi_bias_max": 8, "attn_impl": "torch", "attn_pdrop": 0,
+                "attn_type": "multihead_attention", "attn_uses_sequence_id": False, "clip_qkv": None,
+                "prefix_lm": False, "qk_ln": False, "softmax_scale": None,
+            },
+            "auto_map": {}, "d_model": 4096, "emb_pdrop": 0, "embedding_fraction": 1.0, "expansion_ratio": 4,
+            "init_config": {"name": "kaiming_normal_"}, "init_device": "cpu", "learned_pos_emb": True,
+            "logit_scale": None, "max_seq_len": 2048, "model_type": "mpt", "n_heads": 32, "n_layers": 32,
+            "no_bias": True, "norm_type": "low_precision_layernorm", "resid_pdrop": 0,
+            "tokenizer_name": "EleutherAI/gpt-neox-20b", "torch_dtype": "bfloat16", "use_cache": False, "verbose": 0,
+            "vocab_size": 50432,
+        },
+        6.65,
+    ),
+    "falcon-rw-1b": (
+        {
+            "alibi": True, "apply_residual_connection_post_layernorm": False, "architectures": ["FalconForCausalLM"],
+            "bias": True, "bos_token_id": 1, "eos_token_id": 2, "hidden_size": 2048, "layer_norm_epsilon": 1e-05,
+            "model_type": "falcon", "multi_query": False, "new_decoder_architecture": False,
+            "num_attention_heads": 32, "num_hidden_layers": 24, "parallel_attn": False, "vocab_size": 50304,
+        },
+        1.31,
+    ),
 }  # fmt: skip

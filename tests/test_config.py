@@ -13,7 +13,7 @@ from families import FAMILIES, reference_config
 from published_configs import PUBLISHED
 
 from minillm.errors import ConfigError, MinillmError
-from minillm.load.config_json import generation_defaults, load_config, parse_config
+from minillm.load.config_json import alibi_slopes, generation_defaults, load_config, parse_config
 from minillm.model import empty_decoder
 
 CONFIGS = PUBLISHED | {f"tiny {name}": family.config for name, family in FAMILIES.items()}
@@ -50,12 +50,16 @@ def test_agrees_with_transformers(name):
     inner = ("shared_intermediate_size", "intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
     assert ours.intermediate_size == either(theirs, *inner, default=4 * theirs.hidden_size)
     assert ours.num_heads == theirs.num_attention_heads
-    assert ours.num_kv_heads == either(theirs, "num_key_value_heads", default=theirs.num_attention_heads)
+    if theirs.model_type == "falcon":
+        shared = theirs.multi_query and not theirs.new_decoder_architecture
+        assert ours.num_kv_heads == (1 if shared else theirs.num_kv_heads)
+    else:
+        assert ours.num_kv_heads == either(theirs, "num_key_value_heads", default=theirs.num_attention_heads)
     head_dim = getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads
     assert ours.head_dim == head_dim
     assert len(ours.layers) == theirs.num_hidden_layers
     residual = getattr(theirs, "residual_multiplier", 1.0)  # Granite's, divided out of stream and eps
-    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon")
+    names = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon", "norm_epsilon", "norm_eps")
     assert ours.norm.eps == either(theirs, *names, default=1e-5) / residual**2
     assert ours.tie_word_embeddings == bool(full.tie_word_embeddings)
     if "bos_token_id" in raw.get("text_config", raw):
@@ -64,9 +68,9 @@ def test_agrees_with_transformers(name):
     eos = {id for ids in stated if ids is not None for id in (ids if isinstance(ids, list) else [ids])}
     assert set(ours.eos_token_ids) == eos
     assert ours.dtype == str(full.dtype).removeprefix("torch.")
-    activation = either(theirs, "hidden_activation", "hidden_act", "activation_function", "activation", default="tanh")
-    tanh = dict.fromkeys(("gelu_pytorch_tanh", "gelu_new", "tanh"), "gelu_tanh")
-    assert ours.activation == tanh.get(activation, activation)
+    activation = either(theirs, "hidden_activation", "hidden_act", "activation_function", "activation", default="gelu")
+    tanh = theirs.model_type == "bloom" or activation in ("gelu_pytorch_tanh", "gelu_new")
+    assert ours.activation == ("gelu_tanh" if tanh else activation)
 
     assert [layer.window for layer in ours.layers] == windows_of(theirs)
     scalar = getattr(theirs, "query_pre_attn_scalar", None) or head_dim
@@ -143,6 +147,8 @@ REJECTED = [
     ({"scale_attn_weights": False}, "scale_attn_weights"),
     ({"word_embed_proj_dim": 24}, "word_embed_proj_dim"),
     ({"activation_function": "silu"}, "activation_function"),
+    ({"alibi": True}, "alibi"),
+    ({"clip_qkv": 8.0}, "clip_qkv"),
     ({"hidden_size": None}, "hidden_size"),
     ({"hidden_size": "48"}, "hidden_size"),
     ({"num_hidden_layers": 0}, "num_hidden_layers"),
@@ -264,6 +270,47 @@ def test_what_the_elders_files_leave_out_or_call_otherwise():
     assert parse_config(FAMILIES["starcoder2"].config).activation == "gelu_tanh"  # not what activation_function says
     assert parse_config(FAMILIES["starcoder2-unbiased"].config).activation == "gelu"  # with erf
     assert parse_config(FAMILIES["gemma"].config).activation == "gelu_tanh"  # which says "gelu"
+    with pytest.raises(ConfigError, match="use_qk_norm"):
+        parse_config(FAMILIES["cohere"].config | {"use_qk_norm": True})
+
+
+@pytest.mark.parametrize("heads", [1, 4, 6, 8, 12, 71])
+def test_alibi_slopes_are_blooms_and_mpts(heads):
+    from transformers.models.bloom.modeling_bloom import build_alibi_tensor
+    from transformers.models.mpt.modeling_mpt import build_mpt_alibi_tensor
+
+    slopes = torch.tensor(alibi_slopes(heads))
+    bloom = build_alibi_tensor(torch.ones(1, 2, dtype=torch.int64), heads, torch.float32)[:, 0, 1]  # of position 1
+    mpt = -build_mpt_alibi_tensor(heads, 2)[:, 0, 0]  # one position back
+    torch.testing.assert_close(slopes, bloom, rtol=1e-6, atol=0)
+    torch.testing.assert_close(slopes.sort()[0], mpt.sort()[0], rtol=1e-6, atol=0)
+
+
+def test_what_stands_in_attn_config_is_read():
+    mpt = FAMILIES["mpt"].config
+    for change in ({"clip_qkv": 6.0}, {"alibi": False}, {"prefix_lm": True}, {"alibi_bias_max": 4}, {"novelty": 1}):
+        with pytest.raises(ConfigError, match=next(iter(change))):
+            parse_config(mpt | {"attn_config": mpt["attn_config"] | change})
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("gpt_neox", "separate"),
+        ("gpt_neox-behind", None),
+        ("falcon-7b", "shared"),
+        ("falcon-40b", "separate"),
+        ("falcon-11b", "shared"),
+        ("falcon-behind", None),
+        ("phi", "shared"),
+        ("stablelm", None),
+        ("stablelm-parallel", "shared"),
+        ("cohere2", "shared"),
+        ("llama3", None),
+    ],
+)
+def test_how_attention_and_mlp_stand_to_each_other(name, expected):
+    assert parse_config(FAMILIES[name].config).parallel == expected
 
 
 def test_layers_that_must_be_listed_are_not_guessed():

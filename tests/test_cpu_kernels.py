@@ -424,6 +424,9 @@ def step_calls():
     calls["gated_mlp"] = lambda: gated_mlp(x, gated[0], "silu", *gated[1:])
     calls["rms_norm"] = lambda: cpu.rms_norm(wide, None, norm, 1e-5, 0.0, True)
     calls["add_rms_norm"] = lambda: cpu.rms_norm(wide, wide, norm, 1e-5, 0.0, True)
+    calls["layer_norm"] = lambda: cpu.rms_norm(wide, wide, norm, 1e-5, 0.0, True, norm, True)
+    calls["activate"] = lambda: cpu.activate(wide, "gelu", False)
+    calls["activate, gated"] = lambda: cpu.activate(wide, "silu", True)
     calls["add"] = lambda: cpu.add(wide, wide)
     calls["rope"] = lambda: cpu.rope_and_cache_write(q, k, k, angles, angles, k_cache, v_cache, places)
     calls["attention"] = lambda: cpu.decode_attention(

@@ -16,6 +16,7 @@ from families import (
     prompt_ids,
     reference_greedy,
     reference_logits,
+    save_checkpoint,
     seed_of,
 )
 from minillm_kernels import cpu
@@ -23,6 +24,7 @@ from minillm_kernels import cpu
 from minillm.cache import StaticCache
 from minillm.errors import BackendError
 from minillm.faster.steps import Steps
+from minillm.llm import LLM
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
 
@@ -212,6 +214,7 @@ def test_every_family_is_recorded_in_int8(name, checkpoint):
 
 
 IN_BFLOAT16 = "llama3 gemma2 qwen3 olmo2 olmo3 smollm3 granite glm4 arcee starcoder2 gpt2 gpt_bigcode opt"
+IN_BFLOAT16 += " gpt_neox falcon-7b falcon-40b phi stablelm cohere2 nemotron bloom mpt"
 
 
 @pytest.mark.parametrize("name", IN_BFLOAT16.split())
@@ -245,3 +248,35 @@ def test_long_prompt(name, ours, reference):
     model, ids = ours(name), prompt_ids(150, seed=6)
     cache = StaticCache(model.config, 1, 160, planned_length=150)
     torch.testing.assert_close(forward(model, cache, ids), reference_logits(reference(name), ids), **TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "bloom", "falcon-7b"])
+def test_drafts_batches_and_the_last_learned_position(name, text_tokenizer_files, tmp_path):
+    """Through the front door: a list of prompts and prompt lookup, up to the last position that there is."""
+    places = {"gpt2": "n_positions", "bloom": "seq_length"}.get(name, "max_position_embeddings")
+    config = FAMILIES[name].with_changes({"vocab_size": text_tokenizer_files.vocabulary, places: 40})
+    folder = save_checkpoint(tmp_path / name, config, seed_of(name))
+    text_tokenizer_files.copy_to(folder)
+    if name == "bloom":  # transformers does not write the key, whose absence means 2,048
+        raw = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(raw | {places: 40}))
+    llm, model = LLM.from_pretrained(folder, dtype="float32", device="cpu"), load_reference(folder)
+    prompts = [prompt_ids(n, seed=n, vocabulary=90) for n in (3, 21, 12)]
+    expected = [reference_greedy(model, ids, 40 - len(ids)) for ids in prompts]
+    for extra in ({}, {"prompt_lookup_num_tokens": 3}):
+        options = dict(temperature=0, eos_token_id=[]) | extra
+        rows = llm.generate(prompts, max_new_tokens=19, **options)
+        assert [row.token_ids for row in rows] == [ids[:19] for ids in expected]
+        assert llm.generate(prompts[0], max_new_tokens=37, **options).token_ids == expected[0]
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "falcon-40b", "bloom", "cohere2", "nemotron", "granite"])
+def test_gradients_are_the_references(name, checkpoint):
+    """What fine-tuning needs: the gradient of a loss by the embedding, through every part of the decoder."""
+    theirs, config = load_reference(checkpoint(name)), load_config(checkpoint(name))
+    model = load_decoder(checkpoint(name), config, torch.float32, "cpu", attention="math").requires_grad_(True)
+    ids = torch.tensor([PROMPT])
+    theirs(ids).logits.square().mean().backward()
+    model(ids, torch.arange(40)[None], StaticCache(config, 1, 40)).square().mean().backward()
+    expected = theirs.get_input_embeddings().weight.grad
+    assert (model.embedding.weight.grad - expected).abs().max() < 1e-4 * expected.abs().max()

@@ -16,7 +16,9 @@ ROAD = """
     drafting speculative row batch request llm
 """.split()
 WINGS = {
-    "load": "files families config_json tensors chat_template tokenizer hub quantize checkpoint quantized_copy".split(),
+    "load": """
+        files families keys reader config_json tensors chat_template tokenizer hub quantize checkpoint quantized_copy
+    """.split(),
     "cli": "flags commands".split(),
     "faster": "compiled steps".split(),
     "serve": "engine".split(),
@@ -84,7 +86,7 @@ def test_no_room_is_too_large():
     """A room is read in one sitting; what the road is allowed to grow to is a decision, not an accident."""
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
     assert {name: count for name, count in lines.items() if count > 420} == {}
-    assert sum(count for name, count in lines.items() if "." not in name) <= 3750
+    assert sum(count for name, count in lines.items() if "." not in name) <= 3790
 
 
 def test_an_arrow_back_up_would_be_found(tmp_path):
@@ -100,7 +102,7 @@ def test_an_arrow_back_up_would_be_found(tmp_path):
 
 
 def test_kernels_are_called_only_where_the_design_says():
-    allowed = {"attention", "linear", "load.quantize", "faster.steps", "parallel"}
+    allowed = {"attention", "linear", "sampling", "load.quantize", "faster.steps", "parallel"}
     for room, path in modules().items():
         if any(name.split(".")[0] == "minillm_kernels" for name, _ in imports(path)):
             assert room in allowed, f"{room}.py imports minillm_kernels"

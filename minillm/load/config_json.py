@@ -6,19 +6,17 @@ found in the wild (`rope_theta` + `rope_scaling`, or the newer `rope_parameters`
 is how a model ends up subtly worse than the one its authors trained.
 """
 
-from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 from minillm.config import LayerSpec, ModelConfig, NormSpec, RopeSpec
 from minillm.errors import CheckpointError, ConfigError, RequestError, shown
-from minillm.load.families import FAMILIES, HARMLESS, NEUTRAL, REFUSED, Family
+from minillm.load.families import FAMILIES, Family
 from minillm.load.files import read_json
+from minillm.load.keys import HARMLESS, NEUTRAL, REFUSED
+from minillm.load.reader import LARGEST, Reader
 from minillm.options import DTYPES, QUANTIZED_FORMATS, GenerationConfig
 
-# Far above any published model, and small enough that every product of them is a size a tensor can have and that the
-# empty decoder of a config without its weights (`memory`, `inspect`) is built in a second.
-_LARGEST = 2**24
 _MOST_LAYERS = 1024
 _ROPE_KINDS = ("default", "linear", "dynamic", "llama3", "yarn", "longrope", "su")  # Phi-3's first name of longrope
 # RoPE parameters that say nothing of text: one position for all three axes of an image, and what `_read` looks at.
@@ -43,6 +41,8 @@ def parse_config(raw: dict[str, Any], strict: bool = True) -> ModelConfig:
     """
     nested = isinstance(raw.get("text_config"), dict)
     text = raw
+    if isinstance(raw.get("attn_config"), dict):
+        text = raw["attn_config"] | {key: value for key, value in raw.items() if key != "attn_config"}
     if nested:
         # The outer file describes a vision tower as well; the decoder is entirely in text_config.
         outer = {key: raw[key] for key in ("dtype", "torch_dtype", "quantization_config") if key in raw}
@@ -55,9 +55,9 @@ def parse_config(raw: dict[str, Any], strict: bool = True) -> ModelConfig:
     for why, names in REFUSED.items():
         if text.get("model_type") in names.split():
             raise ConfigError(f"config.json: model_type {text['model_type']!r} {why}")
-    model_type = _Reader(text, {}).one_of(FAMILIES, "model_type")
+    model_type = Reader(text, {}).one_of(FAMILIES, "model_type")
     family = FAMILIES[model_type]
-    reader = _Reader(text, family.defaults, spelled=family.spelled)
+    reader = Reader(text, family.defaults, spelled=family.spelled)
     config = _read(reader, model_type, family, nested)
     unread = sorted(set(text) - reader.seen - HARMLESS - set(family.ignored.split()))
     for key in [key for key in unread if key in NEUTRAL]:
@@ -72,13 +72,14 @@ def parse_config(raw: dict[str, Any], strict: bool = True) -> ModelConfig:
     return config
 
 
-def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> ModelConfig:
+def _read(reader: Reader, model_type: str, family: Family, nested: bool) -> ModelConfig:
     num_layers = reader.integer("num_hidden_layers", maximum=_MOST_LAYERS)
     hidden_size = reader.integer("hidden_size")
     num_heads = reader.integer("num_attention_heads")
     num_kv_heads = reader.integer("num_key_value_heads", optional=True) or num_heads
-    if "multi_query" in family.defaults and reader.flag("multi_query"):
-        num_kv_heads = 1
+    shared, newer = reader.flag("multi_query"), reader.flag("new_decoder_architecture")  # Falcon's, the second one
+    if "multi_query" in family.defaults and not newer:
+        num_kv_heads = 1 if shared else num_heads
     head_dim = reader.integer("head_dim", optional=True)
     if head_dim is None:
         if hidden_size % num_heads:
@@ -91,8 +92,8 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         raise ConfigError(
             f"config.json: num_attention_heads {num_heads} is not a multiple of num_key_value_heads {num_kv_heads}"
         )
-    if num_heads * head_dim > _LARGEST:
-        raise ConfigError(f"config.json: num_attention_heads {num_heads} of head_dim {head_dim} are over {_LARGEST}")
+    if num_heads * head_dim > LARGEST:
+        raise ConfigError(f"config.json: num_attention_heads {num_heads} of head_dim {head_dim} are over {LARGEST}")
     if reader.integer("word_embed_proj_dim", default=hidden_size) != hidden_size:
         raise ConfigError(f"config.json: word_embed_proj_dim other than hidden_size {hidden_size} is not supported")
     max_positions = reader.integer("max_position_embeddings")
@@ -115,8 +116,18 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         embedding_scale, eps = reader.number("embedding_multiplier", default=1.0) / residual, eps / residual**2
         scale = reader.number("attention_multiplier", default=1.0)
         logit_scale = 1 / reader.number("logits_scaling", default=1.0)
+    if "logit_scale" in family.defaults:
+        logit_scale = reader.number("logit_scale")
+    slopes: tuple[float, ...] = ()
+    if family.alibi or family.parallel == "stated":
+        if reader.flag("alibi", default=family.alibi):
+            # Falcon adds them before it scales.
+            factor = 1.0 if family.alibi else scale
+            slopes = tuple(factor * slope for slope in alibi_slopes(num_heads))
+        elif family.alibi:
+            raise ConfigError(f"config.json: alibi = false is not supported for {model_type}")
     windows = _windows(reader, family, num_layers)
-    rotates = _rotates(reader, family, windows)
+    rotates = [False] * num_layers if slopes else _rotates(reader, family, windows)
     if not all(rotates):
         ropes = (*(ropes if any(rotates) else ()), RopeSpec(theta=1e4, dim=2, kind="none"))
     layers = [
@@ -149,17 +160,21 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
         ),
         pre_norm=family.pre_norm,
         post_norm=family.post_norm,
+        parallel=_parallel(reader, family),
         qk_norm=family.qk_norm,
         qkv_bias=bias(family.qkv_bias),
         output_bias=bias(family.output_bias),
         mlp_bias=bias(family.mlp_bias),
         activation=_activation(reader, family),
         gated=family.gated,
+        alibi_slopes=slopes,
         learned_positions=family.learned_positions,
         embedding_scale=embedding_scale,
+        embedding_norm=family.embedding_norm,
         rounded_scale=family.scaled_embedding,
         logit_scale=logit_scale,
         final_softcap=reader.number("final_logit_softcapping", optional=True) if family.softcaps else None,
+        head_bias=family.head_bias,
         tie_word_embeddings=reader.flag("tie_word_embeddings"),
         nested=nested,
         **_quantization(reader),
@@ -169,7 +184,7 @@ def _read(reader: "_Reader", model_type: str, family: Family, nested: bool) -> M
     )
 
 
-def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | None]:
+def _windows(reader: Reader, family: Family, num_layers: int) -> list[int | None]:
     """The sliding window of each layer: by name where `layer_types` lists them, else by the family's rule."""
     window = reader.integer("sliding_window", optional=True)
     first_window = reader.integer("max_window_layers", default=num_layers, minimum=0)
@@ -197,7 +212,29 @@ def _windows(reader: "_Reader", family: Family, num_layers: int) -> list[int | N
     return [window if name == "sliding_attention" else None for name in names]
 
 
-def _rotates(reader: "_Reader", family: Family, windows: list[int | None]) -> list[bool]:
+def alibi_slopes(heads: int) -> tuple[float, ...]:
+    """Of n heads, a power of two, 2 ** (-8 / n) and its powers down to 2 ** -8; of another number, what n heads have
+    and then every second of 2 n (Press et al. 2022, arXiv:2108.12409)."""
+    power = 1 << heads.bit_length() - 1  # the largest up to `heads`
+
+    def slopes(count: int) -> list[float]:
+        return [2.0 ** (-8 * (head + 1) / count) for head in range(count)]
+
+    return tuple((slopes(power) + slopes(2 * power)[::2])[:heads])
+
+
+def _parallel(reader: Reader, family: Family) -> str | None:
+    """Whether attention and MLP read the same stream, and through how many norms."""
+    if family.parallel is None:
+        return None
+    newer = reader.flag("new_decoder_architecture")
+    count = reader.integer("num_ln_in_parallel_attn", default=2 if newer else 1, maximum=2)
+    if not reader.flag("parallel", default=True):
+        return None
+    return family.parallel if family.parallel != "stated" else "separate" if newer and count == 2 else "shared"
+
+
+def _rotates(reader: Reader, family: Family, windows: list[int | None]) -> list[bool]:
     """Which layers rotate their queries and keys."""
     if family.rotates == "listed":
         interval = reader.integer("no_rope_layer_interval", default=4)
@@ -211,11 +248,13 @@ def _rotates(reader: "_Reader", family: Family, windows: list[int | None]) -> li
         return [reader.one_of(("rope", "nope"), "position_embedding_type", default="nope") == "rope"] * len(windows)
     if family.rotates == "none":
         return [False] * len(windows)
+    if family.rotates == "sliding":
+        return [window is not None for window in windows]
     sliding_only = family.rotates == "windowed" and reader.get("sliding_window") is not None
     return [window is not None or not sliding_only for window in windows]
 
 
-def _ropes(reader: "_Reader", family: Family, head_dim: int, max_positions: int) -> tuple[RopeSpec, ...]:
+def _ropes(reader: Reader, family: Family, head_dim: int, max_positions: int) -> tuple[RopeSpec, ...]:
     """The rotary tables: one, or (global, local) where sliding layers have their own."""
     original = reader.integer("original_max_position_embeddings", optional=True)
     theta = reader.number("rope_theta", default=1e4)
@@ -240,7 +279,7 @@ def _ropes(reader: "_Reader", family: Family, head_dim: int, max_positions: int)
 
 
 def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
-    values = _Reader(table, {}, where="RoPE parameters")
+    values = Reader(table, {}, where="RoPE parameters")
     kind = values.one_of(_ROPE_KINDS, "rope_type", "type", default="default")
     kind = "longrope" if kind == "su" else kind
     dim = int(head_dim * values.number("partial_rotary_factor", default=1.0))
@@ -259,7 +298,7 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
             continue  # other kinds may list them, and have no use for them
         if not isinstance(entries, list) or len(entries) != dim // 2:
             raise ConfigError(f"config.json: longrope {name} must list {dim // 2} positive numbers")
-        each = _Reader({f"{name}[{i}]": entry for i, entry in enumerate(entries)}, {}, where="RoPE parameters")
+        each = Reader({f"{name}[{i}]": entry for i, entry in enumerate(entries)}, {}, where="RoPE parameters")
         lists[name] = tuple(each.number(entry) for entry in each.raw)
     spec = RopeSpec(
         # One clock for all channels, or one that runs backwards, was never trained.
@@ -285,7 +324,7 @@ def _rope(table: dict[str, Any], head_dim: int, max_positions: int) -> RopeSpec:
     return spec
 
 
-def _activation(reader: "_Reader", family: Family) -> str:
+def _activation(reader: Reader, family: Family) -> str:
     names = {"silu": "silu", "swish": "silu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
     if not family.gated:
         names |= {"gelu_fast": "gelu_tanh", "gelu": "gelu", "relu": "relu", "relu2": "relu2"}
@@ -295,7 +334,7 @@ def _activation(reader: "_Reader", family: Family) -> str:
     return names[reader.one_of(names, "hidden_activation", default=older)]  # Gemma renamed the key
 
 
-def _quantization(reader: "_Reader") -> dict[str, Any]:
+def _quantization(reader: Reader) -> dict[str, Any]:
     table = reader.get("quantization_config")
     if table is None:
         return dict(quantization=None, quantized_head=False)
@@ -305,7 +344,7 @@ def _quantization(reader: "_Reader") -> dict[str, Any]:
             f"config.json: quantization_config of {shown(method)} is not supported: give the unquantized checkpoint "
             'and quantize it here (quantize="int8", or `minillm quantize`)'
         )
-    values = _Reader(table, {}, where="quantization_config")
+    values = Reader(table, {}, where="quantization_config")
     return dict(quantization=values.one_of(QUANTIZED_FORMATS, "format"), quantized_head=values.flag("head"))
 
 
@@ -330,58 +369,3 @@ def generation_defaults(folder: Path, config: ModelConfig, tokenizer_eos: int | 
         return GenerationConfig(**values, eos_token_id=list(dict.fromkeys(eos)))
     except RequestError as error:
         raise CheckpointError(f"{path}: {error}") from None
-
-
-class _Reader:
-    """Reads and range-checks keys, and remembers which were asked for."""
-
-    def __init__(
-        self,
-        raw: dict[str, Any],
-        defaults: dict[str, Any],
-        where: str = "config.json",
-        spelled: dict[str, str] | None = None,
-    ):
-        self.raw, self.defaults, self.where, self.spelled, self.seen = raw, defaults, where, spelled or {}, set()
-
-    def get(self, *names: str) -> Any:
-        """The first of these keys that is in the file (also as null), else the family's default."""
-        names = tuple(word for name in names for word in (self.spelled.get(name), name) if word)
-        self.seen.update(names)
-        for source in (self.raw, self.defaults):
-            for name in names:
-                if name in source:
-                    return source[name]
-        return None
-
-    def value(
-        self, names: tuple[str, ...], rule: str, fits: Callable[[Any], bool], default=None, optional=False
-    ) -> Any:
-        """A value that `fits`. Absent or null: `default`; an error that states the rule unless that or `optional`."""
-        value = self.get(*names)
-        value = default if value is None else value
-        if not (value is None and optional) and not fits(value):
-            key = self.spelled.get(names[0], names[0])
-            raise ConfigError(f"{self.where}: {key} must be {rule}, not {shown(value)}")
-        return value
-
-    def integer(self, *names: str, minimum: int = 1, maximum: int = _LARGEST, **absent) -> int | None:
-        """A whole number within the bounds; `absent` as for `value`."""
-        rule = f"a whole number from {minimum} to {maximum}"
-        return self.value(names, rule, lambda value: type(value) is int and minimum <= value <= maximum, **absent)
-
-    def number(self, *names: str, minimum: float = 1e-30, maximum: float = 1e30, **absent) -> float | None:
-        """A number within the bounds, by default positive and finite."""
-        rule = f"a number from {minimum:g} to {maximum:g}"
-        found = self.value(names, rule, lambda v: type(v) in (int, float) and minimum <= v <= maximum, **absent)
-        return None if found is None else float(found)
-
-    def one_of(self, words: Collection[str], *names: str, **absent) -> str | None:
-        rule = f"one of the supported {', '.join(words)}"
-        return self.value(names, rule, lambda value: isinstance(value, str) and value in words, **absent)
-
-    def flag(self, name: str, default: bool = False) -> bool:
-        return self.value((name,), "true or false", lambda value: isinstance(value, bool), default)
-
-    def table(self, name: str) -> dict[str, Any] | None:
-        return self.value((name,), "an object", lambda value: isinstance(value, dict), optional=True)

@@ -18,6 +18,7 @@ from minillm.load.families import FAMILIES
 _LLAMA = {
     "embedding": "model.embed_tokens",
     "positions": "",
+    "embedding_norm": "",
     "norm": "model.norm",
     "head": "lm_head",
     "blocks.": "model.layers.",
@@ -31,14 +32,15 @@ _LLAMA = {
     "mlp.up": "mlp.up_proj",
     "mlp.down": "mlp.down_proj",
 }
-_TOP = ("embedding", "positions", "norm", "head", "blocks.")
+_TOP = ("embedding", "positions", "embedding_norm", "norm", "head", "blocks.")
 # Buffers that old files carry; they follow from config.json.
 _BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias")
 
 
 def file_names(config: ModelConfig) -> dict[str, list[str]]:
     """Path of each module of the decoder -> the names of its parts in the file."""
-    names = _LLAMA | FAMILIES[config.family].names
+    family = FAMILIES[config.family]
+    names = _LLAMA | family.names | (family.separate_names if config.parallel == "separate" else {})
     named = {module: names[module].split() for module in _TOP if module != "blocks."}
     for layer in range(config.num_layers):
         for module in [module for module in names if module not in _TOP]:

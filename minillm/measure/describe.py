@@ -41,6 +41,7 @@ def facts(
         for window, count in Counter(layer.window for layer in config.layers).items()
     ]
     ropes = [spec for spec in config.ropes if spec.kind != "none"]
+    alibi = bool(config.alibi_slopes)
     still = sum(config.ropes[layer.rope].kind == "none" for layer in config.layers)
     names = ["RoPE"] if len(ropes) < 2 else ["RoPE full layers", "RoPE sliding layers"]
     rows = [
@@ -50,7 +51,7 @@ def facts(
         ("heads", f"{config.num_heads} query, {config.num_kv_heads} key/value of {config.head_dim} ({sharing})"),
         ("MLP", f"{config.intermediate_size} wide, {config.activation}{'' if config.gated else ', no gate'}"),
         ("vocabulary", f"{config.vocab_size}, head {tied} embedding"),
-        ("positions", f"{config.max_positions}{', learned' if config.learned_positions else ''}"),
+        ("positions", f"{config.max_positions}{', learned' * config.learned_positions}{', ALiBi' * alibi}"),
         ("attention", ", ".join(windows)),
         *zip(names, map(_rope, ropes), strict=False),
         *([("no RoPE", f"{still} of {config.num_layers} layers")] if still else []),
@@ -96,6 +97,7 @@ def _norms(config: ModelConfig) -> str:
     kind = "LayerNorm" if config.norm.center else "RMSNorm"
     text = f"{kind} {' and '.join(places)} attention and MLP, eps {config.norm.eps:g}"
     extra = {None: "", "head": ", on each q/k head", "full": ", on the whole q/k projection"}[config.qk_norm]
+    extra += {None: "", "shared": ", one for both", "separate": ", both of the same stream"}[config.parallel]
     return text + extra + (", weight + 1" if config.norm.offset else "")
 
 

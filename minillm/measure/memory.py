@@ -105,8 +105,8 @@ def activation_bytes(config: ModelConfig, batch_size: int, context: int, dtype: 
     projections = tokens * (heads + 2 * kv_heads + heads + kv_heads + 3 * heads) * size
     group = config.num_heads // config.num_kv_heads
     mask = tokens * context * (1 + group * (1 + size))  # bool, repeated for the group, and as numbers
-    if any(layer.softcap is not None for layer in config.layers):
-        mask += 3 * score_bytes(config.num_heads, tokens, context, 4)  # the math backend writes them out
+    if config.alibi_slopes or any(layer.softcap is not None for layer in config.layers):
+        mask += 3 * score_bytes(config.num_heads, tokens, context, 4)  # scores, or what is added to them, written out
     mlp = tokens * 4 * config.intermediate_size * size
     logits = batch_size * config.vocab_size * (4 + size)  # of the last token only, and in float32
     return stream + max(projections + mask, mlp), logits
