@@ -118,13 +118,8 @@ static void amx_multiply(int registers, const unit *weight, long stride, long ro
 }
 #endif
 
-/* out [rows, WIDTH] += weight [rows, units] * panel, where up to the next multiple of ROWS rows may be read and
- * written. The panel has as many registers of columns as its vectors need. */
-INLINE void multiply(int pairs, int registers, const unit *weight, long stride, long rows, long units,
+INLINE void multiply_as(int pairs, int registers, const unit *weight, long stride, long rows, long units,
                      const unit *panel, float *out) {
-#if defined(__AMX_BF16__) && defined(BF16_DOT)
-    if (pairs && minillm_amx) return amx_multiply(registers, weight, stride, rows, units, panel, out);
-#endif
     for (long k = 0; k < units; k += SPAN) {
         const long some = units - k < SPAN ? units - k : SPAN;
         const unit *x = panel + k * registers * LANES;
@@ -141,6 +136,32 @@ INLINE void multiply(int pairs, int registers, const unit *weight, long stride, 
             }
         }
     }
+}
+
+static __attribute__((noinline)) void multiply_floats(int registers, const unit *weight, long stride, long rows,
+                                                      long units, const unit *panel, float *out) {
+    multiply_as(0, registers, weight, stride, rows, units, panel, out);
+}
+
+#ifdef BF16_DOT
+static __attribute__((noinline)) void multiply_pairs(int registers, const unit *weight, long stride, long rows,
+                                                     long units, const unit *panel, float *out) {
+    multiply_as(1, registers, weight, stride, rows, units, panel, out);
+}
+#endif
+
+/* out [rows, WIDTH] += weight [rows, units] * panel, where up to the next multiple of ROWS rows may be read and
+ * written. The panel has as many registers of columns as its vectors need. */
+INLINE void multiply(int pairs, int registers, const unit *weight, long stride, long rows, long units,
+                     const unit *panel, float *out) {
+#if defined(__AMX_BF16__) && defined(BF16_DOT)
+    if (pairs && minillm_amx) return amx_multiply(registers, weight, stride, rows, units, panel, out);
+#endif
+#ifdef BF16_DOT
+    if (pairs) return multiply_pairs(registers, weight, stride, rows, units, panel, out);
+#endif
+    (void)pairs;
+    multiply_floats(registers, weight, stride, rows, units, panel, out);
 }
 
 /* A square of LANES x LANES, `from_stride` and `to_stride` from row to row, turned over its diagonal */
