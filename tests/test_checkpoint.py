@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import FAMILIES, prompt_ids, save_checkpoint
+from minillm_kernels import cpu
 from safetensors.torch import load_file, save_file
 
 from minillm.cache import StaticCache
@@ -164,6 +165,16 @@ def test_names_of_files_without_a_head_and_buffers_of_old_files(name, old, check
             tensors[old(key)] = tensors.pop(key)
 
     assert torch.equal(logits(load(rewritten(name, rename))), logits(ours(name)))
+
+
+@pytest.mark.parametrize(("name", "width"), [("gpt2", "n_embd"), ("gpt_neox", "hidden_size")])
+def test_int4_of_reordered_matrices_with_and_without_a_compiler(name, width, tmp_path, monkeypatch):
+    changes = {width: 96, ("n_inner" if name == "gpt2" else "intermediate_size"): 128}
+    folder = save_checkpoint(tmp_path / name, FAMILIES[name].with_changes(changes), seed=3)
+    states = [load(folder, quantize="int4-g32").state_dict()]
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    states.append(load(folder, quantize="int4-g32").state_dict())
+    assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
 def test_what_an_old_checkpoint_lacks_and_the_line_that_makes_it(checkpoint, tmp_path):

@@ -26,7 +26,8 @@ from minillm.errors import BackendError
 from minillm.faster.steps import Steps
 from minillm.llm import LLM
 from minillm.load.checkpoint import load_decoder
-from minillm.load.config_json import load_config
+from minillm.load.config_json import load_config, parse_config
+from minillm.measure.describe import facts
 
 PROMPT = prompt_ids(40, seed=1)
 FEATURES = [(name, feature) for name, family in FAMILIES.items() for feature in family.features]
@@ -280,3 +281,19 @@ def test_gradients_are_the_references(name, checkpoint):
     model(ids, torch.arange(40)[None], StaticCache(config, 1, 40)).square().mean().backward()
     expected = theirs.get_input_embeddings().weight.grad
     assert (model.embedding.weight.grad - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("name", "shown"),
+    [
+        ("gpt2", ["512, learned", "192 wide, gelu_tanh, no gate", "LayerNorm before", "2 of 2 layers"]),
+        ("bloom", ["512, ALiBi"]),
+        ("cohere2", ["base 100, 8 channels", "1 of 4 layers", "one for both"]),
+        ("falcon-40b", ["both of the same stream", "GQA, 3 queries per key"]),
+        ("gpt_bigcode", ["MQA"]),
+        ("gemma3", ["base 50, 16 channels"]),
+    ],
+)
+def test_what_inspect_says_of_a_family(name, shown):
+    told = " | ".join(value for _, value in facts(parse_config(FAMILIES[name].config), torch.float32))
+    assert [words for words in shown if words not in told] == []

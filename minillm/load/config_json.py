@@ -77,9 +77,10 @@ def _read(reader: Reader, model_type: str, family: Family, nested: bool) -> Mode
     hidden_size = reader.integer("hidden_size")
     num_heads = reader.integer("num_attention_heads")
     num_kv_heads = reader.integer("num_key_value_heads", optional=True) or num_heads
-    shared, newer = reader.flag("multi_query"), reader.flag("new_decoder_architecture")  # Falcon's, the second one
-    if "multi_query" in family.defaults and not newer:
-        num_kv_heads = 1 if shared else num_heads
+    if "multi_query" in family.defaults:
+        shared = reader.flag("multi_query")
+        if not (family.parallel == "stated" and reader.flag("new_decoder_architecture")):
+            num_kv_heads = 1 if shared else num_heads
     head_dim = reader.integer("head_dim", optional=True)
     if head_dim is None:
         if hidden_size % num_heads:
@@ -227,11 +228,12 @@ def _parallel(reader: Reader, family: Family) -> str | None:
     """Whether attention and MLP read the same stream, and through how many norms."""
     if family.parallel is None:
         return None
-    newer = reader.flag("new_decoder_architecture")
-    count = reader.integer("num_ln_in_parallel_attn", default=2 if newer else 1, maximum=2)
-    if not reader.flag("parallel", default=True):
-        return None
-    return family.parallel if family.parallel != "stated" else "separate" if newer and count == 2 else "shared"
+    norms = family.parallel
+    if norms == "stated":
+        newer = reader.flag("new_decoder_architecture")
+        count = reader.integer("num_ln_in_parallel_attn", default=2 if newer else 1, maximum=2)
+        norms = "separate" if newer and count == 2 else "shared"
+    return norms if reader.flag("parallel", default=True) else None
 
 
 def _rotates(reader: Reader, family: Family, windows: list[int | None]) -> list[bool]:

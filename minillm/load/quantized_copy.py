@@ -96,7 +96,7 @@ def _tensors(source: Path, quantize: str, quantize_head: bool) -> Iterator[tuple
             else:
                 yield (
                     plain,
-                    tensor.clone(memory_format=torch.contiguous_format),
+                    tensor.clone(),
                 )  # the original is a window on the source file
             if config.tie_word_embeddings and quantize_head and place.module == "embedding":
                 yield from _quantized("lm_head", tensor, model.head)

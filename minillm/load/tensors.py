@@ -34,7 +34,7 @@ _LLAMA = {
 }
 _TOP = ("embedding", "positions", "embedding_norm", "norm", "head", "blocks.")
 # Buffers that old files carry; they follow from config.json.
-_BUFFERS = re.compile(r"rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias")
+_BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias)$")
 
 
 def file_names(config: ModelConfig) -> dict[str, list[str]]:
@@ -51,7 +51,7 @@ def file_names(config: ModelConfig) -> dict[str, list[str]]:
 
 def plain_name(name: str, config: ModelConfig) -> str | None:
     """A tensor's name as in a text-only checkpoint, or None if it is none of the decoder's."""
-    if _BUFFERS.search(name) and _BUFFERS.search(name).end() == len(name):
+    if _BUFFERS.search(name):
         return None
     if config.nested:
         # Two generations of names: language_model.model.x and model.language_model.x.
@@ -84,7 +84,7 @@ def arrangement(config: ModelConfig, module: str, part: int) -> Callable[[Tensor
     if module == "positions" and family.position_rows:
         return lambda rows: rows[family.position_rows :]
     if _is_transposed(config, module):
-        return lambda rows: rows.t() if rows.dim() == 2 else rows
+        return lambda rows: rows.t().contiguous() if rows.dim() == 2 else rows
     if family.interleaved and queries_or_keys:
         return lambda rows: _halves(rows, config.head_dim, config.ropes[0].dim)
     if family.grouped and queries_or_keys:
