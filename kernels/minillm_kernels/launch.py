@@ -58,22 +58,16 @@ TABLE: dict[str, tuple[Launch, ...]] = {
     "flash_attention": (
         Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2, max_size=128, chips=(90, 100), half_only=True),
         Launch({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2, half_only=True),
-        Launch({"BLOCK_M": 32, "BLOCK_N": 16}, 8, 2),
+        Launch({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 2),
     ),
+    # size: inputs K. Four rows of the weight, BLOCK_K inputs at a time: 8 a thread and row (int4: 32)
+    "gemv": (Launch({"BLOCK_K": 512}, 2, 1),),
+    "int4_gemv": (Launch({"BLOCK_K": 2048}, 2, 1),),
     # size: outputs N. Weight tiles [BLOCK_N, BLOCK_K]; few outputs want smaller tiles, to fill the chip
-    "gemv": (
-        Launch({"BLOCK_N": 2, "BLOCK_K": 1024}, 4, 3, max_size=2048),
-        Launch({"BLOCK_N": 4, "BLOCK_K": 1024}, 4, 3),
-    ),
     "few_rows": (
         Launch({"BLOCK_N": 32, "BLOCK_K": 256}, 4, 3, max_size=8192, half_only=True),
         Launch({"BLOCK_N": 64, "BLOCK_K": 128}, 4, 3, half_only=True),
         Launch({"BLOCK_N": 32, "BLOCK_K": 64}, 4, 2),
-    ),
-    # two such tiles at a time
-    "int4_gemv": (
-        Launch({"BLOCK_N": 2, "BLOCK_K": 1024}, 4, 3, max_size=4096),
-        Launch({"BLOCK_N": 4, "BLOCK_K": 1024}, 4, 3),
     ),
     "int4_few_rows": (
         Launch({"BLOCK_N": 32, "BLOCK_K": 512}, 4, 2, half_only=True),
