@@ -87,8 +87,8 @@ ONE_ROW = [  # op, case, the most instructions per weight
 
 @pytest.mark.parametrize(("op", "case", "most"), ONE_ROW)
 def test_a_product_with_one_row_in_machine_code(op, case, most):
-    """x comes through the L1 cache (a pipelined load goes around it), the unit that converts 16 integers a clock is hardly
-    asked, nothing waits at a barrier in the loop, and kernels/README.md's counts hold."""
+    """x comes through the L1 cache (a pipelined load goes around it), the unit that converts 16 integers a clock is
+    hardly asked, nothing waits at a barrier in the loop, and kernels/README.md's counts hold."""
     crosscompile = pytest.importorskip("crosscompile", reason="Triton is not available for this platform")
     entry = CATALOG[op]
     (launch,) = crosscompile.recorded_launches(entry, entry.model_cases[case], torch.bfloat16, 90)

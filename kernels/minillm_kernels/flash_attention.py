@@ -81,8 +81,8 @@ def flash_attention(
     multiple of KV. Without `cu_seqlens` each row of the batch is one sequence that starts at its token 0.
     With it B must be 1 and sequences lie end to end along T: sequence i is [cu_seqlens[i], cu_seqlens[i + 1]),
     int32 or int64 [N + 1], the first 0, the last T ("packing", arXiv 2407.09105).
-    With `cache_position` [B, T] int64 k and v [B, KV, S, D] are a cache that these tokens' keys lie in already, and all is
-    as for `decode_attention`: position p in slot p % S, -1 for padding, whose result is unspecified but finite.
+    With `cache_position` [B, T] int64 k and v [B, KV, S, D] are a cache that these tokens' keys lie in already,
+    and all is as for `decode_attention`: position p in slot p % S, -1 for padding, whose result is any number.
     `softcap` and `alibi_slopes` as for `decode_attention`. Returns [B, H, T, D] in q.dtype.
     Raises ValueError when shapes or dtypes do not fit together.
     """

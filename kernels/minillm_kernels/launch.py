@@ -9,6 +9,7 @@ Nothing here asks the device anything at import; `architecture` does, once per d
 """
 
 import functools
+import importlib.util
 import os
 from dataclasses import dataclass
 
@@ -97,11 +98,27 @@ def interpreting() -> bool:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """90 for an H100 (compute capability 9.0). CPU tensors, in the interpreter, count as 80."""
+    """90 for an H100 (compute capability 9.0). CPU tensors, in the interpreter, count as 80.
+
+    Raises RuntimeError for AMD's GPUs, which call themselves CUDA devices and have other limits.
+    """
     if device.type != "cuda":
         return 80
+    if torch.version.hip is not None:
+        raise RuntimeError("these kernels are for NVIDIA's GPUs: load the weights unquantized, with attention='sdpa'")
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def why_no_launch(device: torch.device) -> str | None:
+    """What keeps these kernels from running on a CUDA device; None where they can, or where there is none to ask."""
+    if torch.version.hip is not None:
+        return "they are for NVIDIA's GPUs"
+    if importlib.util.find_spec("triton") is None:
+        return "they need Triton, which is not installed"
+    if torch.cuda.is_available() and architecture(device) < 80:
+        return f"Triton needs compute capability 8.0, and {device} has {architecture(device) / 10}"
+    return None
 
 
 def choose(kernel: str, x: Tensor, size: int) -> Launch:
