@@ -2,6 +2,7 @@
 here (test_kernels_*.py), but when the host waits, what is captured, and which memory a captured step reads."""
 
 import itertools
+import sys
 import time
 import warnings
 
@@ -340,6 +341,7 @@ def test_auto_on_a_gpu_is_our_kernels_and_else_says_why(monkeypatch):
     with pytest.raises(BackendError, match=r"capability 8\.0.*'auto'"):
         choose_backend("kernels", llama, old)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.delitem(sys.modules, "triton", raising=False)
     assert "Triton" in why_no_kernels(llama, gpu)
 
 

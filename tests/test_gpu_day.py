@@ -1,4 +1,4 @@
-"""tools/gpu_day.py in miniature: every stage on toy sizes, on a CPU; failures are named and passed, results are kept."""
+"""tools/gpu_day.py in miniature: every stage on toy sizes, on a CPU; failures are named and passed, results kept."""
 
 import json
 import math
@@ -50,17 +50,17 @@ def test_a_failure_is_named_and_passed_and_nothing_runs_twice(day, capsys):
 
     def good():
         ran.append(len(ran))
-        return [{"milliseconds": 1.0}]
+        return [{"held": 1.0}]
 
     def bad():
         raise RuntimeError("no such kernel image")
 
     cells = {"first": good, "broken": bad, "last": good}
-    gpu_day.run_stage(day, "decode", cells)
+    gpu_day.run_stage(day, "memory", cells)
     assert "broken FAILED: RuntimeError: no such kernel image" in capsys.readouterr().out
-    gpu_day.run_stage(day, "decode", cells)
+    gpu_day.run_stage(day, "memory", cells)
     assert ran == [0, 1]
-    kept = json.loads((day.out / "decode.json").read_text())
+    kept = json.loads((day.out / "memory.json").read_text())
     assert [*kept] == ["first", "broken", "last"]
     assert "no such kernel image" in kept["broken"]["error"]
     gpu_day.report(day)

@@ -209,6 +209,7 @@ def test_ten_prompt_lengths_are_one_compilation():
     assert {kernel: len(found) for kernel, found in keys.items()} == {
         "rms_norm_kernel": 1,
         "dequantize_kernel": 1,
+        "gate_kernel": 1,
         "rope_and_cache_write_kernel": 1,
         "flash_attention_kernel": 1,
     }

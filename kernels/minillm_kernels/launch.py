@@ -11,6 +11,7 @@ Nothing here asks the device anything at import; `architecture` does, once per d
 import functools
 import importlib.util
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,8 @@ TABLE: dict[str, tuple[Launch, ...]] = {
         Launch({"BLOCK_N": 32, "BLOCK_K": 512}, 4, 2, half_only=True),
         Launch({"BLOCK_N": 16, "BLOCK_K": 128}, 8, 2),
     ),
+    # size: outputs F
+    "gate": (Launch({"BLOCK": 1024}, 4, 1),),
     # size: inputs K
     "dequantize": (Launch({"BLOCK_N": 4, "BLOCK_K": 1024}, 4, 1),),
     # size: elements of a row, held in registers by one program
@@ -114,7 +117,7 @@ def why_no_launch(device: torch.device) -> str | None:
     """What keeps these kernels from running on a CUDA device; None where they can, or where there is none to ask."""
     if torch.version.hip is not None:
         return "they are for NVIDIA's GPUs"
-    if importlib.util.find_spec("triton") is None:
+    if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
         return "they need Triton, which is not installed"
     if torch.cuda.is_available() and architecture(device) < 80:
         return f"Triton needs compute capability 8.0, and {device} has {architecture(device) / 10}"
