@@ -28,6 +28,7 @@ from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig
 from minillm.request import Request, draft_with
 from minillm.rope import inverse_frequencies
+from minillm.sampling import Sampling, _running_sum, next_token, sample
 
 
 @pytest.fixture
@@ -284,6 +285,34 @@ def test_times_are_those_of_the_steps(look_every, budget, ours, text_tokenizer_f
     assert len(row.token_ids) == budget
     assert row.first_at - row.started == pytest.approx(pause)
     assert row.last_at - row.first_at == pytest.approx((budget - 1) * pause)
+
+
+# ---- sampling ----
+
+
+def test_sums_over_a_long_vocabulary_do_not_depend_on_the_order(accelerator):
+    """On a GPU in whole numbers, in pieces: the same to the bit for any batch, and as good as float64."""
+    generator = torch.Generator().manual_seed(0)
+    for size in (1, 1023, 1024, 1025, 128_256):
+        probs = (torch.randn(3, size, generator=generator) * 4).softmax(dim=-1)
+        found = _running_sum(accelerator.put(probs)).inner
+        exact = probs.double().cumsum(dim=-1)
+        assert found.shape == exact.shape
+        assert (found - exact).abs().max() < size * 2**-45 + 2**-50
+        backwards = _running_sum(accelerator.put(probs.flip(-1))).inner
+        assert torch.equal(found[:, -1], backwards[:, -1])  # whole numbers: in any order
+    rare = torch.zeros(1, 5000).index_fill(1, torch.tensor([4321]), 1e-9)
+    assert sample(accelerator.put(rare), accelerator.put(torch.tensor([0.7]).double())).inner.tolist() == [4321]
+
+
+def test_a_long_vocabulary_is_sampled_as_on_a_cpu(accelerator):
+    logits = torch.randn(4, 128_256, generator=torch.Generator().manual_seed(1)) * 4
+    place = torch.arange(4)
+    for options in (dict(), dict(top_k=50), dict(top_p=0.9), dict(top_k=50, top_p=0.9), dict(min_p=0.02)):
+        chosen = [Sampling.uniform_rows(range(4), device, temperature=0.9, **options) for device in ("cpu", "cuda")]
+        found = next_token(accelerator.put(logits), chosen[1], accelerator.put(place)).inner
+        assert torch.equal(found, next_token(logits, chosen[0], place)), options
+    assert accelerator.reads == []
 
 
 # ---- requests ----
