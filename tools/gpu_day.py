@@ -340,7 +340,7 @@ def memory(day: Day) -> dict[str, Cell]:
         cache = StaticCache(model.config, 1, context, day.device, day.dtype)
         with torch.inference_mode():
             prefill(model, cache, [day.ids(context - 1, model.config.vocab_size)], [0])
-        foretold = estimate(model.config, 1, context, day.dtype, quantize, quantize is not None)
+        foretold = estimate(model.config, 1, context, day.dtype, quantize, quantize is not None, cache.max_step)
         held, kept = model.weight_bytes + cache.nbytes, foretold.weights + foretold.cache_full + foretold.cache_sliding
         peak = torch.cuda.max_memory_allocated(day.device) - before if gpu else held
         return [
