@@ -6,7 +6,9 @@
     attend            q, keys, values        -> softmax(q k^T) v
 
 * `math` spells everything out in PyTorch, attention in float32: the oracle, and the one to read.
-* `sdpa` hands attention to PyTorch's fused scaled-dot-product attention.
+* `sdpa` hands attention to PyTorch's fused scaled-dot-product attention, which chooses among its implementations;
+  `sdpa:flash`, `sdpa:efficient`, `sdpa:cudnn`, `sdpa:math` name one. Flash on a GPU takes no mask: it computes the
+  beginning of a text, and steps over a cache are left to `efficient`.
 * `kernels` are this project's own (`kernels/`): Triton on a GPU, C on a CPU. Each function is one call, and a row
   reads only the keys that its position makes visible.
 
@@ -15,17 +17,21 @@ refused by name, never silently replaced.
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from minillm_kernels import cpu
+from minillm_kernels.cpu import FEW_ROWS
 from minillm_kernels.decode_attention import decode_attention
 from minillm_kernels.flash_attention import flash_attention
-from minillm_kernels.launch import interpreting
+from minillm_kernels.launch import why_no_launch
 from minillm_kernels.norm import add, add_rms_norm, rms_norm
 from minillm_kernels.rope import rope_and_cache_write
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from minillm.cache import KeyView
 from minillm.config import LayerSpec, ModelConfig, NormSpec
@@ -46,6 +52,7 @@ class Backend:
     rotate_and_write: Callable[[Tensor, Tensor, Tensor, Rotary, Tensor, Tensor, KeyView], Tensor]
     attend: Callable[[Tensor, Tensor, Tensor, KeyView, LayerSpec, Tensor | None], Tensor]
     softcap: bool = True
+    gpu_only: bool = False
     max_head_dim: int | None = None  # None: any
 
 
@@ -130,24 +137,47 @@ def attend_math(
 
 
 def attend_sdpa(
-    q: Tensor, keys: Tensor, values: Tensor, view: KeyView, spec: LayerSpec, slopes: Tensor | None = None
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    view: KeyView,
+    spec: LayerSpec,
+    slopes: Tensor | None = None,
+    only: SDPBackend | None = None,
 ) -> Tensor:
-    """The same through `F.scaled_dot_product_attention`; arguments as for `attend_math`.
+    """The same through `F.scaled_dot_product_attention`, or that implementation of it; arguments as for `attend_math`.
 
     The G query heads that share a key head are folded into the query length, so keys and values are
-    read once and never repeated: measured 1.5x faster than `enable_gqa` on a CPU.
+    read once and never repeated: measured 1.5x faster than `enable_gqa` on a CPU. Raises `BackendError` where PyTorch
+    has no such implementation.
     """
     B, T, H, D = q.shape
     KV = keys.shape[1]
     G = H // KV
-    q = q.reshape(B, T, KV, G, D).permute(0, 2, 3, 1, 4).reshape(B, KV, G * T, D)
-    if slopes is None:
-        mask = view.mask[:, None].repeat(1, 1, G, 1)  # [B, 1, G * T, S]
-    else:
-        mask = alibi(slopes, view).masked_fill(~view.mask[:, None], float("-inf"))  # [B, H, T, S]
-        mask = mask.view(B, KV, G * T, -1).to(q.dtype)
-    keys, values = keys[:, :, : view.key_length], values[:, :, : view.key_length]  # [B, KV, S, D]
-    out = F.scaled_dot_product_attention(q, keys, values, mask, scale=spec.query_scale)  # [B, KV, G * T, D]
+    flash = only is SDPBackend.FLASH_ATTENTION and not q.is_cpu
+    plain = slopes is None and (view.window is None or view.window >= T)
+    whole = flash and view.from_start and plain  # causal says it all
+    only = SDPBackend.EFFICIENT_ATTENTION if flash and not whole else only
+    with nullcontext() if only is None else sdpa_kernel(only):
+        try:
+            if whole:
+                q, keys, values = q.transpose(1, 2), keys[:, :, :T], values[:, :, :T]  # [B, H | KV, T, D]
+                options = dict(is_causal=True, scale=spec.query_scale, enable_gqa=True)
+                out = F.scaled_dot_product_attention(q, keys, values, **options)  # [B, H, T, D]
+                return out.transpose(1, 2).reshape(B, T, H * D)
+            q = q.reshape(B, T, KV, G, D).permute(0, 2, 3, 1, 4).reshape(B, KV, G * T, D)
+            if slopes is None:
+                mask = view.mask[:, None].repeat(1, 1, G, 1)  # [B, 1, G * T, S]
+            else:
+                mask = alibi(slopes, view).masked_fill(~view.mask[:, None], float("-inf"))  # [B, H, T, S]
+                mask = mask.view(B, KV, G * T, -1).to(q.dtype)
+            keys, values = keys[:, :, : view.key_length], values[:, :, : view.key_length]  # [B, KV, S, D]
+            out = F.scaled_dot_product_attention(q, keys, values, mask, scale=spec.query_scale)  # [B, KV, G * T, D]
+        except RuntimeError as error:
+            if only is None or "kernel" not in str(error):
+                raise
+            wanted = f"no {only.name} for {q.dtype} and heads of {D} on {q.device}"
+            raise BackendError(f"PyTorch's scaled_dot_product_attention has {wanted}: use attention='sdpa'") from error
     return out.view(B, KV, G, T, D).permute(0, 3, 1, 2, 4).reshape(B, T, H * D)
 
 
@@ -182,14 +212,12 @@ def attend_kernel(
     """Attention through the kernel that suits the step; arguments as for `attend_math`."""
     B, T, H, D = q.shape
     q = q.transpose(1, 2)  # [B, H, T, D]
-    if view.from_start and (q.is_cuda or interpreting()):
-        # The rows' first tokens: slots 0 .. T - 1 are the keys, whatever the layer.
-        keys, values = keys[:, :, :T], values[:, :, :T]  # [B, KV, T, D]
-        out = flash_attention(q, keys, values, spec.query_scale, view.window, spec.softcap, slopes)  # [B, H, T, D]
-    else:
-        keys, values = keys[:, :, : view.num_slots], values[:, :, : view.num_slots]  # [B, KV, S, D], without the bin
-        position = view.cache_position
-        out = decode_attention(q, keys, values, position, spec.query_scale, view.window, spec.softcap, slopes)
+    keys, values = keys[:, :, : view.num_slots], values[:, :, : view.num_slots]  # [B, KV, S, D], without the bin
+    position, options = view.cache_position, (spec.query_scale, view.window, spec.softcap, slopes)
+    if T <= FEW_ROWS:  # the keys are split among programs or threads
+        out = decode_attention(q, keys, values, position, *options)  # [B, H, T, D]
+    else:  # each key is read for a whole block of tokens
+        out = flash_attention(q, keys, values, *options, cache_position=position)  # [B, H, T, D]
     return out.transpose(1, 2).reshape(B, T, H * D)
 
 
@@ -198,23 +226,40 @@ BACKENDS = {
     for backend in (
         Backend("math", norm, add_norm, rotate_and_write, attend_math),
         Backend("sdpa", norm, add_norm, rotate_and_write, attend_sdpa, softcap=False),
+        *(
+            Backend(f"sdpa:{word}", norm, add_norm, rotate_and_write, partial(attend_sdpa, only=only), False, gpu_only)
+            for word, only, gpu_only in (
+                ("flash", SDPBackend.FLASH_ATTENTION, False),
+                ("efficient", SDPBackend.EFFICIENT_ATTENTION, True),
+                ("cudnn", SDPBackend.CUDNN_ATTENTION, True),
+                ("math", SDPBackend.MATH, False),
+            )
+        ),
         Backend("kernels", norm_kernel, add_norm_kernel, rotate_and_write_kernel, attend_kernel, max_head_dim=256),
     )
 }
 
 
-def choose_backend(name: str, config: ModelConfig, device: str = "meta") -> Backend:
-    """The backend called `name`, or for "auto" the fastest that can serve every layer of `config` on this device type.
+def why_no_kernels(config: ModelConfig, device: torch.device | str) -> str | None:
+    """What keeps this project's kernels from serving a model on a device; None where they can."""
+    widest, device = BACKENDS["kernels"].max_head_dim, torch.device(device)
+    if config.head_dim > widest:
+        return f"they serve heads of up to {widest} channels, {config.family} has {config.head_dim} here"
+    return why_no_launch(device) if device.type == "cuda" else None
+
+
+def choose_backend(name: str, config: ModelConfig, device: torch.device | str = "meta") -> Backend:
+    """The backend called `name`, or for "auto" the fastest that can serve every layer of `config` on this device.
 
     Raises `BackendError` for an unknown name, or saying what the named backend lacks.
     """
     if name not in ATTENTION:
         raise BackendError(f"attention={name!r} is not one of {', '.join(ATTENTION)}")
     needs_softcap = any(layer.softcap is not None for layer in config.layers)
-    widest = BACKENDS["kernels"].max_head_dim
+    lacking, device_type = why_no_kernels(config, device), torch.device(device).type
     if name == "auto":
         # Without a compiler the ops run PyTorch code, which is no faster than the library's.
-        if config.head_dim <= widest and (device == "cuda" or (device == "cpu" and cpu.available())):
+        if lacking is None and (device_type == "cuda" or (device_type == "cpu" and cpu.available())):
             return BACKENDS["kernels"]
         return BACKENDS["math" if needs_softcap else "sdpa"]
     backend = BACKENDS[name]
@@ -222,9 +267,8 @@ def choose_backend(name: str, config: ModelConfig, device: str = "meta") -> Back
         raise BackendError(
             f"attention={name!r} has no score softcap, which {config.family} needs; use attention='auto' or 'math'"
         )
-    if backend.max_head_dim is not None and config.head_dim > backend.max_head_dim:
-        raise BackendError(
-            f"attention={name!r} serves heads of up to {backend.max_head_dim} channels, {config.family} has "
-            f"{config.head_dim} here; use attention='auto'"
-        )
+    if backend.gpu_only and device_type == "cpu":
+        raise BackendError(f"attention={name!r} runs on a GPU only; use attention='sdpa' on the CPU")
+    if name == "kernels" and lacking is not None:
+        raise BackendError(f"attention='kernels' cannot be used: {lacking}; use attention='auto'")
     return backend

@@ -326,7 +326,7 @@ class Batch:
         count = torch.zeros_like(ids)  # [n, 1], drafts of each row
         for group, draft in pairs:
             drafted[group.index, 1 : 1 + draft.tokens.shape[1]] = draft.tokens
-            count[group.index, 0] = torch.tensor(draft.lengths, device=ids.device)
+            count[group.index, 0] = draft.counts
         place = torch.arange(drafted.shape[1], device=ids.device)  # [T]
         return drafted, torch.where((fed < 0) | (place > count), -1, fed + place)
 
@@ -383,10 +383,7 @@ class Batch:
                     past = past or count <= result.proposed[i]
         if past:
             # Forget rejected drafts and what came after a row's end. The newest token is not in the cache yet.
-            lengths = self.cache.lengths
-            for row in rows:
-                lengths[row.seat] = min(lengths[row.seat], len(row.ids) - 1)
-            self.cache.truncate(lengths)
+            self.cache.cut({row.seat: len(row.ids) - 1 for row in rows})
         return [self._leave(row) for row in rows if row.finish_reason is not None]
 
     def _spoilt(self, row: Row) -> None:

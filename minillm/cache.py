@@ -32,7 +32,8 @@ from minillm.errors import CacheError, first_line, shown
 from minillm.hold import Hold
 from minillm.rope import rotary_table
 
-MAX_STEP = 256  # tokens a single forward pass may add to a row, unless a cache is made for more or fewer
+MAX_STEP = 256  # tokens a single forward pass may add to a row, unless a cache is made for more or fewer,
+GPU_MAX_STEP = 2048  # and on a GPU: a prompt should be enough work to fill it
 
 
 def num_slots(window: int | None, max_cache_len: int, max_step: int) -> int:
@@ -84,6 +85,12 @@ class KeyView:
         return self._mask
 
 
+def upload(numbers: list, device: torch.device) -> Tensor:
+    """Whole numbers as an int64 tensor on a device, which the host does not wait for."""
+    tensor = torch.tensor(numbers, dtype=torch.int64, device="cpu")
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
 _NEVER, _LOST = -2, -1  # in the place of an id: nothing was ever written there; what was no longer counts
 _MOST = torch.iinfo(torch.int64).max
 
@@ -101,7 +108,8 @@ class StaticCache:
         batch_size: rows.
         max_cache_len: tokens per row, prompt and answer together.
         device, dtype: where and how keys and values are kept: `llm.device`, `llm.dtype`.
-        max_step: the most tokens a single forward pass may add to a row (prefill chunks have this size).
+        max_step: the most tokens a single forward pass may add to a row (prefill chunks have this size); by default
+            256, on a CUDA device 2,048.
         planned_length: the length (one for all rows, or one per row) for which `dynamic` and `longrope`
             rotary tables are chosen; by default max_cache_len. Other models do not depend on it.
 
@@ -116,9 +124,11 @@ class StaticCache:
         max_cache_len: int,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        max_step: int = MAX_STEP,
+        max_step: int | None = None,
         planned_length: int | Sequence[int] | None = None,
     ):
+        if max_step is None:
+            max_step = GPU_MAX_STEP if torch.device(device).type == "cuda" else MAX_STEP
         for name, value in (("batch_size", batch_size), ("max_cache_len", max_cache_len), ("max_step", max_step)):
             if type(value) is not int or value < 1:
                 raise CacheError(f"StaticCache: {name} must be a whole number >= 1, not {shown(value)}")
@@ -256,11 +266,20 @@ class StaticCache:
                         f"the rings of its sliding windows {[w for w in self.config.windows if w]} have overwritten "
                         f"keys that {new} tokens need; the shortest exact cut is {written - self.max_step}, or reset()"
                     )
-            keep = torch.tensor(lengths, device=self.device)[:, None]  # [B, 1]
-            column = torch.arange(self.max_cache_len + 1, device=self.device)  # [max_cache_len + 1]
-            self._ids.clamp_(max=torch.where(column < keep, _MOST, _LOST))  # [B, max_cache_len + 1]
-            # A row cut to nothing starts afresh: no query will ever look back past position 0.
-            self._ids.masked_fill_(keep == 0, _NEVER)
+            self._keep(lengths)
+
+    def cut(self, lengths: dict[int, int]) -> None:
+        """Keep at most so many tokens of these rows. The device is not asked: for those who know that no row went
+        further than a step beyond."""
+        with self.hold.writing():
+            self._keep([lengths.get(row, self.max_cache_len) for row in range(self.batch_size)])
+
+    def _keep(self, lengths: list[int]) -> None:
+        keep = upload(lengths, self.device)[:, None]  # [B, 1]
+        column = torch.arange(self.max_cache_len + 1, device=self.device)  # [max_cache_len + 1]
+        self._ids.clamp_(max=torch.where(column < keep, _MOST, _LOST))  # [B, max_cache_len + 1]
+        # A row cut to nothing starts afresh: no query will ever look back past position 0.
+        self._ids.masked_fill_(keep == 0, _NEVER)
 
     def can_truncate(self, row: int, length: int) -> bool:
         """Whether `truncate` to `length` would be exact for this row."""

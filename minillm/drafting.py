@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillm.cache import StaticCache
+from minillm.cache import StaticCache, upload
 from minillm.decode import prefill, reuse_prefix
 from minillm.model import Decoder
 from minillm.sampling import Sampling, distribution, penalized, sample, uniform
@@ -37,6 +37,7 @@ class Draft:
     tokens: Tensor  # [R, k] int64, beyond a row's length any id
     probs: Tensor | None  # [R, k, V]: the distribution each token was drawn from; None where nothing was drawn
     lengths: list[int]  # how many of the k each row proposes
+    counts: Tensor  # [R] int64, the same where the tokens are
 
 
 class Proposer(Protocol):
@@ -59,7 +60,8 @@ class Proposer(Protocol):
 
 
 def no_draft(rows: int, device: torch.device) -> Draft:
-    return Draft(torch.zeros(rows, 0, dtype=torch.int64, device=device), None, [0] * rows)
+    nothing = torch.zeros(rows, 1, dtype=torch.int64, device=device)
+    return Draft(nothing[:, :0], None, [0] * rows, nothing[:, 0])
 
 
 class PromptLookup:
@@ -86,8 +88,9 @@ class PromptLookup:
     def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
         found = [self._continue(*item, count) for item, count in zip(texts.items(), counts, strict=True)]
         width = max(len(ids) for ids in found)
-        tokens = torch.tensor([ids + [0] * (width - len(ids)) for ids in found], dtype=torch.int64, device=self.device)
-        return Draft(tokens, None, [len(ids) for ids in found])  # tokens [R, k]
+        padded = [[*ids, *[0] * (width - len(ids)), len(ids)] for ids in found]
+        tokens = upload(padded, self.device)  # [R, k + 1]
+        return Draft(tokens[:, :-1], None, [len(ids) for ids in found], tokens[:, -1])  # tokens [R, k]
 
     def _continue(self, seat: int, text: list[int], count: int) -> list[int]:
         after = self._after[seat]
@@ -123,30 +126,29 @@ class DraftModel:
         self.model, self.cache = model, cache
         self.vocab_size = target.config.vocab_size
         self.cost = WIDER + pass_bytes(model) / pass_bytes(target)
+        self._fed: dict[int, int] = {}  # per seat: tokens of text and drafts that the cache holds; a GPU is not asked
 
     def start(self, seat: int, prompt: list[int], planned_length: int | None) -> None:
         if not self.cache.hold.same_weights(self.model.fingerprint()):
             self.cache.reset()
-        row = self.cache.rows(seat, seat + 1)
+        row, self._fed[seat] = self.cache.rows(seat, seat + 1), 0
         if planned_length is None:
-            reuse_prefix(row, self._known(prompt))
+            self._fed[seat] = reuse_prefix(row, self._known(prompt))
         else:
             row.truncate(0)
             row.plan(min(planned_length, self.cache.max_cache_len))
 
     def read(self, seat: int, beginning: list[int]) -> None:
-        row = self.cache.rows(seat, seat + 1)
-        (held,) = row.lengths
+        row, held = self.cache.rows(seat, seat + 1), self._fed[seat]
         if held < len(beginning) <= self.cache.max_cache_len:
             prefill(self.model, row, [self._known(beginning[held:])], [held])
+            self._fed[seat] = len(beginning)
 
     def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
         # What the cache holds of a text is right up to where the last drafts were rejected; if all were
         # accepted, the last of them was never fed. Either way the rest of the text is fed now.
-        lengths = self.cache.lengths
-        for seat, text in texts.items():
-            lengths[seat] = min(lengths[seat], len(text) - 1)
-        self.cache.truncate(lengths)
+        # (What is fed at a position ends what stood there and behind it: nothing need be cut.)
+        held = {seat: min(self._fed.get(seat, 0), len(text) - 1) for seat, text in texts.items()}
         # A text that outgrows the draft's positions goes on without drafts.
         room = self.cache.max_cache_len + 1
         counts = [max(0, min(count, room - len(text))) for text, count in zip(texts.values(), counts, strict=True)]
@@ -154,11 +156,14 @@ class DraftModel:
         if k == 0:
             return no_draft(len(texts), device)
         part = self.cache.first_rows(seats[-1] + 1)
-        missing = {b: self._known(text[lengths[b] :]) for (b, text), c in zip(texts.items(), counts, strict=True) if c}
-        index = torch.tensor(seats, device=device)  # [R]
-        logits = self._feed(part, missing, lengths).index_select(0, index)  # [R, V of the draft]
-        wanted = torch.tensor(counts, device=device)  # [R]
-        place = torch.tensor([[*range(len(text), len(text) + k)] for text in texts.values()], device=device)  # [R, k]
+        missing = {b: self._known(text[held[b] :]) for (b, text), c in zip(texts.items(), counts, strict=True) if c}
+        for (seat, text), count in zip(texts.items(), counts, strict=True):
+            if count:  # the last draft is never fed
+                self._fed[seat] = len(text) + count - 1
+        packed = upload([[b, c, len(t)] for (b, t), c in zip(texts.items(), counts, strict=True)], device)  # [R, 3]
+        index, wanted = packed[:, 0], packed[:, 1]  # [R] each
+        place = packed[:, 2:] + torch.arange(k, device=device)  # [R, k]
+        logits = self._feed(part, missing, held).index_select(0, index)  # [R, V of the draft]
         greedy = sampling.temperature is None
         numbers = None if greedy else uniform(sampling.seed[:, None], place, DRAFT_STREAM)  # [R, k]
         common = min(self.vocab_size, logits.shape[-1])
@@ -180,11 +185,11 @@ class DraftModel:
             tokens.append(sample(q, numbers[:, i]))  # [R]
             probs.append(q)
         if greedy:
-            return Draft(torch.stack(tokens, dim=1), None, counts)  # tokens [R, k]
+            return Draft(torch.stack(tokens, dim=1), None, counts, wanted)  # tokens [R, k]
         padded = F.pad(torch.stack(probs, dim=1), (0, self.vocab_size - common))  # [R, k, V]
-        return Draft(torch.stack(tokens, dim=1), padded, counts)  # tokens [R, k]
+        return Draft(torch.stack(tokens, dim=1), padded, counts, wanted)  # tokens [R, k]
 
-    def _feed(self, part: StaticCache, missing: dict[int, list[int]], held: list[int]) -> Tensor:
+    def _feed(self, part: StaticCache, missing: dict[int, list[int]], held: dict[int, int]) -> Tensor:
         """Feed each seat what its row lacks; logits after it, `[n, V]`, for the n rows of `part`. One or two tokens are
         fed as a step, which is recorded, and not as a prompt."""
         logits = torch.zeros(part.batch_size, self.model.config.vocab_size, device=part.device)  # [n, V]
@@ -197,8 +202,7 @@ class DraftModel:
             rows = [short.get(seat, []) for seat in range(part.batch_size)]
             tokens = [row + [0] * (width - len(row)) for row in rows]
             places = [[held[b] + i if i < len(row) else -1 for i in range(width)] for b, row in enumerate(rows)]
-            device = part.device
-            stepped = self.model(torch.tensor(tokens, device=device), torch.tensor(places, device=device), part)
+            stepped = self.model(*upload([tokens, places], part.device), part)
             for seat, ids in short.items():
                 logits[seat] = stepped[seat, len(ids) - 1]  # of [n, T, V]
         return logits

@@ -19,6 +19,7 @@ from minillm_kernels.activation import activate
 from minillm_kernels.gated_mlp import gated_mlp
 from minillm_kernels.int4_linear import int4_linear
 from minillm_kernels.int8_linear import int8_linear
+from minillm_kernels.launch import why_no_launch
 from minillm_kernels.linear import linear
 from torch import Tensor, nn
 
@@ -64,7 +65,8 @@ class Linear(nn.Module):
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
-        if self.bias is not None or _library_only(x, self.weight):
+        ours = x.is_cpu or torch.compiler.is_compiling() or why_no_launch(x.device) is None
+        if self.bias is not None or not ours or _needs_gradient(x, self.weight):
             return activate(self(x), activation, gated=True)
         return gated_mlp(x, self.weight, activation)
 
@@ -169,4 +171,8 @@ def _empty_bias(out_features: int, bias: bool, dtype: torch.dtype, device) -> nn
 
 def _library_only(x: Tensor, weight: Tensor) -> bool:
     """Training needs gradients, which the ops do not have; off the CPU the library's GEMV is the best there is."""
-    return not x.is_cpu or (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    return not x.is_cpu or _needs_gradient(x, weight)
+
+
+def _needs_gradient(x: Tensor, weight: Tensor) -> bool:
+    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)

@@ -278,7 +278,7 @@ def empty_decoder(
     with torch.device(device):
         return Decoder(
             config,
-            choose_backend(attention, config, torch.device(device).type),
+            choose_backend(attention, config, device),
             linear=partial(make_linear, dtype=dtype, spec=spec),
             head=partial(make_linear, dtype=dtype, spec=head_spec),
             dtype=dtype,

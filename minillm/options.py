@@ -15,7 +15,7 @@ from minillm.errors import RequestError, shown
 DTYPES = ("float32", "bfloat16", "float16")  # of activations, and of weights that are not quantized
 GROUP_SIZES = (32, 64, 128)  # inputs that share a scale in int4
 QUANTIZED_FORMATS = ("int8", "int4", *(f"int4-g{size}" for size in GROUP_SIZES))  # "int4" is int4-g64
-ATTENTION = ("auto", "math", "sdpa", "kernels")
+ATTENTION = ("auto", "math", "sdpa", "sdpa:flash", "sdpa:efficient", "sdpa:cudnn", "sdpa:math", "kernels")
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p")  # each of them asks for sampling
 _MOST = 2**31 - 1  # of whole numbers: what a tensor index holds with room to spare

@@ -84,12 +84,14 @@ class Request:
         seats: int = SEATS,
     ):
         check_whole("seats", seats, 1)
+        self._give_back = lambda _: None  # what happens to the cache in the end
         prompts, self.single = as_prompts(prompt)
         room = None if cache is None else _checked(cache, llm, len(prompts))
         self.rows, config = new_rows(llm, prompts, generation_config, options, room)
         if cache is None:
             longest = max(row.planned_length for row in self.rows)
-            cache = StaticCache(llm.config, min(seats, len(self.rows)), longest, llm.device, llm.dtype)
+            cache = llm.own_cache(min(seats, len(self.rows)), longest)
+            self._give_back = llm.keep_cache
         else:
             for row in self.rows:
                 row.planned_length = None  # whatever the cache was made for
@@ -100,7 +102,8 @@ class Request:
 
     def loop(self) -> Iterator[list[Row]]:
         """The loop over the rows, not begun yet; it yields after each tick the rows that ended."""
-        return self.batch.run()
+        yield from self.batch.run()
+        self._give_back(self.batch.cache)
 
     def pieces(self) -> Iterator[str]:
         sent = 0

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from minillm_kernels import cpu
 from torch import Tensor
 
@@ -145,13 +146,28 @@ def _filtered(scaled: Tensor, probs: Tensor, *filters: Tensor | None) -> Tensor:
     kept = probs.gather(-1, order)
     if top_p is not None:
         # Keep a token if the likelier ones together do not reach top_p: the first always stays.
-        mass = kept.cumsum(dim=-1, dtype=torch.float64)
+        mass = _running_sum(kept)
         left = 1.0 if top_k is None else torch.where(top_k < kept.shape[-1], mass[:, -1], 1.0)[:, None]  # by top-k
         kept = kept.masked_fill(mass - kept >= top_p[:, None] * left, 0.0)
     if min_p is not None:
         kept = kept.masked_fill(kept < min_p[:, None] * kept[:, :1], 0.0)
-    kept = kept / kept.cumsum(dim=-1, dtype=torch.float64)[:, -1:]
+    kept = kept / _running_sum(kept)[:, -1:]
     return torch.zeros_like(probs).scatter(-1, order, kept.to(probs.dtype))
+
+
+def _running_sum(x: Tensor) -> Tensor:
+    """What each row of `x [B, n]`, from 0 to about 1, adds up to from its beginning, `[B, n]` float64.
+
+    A GPU scans a long row in one block, in an order that depends on the batch. There all is counted in units of 2^-44:
+    whole numbers add up to the same in any order, so pieces can be summed at once.
+    """
+    if not x.is_cuda:
+        return x.to(torch.float64, copy=True).cumsum_(dim=-1)
+    units = (x.double() * 2.0**44).round().long()  # [B, n]
+    pieces = F.pad(units, (0, -x.shape[-1] % 1024)).unflatten(-1, (-1, 1024)).cumsum(dim=-1)  # [B, P, 1024]
+    sums = pieces[:, :, -1]  # [B, P]
+    pieces = pieces + (sums.cumsum(dim=-1) - sums)[:, :, None]
+    return pieces.flatten(1)[:, : x.shape[-1]].double() * 2.0**-44
 
 
 def penalized(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
@@ -187,7 +203,7 @@ def sample(probs: Tensor, u: Tensor) -> Tensor:
     Returns `[B]` int64, an id even where `probs` are no numbers.
     """
     # float64: over 100,000 tokens a float32 running sum would lose the rare ones.
-    cumulative = probs.to(torch.float64, copy=True).cumsum_(dim=-1)  # [B, V]
+    cumulative = _running_sum(probs)  # [B, V]
     # u is at most 1 - 2^-53, so its share of the total stays below the total even after rounding, and the
     # search ends on a token with mass.
     found = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]  # [B]

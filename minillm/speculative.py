@@ -154,16 +154,15 @@ def judge(
         for token in draft.tokens.unbind(dim=1):
             stages.append(stages[-1].scatter(1, token[:, None], True))  # [B, V]
         stages = torch.stack(stages, dim=1)  # [B, k + 1, V]
-    lengths = torch.tensor(draft.lengths, device=start.device)  # [B]
     if sampling.temperature is None:
-        return compare(draft.tokens, penalized(logits, sampling, stages).argmax(dim=-1), lengths)
+        return compare(draft.tokens, penalized(logits, sampling, stages).argmax(dim=-1), draft.counts)
     place = start[:, None] + torch.arange(logits.shape[1], device=start.device)  # [B, k + 1]
     seed = sampling.seed[:, None]  # [B, 1]
     return verify(
         draft.tokens,
         draft.probs,
         distribution(logits, sampling, stages),
-        lengths,
+        draft.counts,
         uniform(seed, place[:, :-1], _ACCEPT_STREAM),
         uniform(seed, place),
     )

@@ -438,7 +438,8 @@ class Parrot:
 
     def propose(self, texts, counts, sampling, seen):
         tokens = torch.tensor([[5 + (seat + i) % 7 for i in range(20)] for seat in texts])
-        return Draft(tokens[:, : max(counts)], None, [min(20, count) for count in counts])
+        lengths = [min(20, count) for count in counts]
+        return Draft(tokens[:, : max(counts)], None, lengths, torch.tensor(lengths))
 
 
 def test_one_rows_many_drafts_leave_its_neighbours_their_bits(checkpoint):

@@ -4,6 +4,7 @@ Every kernel at every row of the launch table is compiled here, at the first mod
 `tools/crosscompile.py` compiles every case (several minutes).
 """
 
+import math
 import os
 import subprocess
 import sys
@@ -68,9 +69,170 @@ def test_spills_are_noticed(first_launches):
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(crosscompile.launch.TABLE, "decode_attention", (huge,))
         (launch,) = crosscompile.recorded_launches(
-            entry, entry.model_cases["Llama-3-8B, chunk of 256 at 2048"], torch.bfloat16, 80
+            entry, entry.model_cases["Llama-3-8B, 256 tokens at 2048"], torch.bfloat16, 80
         )
     assert "SPILLS" in crosscompile.problems(launch, crosscompile.compile_for(launch, 80), 80)[0]
+
+
+# ---- what the machine code shows ----
+
+ONE_ROW = [  # op, case, the most instructions per weight
+    ("int8_linear", "Llama-2-7B qkv, 1 row", 5.6),
+    ("gated_mlp", "Llama-2-7B, int8, 1 rows", 5.6),
+    ("int4_linear", "Llama-2-7B qkv, 1 row", 5.0),
+    ("int4_linear", "Llama-2-7B qkv, 1 row, groups of 32", 5.0),
+    ("gated_mlp", "Llama-2-7B, int4, 1 rows", 5.0),
+]
+
+
+@pytest.mark.parametrize(("op", "case", "most"), ONE_ROW)
+def test_a_product_with_one_row_in_machine_code(op, case, most):
+    """x comes through the L1 cache (a pipelined load goes around it), the unit that converts 16 integers a clock is
+    hardly asked, nothing waits at a barrier in the loop, and kernels/README.md's counts hold."""
+    crosscompile = pytest.importorskip("crosscompile", reason="Triton is not available for this platform")
+    entry = CATALOG[op]
+    (launch,) = crosscompile.recorded_launches(entry, entry.model_cases[case], torch.bfloat16, 90)
+    instructions, found = crosscompile.per_weight(launch, 90)
+    assert 3 < instructions < most
+    assert not [name for name in found if "LDGSTS" in name or "BYPASS" in name]
+    assert [name for name in found if name.startswith("LDG") and ".EL" in name]  # evict last: x
+    weights = 4 * dict(launch.constants)["K"] / 64  # of a thread
+    assert sum(count for name, count in found.items() if name.startswith("I2F")) < weights / 8
+    assert found["BAR.SYNC.DEFER_BLOCKING"] <= 8  # for the sums at the end, four rows
+
+
+def test_a_pipelined_product_would_be_noticed():
+    """The check above can fail: with stages Triton fetches ahead, around the L1 cache."""
+    crosscompile = pytest.importorskip("crosscompile", reason="Triton is not available for this platform")
+    entry = CATALOG["int8_linear"]
+    (launch,) = crosscompile.recorded_launches(entry, entry.model_cases["Llama-2-7B qkv, 6 rows"], torch.bfloat16, 90)
+    found = crosscompile.instructions(launch, 90)
+    assert [name for name in found if "LDGSTS" in name and "BYPASS" in name]
+
+
+def run_assembly(text: str, registers: dict[str, int]) -> dict[str, int]:
+    """What the few PTX instructions of `gpu/unpack.py` leave in the registers, all 32 bits wide."""
+
+    def floats(*bits: int) -> list[float]:
+        return torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32).double().tolist()
+
+    def bits(number: float) -> int:
+        return torch.tensor(number, dtype=torch.float32).view(torch.int32).item() & 0xFFFFFFFF
+
+    def permute(a: int, b: int, selector: int) -> int:
+        data = (b << 32 | a).to_bytes(8, "little")
+        return int.from_bytes(bytes(data[selector >> 4 * i & 7] for i in range(4)), "little")
+
+    run = {
+        "and": lambda a, b: a & b,
+        "xor": lambda a, b: a ^ b,
+        "shr": lambda a, b: a >> b,
+        "mov": lambda a: a,
+        "prmt": permute,
+        "mul": lambda a, b: bits(math.prod(floats(a, b))),
+        # exact in float64, then rounded once, as the instruction does
+        "fma": lambda a, b, c: bits(math.fsum((math.prod(floats(a, b)), *floats(c)))),
+    }
+    registers = dict(registers)
+    for statement in text.strip("{} \n").split(";"):
+        name, _, rest = statement.strip().partition(" ")
+        if name and not name.startswith(".reg"):
+            target, *sources = (word.strip() for word in rest.split(","))
+            values = [registers[word] if word in registers else int(word, 0) for word in sources]
+            registers[target] = run[name.split(".")[0]](*values)
+    return registers
+
+
+def as_float(bits: int) -> float:
+    return torch.tensor(bits, dtype=torch.int64).to(torch.int32).view(torch.float32).item()
+
+
+def test_unpacking_assembly():
+    """The interpreter runs another form of these functions, and no GPU may be at hand: every byte, in every place."""
+    unpack = pytest.importorskip("minillm_kernels.gpu.unpack", reason="Triton is not available for this platform")
+    for first in range(0, 256, 4):
+        codes = [(first + i) * 37 % 256 for i in range(4)]  # all bytes, each in some place
+        word = int.from_bytes(bytes(codes), "little")
+        out = run_assembly(unpack.INT8.value, {"$4": word})
+        assert [as_float(out[f"${i}"]) - 8388736.0 for i in range(4)] == [c - 256 * (c > 127) for c in codes]
+        out = run_assembly(unpack.INT4.value, {"$8": word})
+        assert [as_float(out[f"${i}"]) - 128.0 for i in range(8)] == [c & 15 for c in codes] + [c >> 4 for c in codes]
+    x = torch.randn(8, generator=GENERATOR)
+    inputs = {f"${5 + i}": value & 0xFFFFFFFF for i, value in enumerate(x.view(torch.int32).tolist())}
+    out = run_assembly(unpack.INT4_DOT.value, {"$4": word} | inputs)
+    exact = sum(
+        (128 + code) * float(a) for code, a in zip([c & 15 for c in codes] + [c >> 4 for c in codes], x, strict=True)
+    )
+    assert abs(as_float(out["$0"]) - exact) < 8 * 2**-24 * 143 * x.abs().sum().item()
+    assert [as_float(out[f"${i}"]) for i in (1, 2, 3)] == [0.0] * 3
+
+
+# ---- what Triton would compile ----
+
+
+def layer_launches(crosscompile, tokens: int, room: int) -> list[tuple]:
+    """What one layer of a small int8 model launches for a chunk of `tokens` over a cache with `room` for more."""
+    H, KV, D, d, rings = 4, 2, 64, 256, (None, 96)
+    with crosscompile.recording(90) as launches:
+
+        def fake(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+            return torch.empty(shape, dtype=dtype, device="cuda")
+
+        x, norm, angle = fake(1, tokens, d), fake(d), fake(1, tokens, D // 2, dtype=torch.float32)
+        position = fake(1, tokens, dtype=torch.int64)
+        add_rms_norm.implementation(x, x, norm, 1e-6, 0.0, False)
+        weight, scale = fake((H + 2 * KV) * D, d, dtype=torch.int8), fake((H + 2 * KV) * D, dtype=torch.float32)
+        qkv = int8_linear.implementation(x, weight, scale).view(1, tokens, H + 2 * KV, D)
+        q, k, v = qkv.split((H, KV, KV), dim=2)
+        for window in rings:
+            slots = tokens + room if window is None else min(tokens + room, window + tokens - 1)
+            keys, values = fake(1, KV, slots + 1, D), fake(1, KV, slots + 1, D)
+            q_rotated = rope_and_cache_write.implementation(q, k, v, angle, angle, keys, values, position)
+            attend = flash_attention if tokens > 16 else decode_attention
+            options = dict(cache_position=position, window=window)
+            keys, values = keys.narrow(2, 0, slots), values.narrow(2, 0, slots)
+            attend.implementation(q_rotated, keys, values, scale=0.125, **options)
+        gated_mlp.implementation(x, weight, "silu", scale)
+    return launches
+
+
+LENGTHS, ROOMS = (65, 97, 98, 99, 112, 128, 500, 777, 1024, 2048), (1, 3, 16, 31, 64, 5, 7, 11, 1, 2)
+
+
+def test_ten_prompt_lengths_are_one_compilation():
+    """Each kernel once, whatever the lengths: odd, even, divisible by 16, powers of two; capacities and windows too."""
+    crosscompile = pytest.importorskip("crosscompile", reason="Triton is not available for this platform")
+    launches = []
+    for tokens, room in zip(LENGTHS, ROOMS, strict=True):
+        launches += layer_launches(crosscompile, tokens, room)
+    keys = crosscompile.cache_keys(launches, 90)
+    assert {kernel: len(found) for kernel, found in keys.items()} == {
+        "rms_norm_kernel": 1,
+        "dequantize_kernel": 1,
+        "gate_kernel": 1,
+        "rope_and_cache_write_kernel": 1,
+        "flash_attention_kernel": 1,
+    }
+
+
+def test_all_widths_of_a_verify_step_are_few_compilations():
+    """1 to 16 tokens: query rows are padded to 16, 32 or 64, and a range is split by powers of two."""
+    crosscompile = pytest.importorskip("crosscompile", reason="Triton is not available for this platform")
+    launches = [one for tokens in range(2, 17) for one in layer_launches(crosscompile, tokens, 1000 + tokens)]
+    keys = crosscompile.cache_keys(launches, 90)
+    counts = {kernel: len(found) for kernel, found in keys.items()}
+    # gated and not; over the whole cache and a ring
+    assert counts.pop("attend_kernel") <= 2 * 3
+    assert counts.pop("combine_kernel") <= 2 * 3
+    assert counts == {"rms_norm_kernel": 1, "few_rows_kernel": 2, "rope_and_cache_write_kernel": 1}
+
+
+def test_partial_results_stay_small():
+    """A captured step keeps them: 32 rows of 16 tokens and 32 heads took half a gigabyte at 64 partials each."""
+    decode = pytest.importorskip("minillm_kernels.gpu.decode_attention", reason="Triton is not available")
+    sizes = {tokens: 32 * 32 * tokens * decode.splits(131072, tokens) * 128 * 4 for tokens in (1, 2, 4, 5, 8, 16)}
+    assert max(sizes.values()) <= 70e6
+    assert decode.splits(131072, 1) == 64  # one token still fills the chip
 
 
 @pytest.mark.parametrize("name", [name for name, entry in CATALOG.items() if entry.is_node])

@@ -731,7 +731,7 @@ def test_the_target_draws_what_plain_decoding_draws(filters):
     own = torch.stack([next_token(logits[:, i], sampling, start + i) for i in range(k + 1)], dim=1)  # [B, k + 1]
     right = torch.tensor([0, 1, 2, 3])  # how many drafts are the target's own tokens
     drafts = torch.where(torch.arange(k) < right[:, None], own[:, :k], own[:, :k] + 1)
-    accepted, following = judge(logits, Draft(drafts, None, [k] * rows), start, sampling, None)
+    accepted, following = judge(logits, Draft(drafts, None, [k] * rows, torch.full((rows,), k)), start, sampling, None)
     assert accepted.tolist() == right.tolist()
     assert following.tolist() == own.gather(1, right[:, None])[:, 0].tolist()
 

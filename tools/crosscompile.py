@@ -2,6 +2,7 @@
 
     python tools/crosscompile.py                                   # everything, sm_80, sm_90, sm_100
     python tools/crosscompile.py --kernel decode_attention --chip 90
+    python tools/crosscompile.py --kernel int4_linear --chip 90 --dtype bfloat16 --count   # instructions per weight
 
 Nothing is described twice: the op's own CUDA implementation runs on fake CUDA tensors of each model's shapes,
 and whatever it launches is recorded with the types, constants and divisibility hints Triton would have
@@ -18,6 +19,8 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
@@ -26,8 +29,8 @@ import torch
 import triton
 from torch._subclasses.fake_tensor import FakeTensorMode
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from triton.runtime.jit import JITFunction
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import JITFunction, create_function_from_signature
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "kernels"))
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
@@ -70,8 +73,10 @@ class Usage:
     shared: int  # bytes
 
 
-def recorded_launches(entry: Entry, case: dict, dtype: torch.dtype, chip: int) -> list[Specialization]:
-    """What the op's CUDA implementation launches for this case on this chip, without running any of it."""
+@contextlib.contextmanager
+def recording(chip: int) -> Iterator[list[tuple[JITFunction, tuple, dict, launch.Launch]]]:
+    """While this lasts tensors are fake and nothing runs on them: yields a list of (kernel, arguments, keywords, row of
+    the launch table), for everything that is launched, as on this chip."""
     launches, rows = [], []
 
     def record_row(row: launch.Launch) -> dict:
@@ -79,9 +84,8 @@ def recorded_launches(entry: Entry, case: dict, dtype: torch.dtype, chip: int) -
         return row.blocks | row.options()
 
     def record_launch(kernel, *args, grid, warmup, **kwargs):
-        launches.append(specialize(kernel, args, kwargs, rows[-1]))
+        launches.append((kernel, args, kwargs, rows[-1]))
 
-    inputs = entry.make_inputs(case, dtype, torch.device("meta"), None)
     with (
         mock.patch.object(JITFunction, "run", record_launch),
         mock.patch.object(launch.Launch, "arguments", record_row),
@@ -89,9 +93,17 @@ def recorded_launches(entry: Entry, case: dict, dtype: torch.dtype, chip: int) -
         mock.patch.object(torch.cuda, "device", return_value=contextlib.nullcontext()),
         FakeTensorMode(),
     ):
-        if entry.is_node:
-            entry.op.implementation(**{name: on_fake_cuda(value) for name, value in inputs.items()})
-    return launches
+        yield launches
+
+
+def recorded_launches(entry: Entry, case: dict, dtype: torch.dtype, chip: int) -> list[Specialization]:
+    """What the op's CUDA implementation launches for this case on this chip, without running any of it."""
+    if not entry.is_node:
+        return []
+    inputs = entry.make_inputs(case, dtype, torch.device("meta"), None)
+    with recording(chip) as launches:
+        entry.op.implementation(**{name: on_fake_cuda(value) for name, value in inputs.items()})
+    return [specialize(*one) for one in launches]
 
 
 def entry_points() -> set[str]:
@@ -103,6 +115,19 @@ def entry_points() -> set[str]:
         for name, value in vars(module).items()
         if isinstance(value, JITFunction) and name.endswith("_kernel")
     }
+
+
+def cache_keys(launches: list[tuple], chip: int) -> dict[str, set[str]]:
+    """kernel -> the keys under which Triton would look up what was recorded: as many as it would compile."""
+    backend, binders, keys = make_backend(GPUTarget("cuda", chip, 32)), {}, {}
+    for kernel, args, kwargs, _ in launches:
+        if kernel not in binders:
+            binders[kernel] = create_function_from_signature(kernel.signature, kernel.params, backend)
+        # A fake tensor has no address; an empty one has one that is aligned, as the allocator's are.
+        args = [torch.empty(0, dtype=x.dtype) if isinstance(x, torch.Tensor) else x for x in args]
+        _, specialization, options = binders[kernel](*args, **kwargs)
+        keys.setdefault(kernel.fn.__name__, set()).add(repr((specialization, options)))
+    return keys
 
 
 def on_fake_cuda(value):
@@ -136,21 +161,61 @@ def specialize(kernel: JITFunction, args: tuple, kwargs: dict, row: launch.Launc
     return Specialization(kernel, *pairs, tuple(aligned), row)
 
 
-def compile_for(spec: Specialization, chip: int) -> Usage:
+def compiled(spec: Specialization, chip: int):
+    """What Triton makes of it for that chip; taken from Triton's own cache where it has it."""
     source = ASTSource(
         spec.kernel,
         dict(spec.signature),
         constexprs=dict(spec.constants),
         attrs={(index,): [["tt.divisibility", 16]] for index in spec.aligned},
     )
-    binary = triton.compile(source, target=GPUTarget("cuda", chip, 32), options=dict(spec.options))
+    return triton.compile(source, target=GPUTarget("cuda", chip, 32), options=dict(spec.options))
+
+
+def read_binary(binary, tool: str, *flags: str) -> str:
+    """What one of NVIDIA's tools prints of a compiled kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(binary.asm["cubin"])
         cubin.flush()
-        command = [NVIDIA_TOOLS / "cuobjdump", "-res-usage", cubin.name]
-        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = dict(re.findall(r"(REG|STACK):(\d+)", report))
+        command = [NVIDIA_TOOLS / tool, *flags, cubin.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def compile_for(spec: Specialization, chip: int) -> Usage:
+    binary = compiled(spec, chip)
+    used = dict(re.findall(r"(REG|STACK):(\d+)", read_binary(binary, "cuobjdump", "-res-usage")))
     return Usage(int(used["REG"]), int(used["STACK"]), binary.metadata.shared)
+
+
+def instructions(spec: Specialization, chip: int, turns: int = 1) -> Counter[str]:
+    """How often a warp runs each instruction of the machine code (SASS), by its name, where every loop is run through
+    `turns` times. Nothing is skipped: a branch not taken counts as well."""
+    names, labels, loops = [], {}, []
+    for line in read_binary(compiled(spec, chip), "nvdisasm", "-c").splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(names)
+        elif code := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)(.*);", line):
+            target = re.search(r"`\((\.L_x_\d+)\)", code[2])
+            # Back to itself: the trap behind the end. Everything else that goes back is a loop.
+            if code[1].startswith("BRA") and target and labels.get(target[1], len(names)) < len(names):
+                loops.append((labels[target[1]], len(names)))
+            if code[1] != "NOP":
+                names.append(code[1])
+    found = Counter(names)
+    for first, last in loops:
+        found.update({name: (turns - 1) * count for name, count in Counter(names[first : last + 1]).items()})
+    return found
+
+
+def per_weight(spec: Specialization, chip: int) -> tuple[float, Counter[str]] | None:
+    """Instructions of a thread per weight of a product with one row, and their names; None for any other kernel."""
+    constants = dict(spec.constants)
+    if spec.name not in ("gemv_kernel", "int4_gemv_kernel"):
+        return None
+    block = constants.get("BLOCK_K") or constants["GROUPS"] * constants["GROUP"]
+    found = instructions(spec, chip, turns=-(-constants["K"] // block))
+    weights = 4 * constants["K"] / (32 * dict(spec.options)["num_warps"])  # four rows of the weight a program
+    return sum(found.values()) / weights, found
 
 
 def problems(spec: Specialization, usage: Usage, chip: int) -> list[str]:
@@ -176,6 +241,7 @@ def main() -> int:
     parser.add_argument("--kernel", action="append", choices=CATALOG, help="an op of the catalog; repeatable")
     parser.add_argument("--chip", action="append", type=int, choices=CHIPS, help="80, 90 or 100; repeatable")
     parser.add_argument("--dtype", action="append", choices=DTYPES, help="default: both; repeatable")
+    parser.add_argument("--count", action="store_true", help="also count instructions per weight")
     arguments = parser.parse_args()
     chips, dtypes = arguments.chip or CHIPS, arguments.dtype or DTYPES
 
@@ -193,6 +259,9 @@ def main() -> int:
                 usage = compile_for(spec, chip)
                 found = problems(spec, usage, chip)
                 failures += len(found)
+                counted = per_weight(spec, chip) if arguments.count else None
+                if counted is not None:
+                    found.append(f"{counted[0]:.2f} instructions per weight")
                 print(
                     f"  {spec.name:28} sm_{chip:<4} {usage.registers:4} registers "
                     f"{usage.shared / 1024:6.1f} KiB shared  {describe(spec)}  {' '.join(found)}",

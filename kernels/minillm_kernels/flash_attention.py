@@ -10,7 +10,7 @@ import itertools
 import torch
 from torch import Tensor
 
-from minillm_kernels.decode_attention import check_attention
+from minillm_kernels.decode_attention import check_attention, decode_attention
 from minillm_kernels.op import op
 
 
@@ -23,8 +23,29 @@ def check(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cache_position: Tensor | None = None,
 ) -> None:
-    check_attention("flash_attention", q, k, v, window, softcap, alibi_slopes, cu_seqlens)
+    check_attention(
+        "flash_attention",
+        q,
+        k,
+        v,
+        window,
+        softcap,
+        alibi_slopes,
+        cu_seqlens if cache_position is None else cache_position,
+    )
+    if cache_position is not None:
+        if cu_seqlens is not None:
+            raise ValueError("flash_attention: cu_seqlens and cache_position exclude each other: packed, or in a cache")
+        if cache_position.shape != (q.shape[0], q.shape[2]) or cache_position.dtype != torch.int64:
+            raise ValueError(
+                f"flash_attention: cache_position must be [B, T] = {(q.shape[0], q.shape[2])} int64, "
+                f"got {tuple(cache_position.shape)} {cache_position.dtype}"
+            )
+        if k.shape[2] < q.shape[2]:
+            raise ValueError(f"flash_attention: {q.shape[2]} tokens in one step do not fit {k.shape[2]} slots")
+        return
     if k.shape[2] != q.shape[2]:
         raise ValueError(f"flash_attention: q and k must have as many tokens, got {q.shape[2]}, {k.shape[2]}")
     if cu_seqlens is None:
@@ -52,6 +73,7 @@ def flash_attention(
     softcap: float | None = None,
     alibi_slopes: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
+    cache_position: Tensor | None = None,
 ) -> Tensor:
     """softmax(scale * q k^T) v, where token t sees t - window < key <= t of its own sequence.
 
@@ -59,9 +81,13 @@ def flash_attention(
     multiple of KV. Without `cu_seqlens` each row of the batch is one sequence that starts at its token 0.
     With it B must be 1 and sequences lie end to end along T: sequence i is [cu_seqlens[i], cu_seqlens[i + 1]),
     int32 or int64 [N + 1], the first 0, the last T ("packing", arXiv 2407.09105).
+    With `cache_position` [B, T] int64 k and v [B, KV, S, D] are a cache that these tokens' keys lie in already,
+    and all is as for `decode_attention`: position p in slot p % S, -1 for padding, whose result is any number.
     `softcap` and `alibi_slopes` as for `decode_attention`. Returns [B, H, T, D] in q.dtype.
     Raises ValueError when shapes or dtypes do not fit together.
     """
+    if cache_position is not None:
+        return decode_attention(q, k, v, cache_position, scale, window, softcap, alibi_slopes)
     starts = sequence_starts(cu_seqlens, q.shape[2])
     group, tokens = q.shape[1] // k.shape[1], q.shape[2]
     token = torch.arange(tokens, device=q.device)

@@ -9,7 +9,9 @@ Nothing here asks the device anything at import; `architecture` does, once per d
 """
 
 import functools
+import importlib.util
 import os
+import sys
 from dataclasses import dataclass
 
 import torch
@@ -58,27 +60,23 @@ TABLE: dict[str, tuple[Launch, ...]] = {
     "flash_attention": (
         Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2, max_size=128, chips=(90, 100), half_only=True),
         Launch({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2, half_only=True),
-        Launch({"BLOCK_M": 32, "BLOCK_N": 16}, 8, 2),
+        Launch({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 2),
     ),
+    # size: inputs K. Four rows of the weight, BLOCK_K inputs at a time: 8 a thread and row (int4: 32)
+    "gemv": (Launch({"BLOCK_K": 512}, 2, 1),),
+    "int4_gemv": (Launch({"BLOCK_K": 2048}, 2, 1),),
     # size: outputs N. Weight tiles [BLOCK_N, BLOCK_K]; few outputs want smaller tiles, to fill the chip
-    "gemv": (
-        Launch({"BLOCK_N": 2, "BLOCK_K": 1024}, 4, 3, max_size=2048),
-        Launch({"BLOCK_N": 4, "BLOCK_K": 1024}, 4, 3),
-    ),
     "few_rows": (
         Launch({"BLOCK_N": 32, "BLOCK_K": 256}, 4, 3, max_size=8192, half_only=True),
         Launch({"BLOCK_N": 64, "BLOCK_K": 128}, 4, 3, half_only=True),
         Launch({"BLOCK_N": 32, "BLOCK_K": 64}, 4, 2),
     ),
-    # two such tiles at a time
-    "int4_gemv": (
-        Launch({"BLOCK_N": 2, "BLOCK_K": 1024}, 4, 3, max_size=4096),
-        Launch({"BLOCK_N": 4, "BLOCK_K": 1024}, 4, 3),
-    ),
     "int4_few_rows": (
         Launch({"BLOCK_N": 32, "BLOCK_K": 512}, 4, 2, half_only=True),
         Launch({"BLOCK_N": 16, "BLOCK_K": 128}, 8, 2),
     ),
+    # size: outputs F
+    "gate": (Launch({"BLOCK": 1024}, 4, 1),),
     # size: inputs K
     "dequantize": (Launch({"BLOCK_N": 4, "BLOCK_K": 1024}, 4, 1),),
     # size: elements of a row, held in registers by one program
@@ -103,11 +101,27 @@ def interpreting() -> bool:
 
 @functools.cache
 def architecture(device: torch.device) -> int:
-    """90 for an H100 (compute capability 9.0). CPU tensors, in the interpreter, count as 80."""
+    """90 for an H100 (compute capability 9.0). CPU tensors, in the interpreter, count as 80.
+
+    Raises RuntimeError for AMD's GPUs, which call themselves CUDA devices and have other limits.
+    """
     if device.type != "cuda":
         return 80
+    if torch.version.hip is not None:
+        raise RuntimeError("these kernels are for NVIDIA's GPUs: load the weights unquantized, with attention='sdpa'")
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
+
+
+def why_no_launch(device: torch.device) -> str | None:
+    """What keeps these kernels from running on a CUDA device; None where they can, or where there is none to ask."""
+    if torch.version.hip is not None:
+        return "they are for NVIDIA's GPUs"
+    if "triton" not in sys.modules and importlib.util.find_spec("triton") is None:
+        return "they need Triton, which is not installed"
+    if torch.cuda.is_available() and architecture(device) < 80:
+        return f"Triton needs compute capability 8.0, and {device} has {architecture(device) / 10}"
+    return None
 
 
 def choose(kernel: str, x: Tensor, size: int) -> Launch:

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from minillm.attention import Rotary
+from minillm.attention import FEW_ROWS, Rotary
 from minillm.cache import StaticCache
 from minillm.config import ModelConfig
 from minillm.errors import BackendError
@@ -43,13 +43,13 @@ class CompiledWalk:
     def __init__(self, model: Decoder):
         self.model = model
         self.compilations: list[tuple[str, float]] = []
-        self._ready: set[tuple[bool, bool, bool]] = set()  # (several rows, several tokens, from_start)
+        self._ready: set[tuple[bool, bool, bool]] = set()  # (several rows, several tokens, more than a few)
         self._run = torch.compile(model.walk, fullgraph=True, dynamic=True)
 
     def warm_up(self) -> None:
         """Compile what a request of one prompt needs."""
         for several_tokens in (True, False):
-            self._prepare((False, several_tokens, several_tokens and self._asks_for_start))
+            self._prepare((False, several_tokens, several_tokens and self._by_width))
 
     @torch.inference_mode()
     def __call__(
@@ -63,30 +63,30 @@ class CompiledWalk:
     ) -> Tensor:
         """The last hidden state of every token, `[B, T, d]`."""
         rows, tokens = cache_position.shape
-        from_start = from_start and self._asks_for_start
-        kind = (rows > 1, tokens > 1, from_start)
+        kind = (rows > 1, tokens > 1, tokens > FEW_ROWS and self._by_width)
         if kind not in self._ready:
             self._prepare(kind)
         blocks = -(-(bound or cache.max_cache_len) // _KEYS_ROUNDED_TO)
         bound = min(blocks * _KEYS_ROUNDED_TO, cache.max_cache_len)
         # Copies made here are inference tensors, whatever the caller's are: the compiler tells those apart too.
         x, position = x.clone(), cache_position.clone()
-        return self._run(x, [(cos.clone(), sin.clone()) for cos, sin in rotary], position, cache, bound, from_start)
+        return self._run(x, [(cos.clone(), sin.clone()) for cos, sin in rotary], position, cache, bound)
 
     @property
-    def _asks_for_start(self) -> bool:
-        """Whether the model computes the beginning of a text by another kernel: that is a graph of its own."""
+    def _by_width(self) -> bool:
+        """Whether the model attends by another kernel where tokens are many: that is a graph of its own."""
         return self.model.backend.name == "kernels" and self.model.embedding.weight.is_cuda
 
     @torch.inference_mode()
     def _prepare(self, kind: tuple[bool, bool, bool]) -> None:
-        several_rows, several_tokens, from_start = kind
-        label = (
-            f"{'several rows' if several_rows else 'one row'}, {'several tokens' if several_tokens else 'one token'}"
-        )
+        several_rows, several_tokens, many_tokens = kind
+        tokens_label = "many tokens" if many_tokens else "several tokens" if several_tokens else "one token"
+        label = f"{'several rows' if several_rows else 'one row'}, {tokens_label}"
         weight = self.model.embedding.weight
         sizes = _unlike(self.model.config)
         rows, tokens = next(sizes) if several_rows else 1, next(sizes) if several_tokens else 1
+        if several_tokens and self._by_width and not many_tokens:
+            tokens = next(_unlike(self.model.config, 3))  # up to FEW_ROWS of them
         bound, capacity = islice(sizes, 2)
         cache = StaticCache(self.model.config, rows, capacity, weight.device, weight.dtype, max_step=next(sizes))
         for tensor in (*cache.keys, *cache.values):  # [B, KV, S + 1, D]: heads and channels are the model's
@@ -100,7 +100,7 @@ class CompiledWalk:
             # A norm's epsilon is no size: left open, it costs a second compilation that finds that out.
             settings = torch._dynamo.config.patch(recompile_limit=64, specialize_float=True)
             with settings, artifact_folder():
-                self._run(*self.model.embed(input_ids, position, cache), position, cache, bound, from_start)
+                self._run(*self.model.embed(input_ids, position, cache), position, cache, bound)
         except RuntimeError as error:  # what PyTorch's compiler raises; its own message runs over pages
             reason = " ".join(str(error).strip().splitlines()[:2])
             raise BackendError(f"compile=True: torch.compile failed ({reason}); use compile='auto'") from error
@@ -111,10 +111,10 @@ class CompiledWalk:
         self._ready.add(kind)
 
 
-def _unlike(config: ModelConfig) -> Iterator[int]:
-    """Small sizes, ascending, that no dimension of the model has, so that none is taken for another."""
+def _unlike(config: ModelConfig, least: int = 17) -> Iterator[int]:
+    """Small sizes from `least`, ascending, that no dimension of the model has, so that none is taken for another."""
     taken = {value for value in vars(config).values() if isinstance(value, int)}
-    return (size for size in count(17) if size not in taken)
+    return (size for size in count(least) if size not in taken)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ k + 1 tokens of a verify step.
 """
 
 import copy
+import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
 from weakref import WeakKeyDictionary
@@ -27,7 +28,7 @@ from minillm_kernels.cpu.tape import NotRecordable, Tape
 from torch import Tensor
 
 from minillm.cache import StaticCache
-from minillm.errors import BackendError
+from minillm.errors import BackendError, first_line
 from minillm.faster.compiled import CompiledWalk
 from minillm.model import Decoder
 
@@ -141,7 +142,11 @@ class RecordedStep:
 
 
 class CapturedStep:
-    """A step on a GPU as a CUDA graph: one launch for all kernels, which read token and position where they lie."""
+    """A step on a GPU as a CUDA graph: one launch for all kernels, which read token and position where they lie.
+
+    Where it cannot be captured (no memory for the graph, say) a warning says why, once, and `NotRecordable` is raised:
+    the step runs as it is written.
+    """
 
     def __init__(self, steps: Steps):
         self.steps = steps
@@ -150,12 +155,19 @@ class CapturedStep:
         self.graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
-        if self.graph is None:
-            self._capture(input_ids, cache_position, cache)
-        self.input_ids.copy_(input_ids)
-        self.position.copy_(cache_position)
-        self.graph.replay()
-        return self.out.clone()
+        # Streams and graphs belong to the current device, which need not be the model's.
+        with torch.cuda.device(input_ids.device):
+            if self.graph is None:
+                try:
+                    self._capture(input_ids, cache_position, cache)
+                except RuntimeError as error:
+                    reason = f"a step of {list(input_ids.shape)} tokens cannot be captured: {first_line(error)}"
+                    warnings.warn(f"{reason}; it runs as it is written", stacklevel=2)
+                    raise NotRecordable(reason) from error
+            self.input_ids.copy_(input_ids)
+            self.position.copy_(cache_position)
+            self.graph.replay()
+            return self.out.clone()
 
     def _capture(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> None:
         self.input_ids, self.position = input_ids.clone(), cache_position.clone()  # [B, T] each

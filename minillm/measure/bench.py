@@ -330,13 +330,14 @@ def memory_bandwidth(device: torch.device) -> float:
     best = 0.0
     for _ in range(3):
         if buffer.is_cuda:
-            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            start.record()
-            half = buffer.numel() // 2
-            buffer[:half].copy_(buffer[half:])
-            end.record()
-            end.synchronize()
-            seconds = start.elapsed_time(end) / 1e3
+            with torch.cuda.device(device):  # an event belongs to the current device
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                start.record()
+                half = buffer.numel() // 2
+                buffer[:half].copy_(buffer[half:])
+                end.record()
+                end.synchronize()
+                seconds = start.elapsed_time(end) / 1e3
         else:
             started = time.perf_counter()
             buffer.sum(dtype=torch.int32)

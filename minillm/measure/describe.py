@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minillm.attention import choose_backend
+from minillm.attention import choose_backend, why_no_kernels
 from minillm.cache import StaticCache
 from minillm.config import ModelConfig, RopeSpec
 from minillm.errors import RequestError
@@ -78,13 +78,18 @@ def how_it_runs(
     config: ModelConfig, device: torch.device, attention: str, compile: bool | str
 ) -> list[tuple[str, str]]:
     """(name, value) pairs that say what would compute on this device, and how steps would run (see faster/steps.py)."""
-    backend = choose_backend(attention, config, device.type).name
+    backend = choose_backend(attention, config, device).name
+    lacking = why_no_kernels(config, device) if attention == "auto" and device.type == "cuda" else None
     steps = "compiled" if compile is True else "as written"
     if compile == "auto" and device.type == "cuda":
         steps = "captured"
     elif compile == "auto" and device.type == "cpu" and backend == "kernels":
         steps = "recorded"
-    return [("device", device_name(device)), ("attention by", backend), ("steps", steps)]
+    return [
+        ("device", device_name(device)),
+        ("attention by", backend if lacking is None else f"{backend} (not by kernels: {lacking})"),
+        ("steps", steps),
+    ]
 
 
 def _rope(spec: RopeSpec) -> str:

@@ -51,10 +51,11 @@ def estimate(
     dtype: torch.dtype,
     quantize: str | None = None,
     quantize_head: bool = False,
+    max_step: int = MAX_STEP,
 ) -> Estimate:
-    """What generating takes with `batch_size` rows of up to `context` tokens each."""
-    full, sliding = cache_bytes(config, batch_size, context, dtype)
-    activations, logits = activation_bytes(config, batch_size, context, dtype)
+    """What generating takes with `batch_size` rows of up to `context` tokens each, read `max_step` at a time."""
+    full, sliding = cache_bytes(config, batch_size, context, dtype, max_step)
+    activations, logits = activation_bytes(config, batch_size, context, dtype, max_step)
     model = empty_decoder(config, dtype, quantize=quantize, quantize_head=quantize_head)
     return Estimate(model.weight_bytes, full, sliding, activations, logits)
 
@@ -68,12 +69,14 @@ def parameter_count(model: Decoder) -> int:
     return count
 
 
-def cache_bytes(config: ModelConfig, batch_size: int, context: int, dtype: torch.dtype) -> tuple[int, int]:
+def cache_bytes(
+    config: ModelConfig, batch_size: int, context: int, dtype: torch.dtype, max_step: int = MAX_STEP
+) -> tuple[int, int]:
     """Bytes of a StaticCache for this batch and context: (layers that see everything, sliding layers)."""
     per_slot = 2 * batch_size * config.num_kv_heads * config.head_dim * dtype.itemsize
     full = sliding = 0
     for layer in config.layers:
-        size = per_slot * (num_slots(layer.window, context, min(MAX_STEP, context)) + 1)
+        size = per_slot * (num_slots(layer.window, context, min(max_step, context)) + 1)
         full, sliding = (full + size, sliding) if layer.window is None else (full, sliding + size)
     return full, sliding
 
@@ -92,13 +95,15 @@ def score_bytes(heads: int, queries: int, keys: int, itemsize: int) -> int:
     return heads * queries * keys * itemsize
 
 
-def activation_bytes(config: ModelConfig, batch_size: int, context: int, dtype: torch.dtype) -> tuple[int, int]:
-    """The peak of a prefill chunk (at most MAX_STEP tokens a row) and of the logits after it: an estimate.
+def activation_bytes(
+    config: ModelConfig, batch_size: int, context: int, dtype: torch.dtype, max_step: int = MAX_STEP
+) -> tuple[int, int]:
+    """The peak of a prefill chunk (at most `max_step` tokens a row) and of the logits after it: an estimate.
 
     At the widest point of a block the residual stream and its normed copy are held, and either the
     attention's queries, keys, values and mask or the MLP's gate, up and their product.
     """
-    tokens = batch_size * min(MAX_STEP, context)
+    tokens = batch_size * min(max_step, context)
     heads, kv_heads, size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, dtype.itemsize
     stream = 2 * tokens * config.hidden_size * size
     # q, k, v; then q and k rotated; then q folded and the result, twice.

@@ -7,11 +7,15 @@ import torch.nn.functional as F
 from minillm_kernels.flash_attention import flash_attention
 
 from catalog.attention import attend_one_token, attention_bound
+from catalog.decode_attention import decode_attention_flops, decode_attention_inputs, decode_attention_reference
 from catalog.entry import Entry, Results
 
 
 def flash_attention_inputs(case: dict, dtype: torch.dtype, device, generator: torch.Generator) -> dict:
-    """`lengths`: one sequence per batch row, all alike, or with `packed` several laid end to end."""
+    """`lengths`: one sequence per batch row, all alike, or with `packed` several laid end to end; or `positions` of a
+    step's tokens over a cache, as for decode_attention."""
+    if "positions" in case:
+        return decode_attention_inputs(case, dtype, device, generator)
     lengths, heads, kv_heads, head_dim = case["lengths"], case["heads"], case["kv_heads"], case["head_dim"]
     packed = case.get("packed", False)
     batch, tokens = (1, sum(lengths)) if packed else (len(lengths), lengths[0])
@@ -28,8 +32,12 @@ def flash_attention_inputs(case: dict, dtype: torch.dtype, device, generator: to
     }  # fmt: skip
 
 
-def flash_attention_reference(q, k, v, scale, window, softcap, alibi_slopes, cu_seqlens) -> Results:
+def flash_attention_reference(
+    q, k, v, scale, window, softcap, alibi_slopes, cu_seqlens=None, cache_position=None
+) -> Results:
     """One token at a time, over the keys of its own sequence that it sees."""
+    if cache_position is not None:
+        return decode_attention_reference(q, k, v, cache_position, scale, window, softcap, alibi_slopes)
     out = torch.empty(q.shape, dtype=torch.float64, device=q.device)
     starts = {0} if cu_seqlens is None else set(cu_seqlens.tolist())
     for row in range(q.shape[0]):
@@ -49,7 +57,14 @@ def flash_case(lengths: list[int], heads: int, kv_heads: int, head_dim: int, **m
     return dict(lengths=lengths, heads=heads, kv_heads=kv_heads, head_dim=head_dim, **more)
 
 
-def flash_attention_flops(q, cu_seqlens, window, **_) -> int:
+def chunk_case(starts: list[int], tokens: int, heads: int, kv_heads: int, head_dim: int, slots: int, **more) -> dict:
+    positions = [list(range(start, start + tokens)) for start in starts]
+    return dict(positions=positions, heads=heads, kv_heads=kv_heads, head_dim=head_dim, slots=slots, **more)
+
+
+def flash_attention_flops(q, window, cu_seqlens=None, cache_position=None, **_) -> int:
+    if cache_position is not None:
+        return decode_attention_flops(q, cache_position, window)
     batch, heads, tokens, head_dim = q.shape
     ends = [0, tokens] if cu_seqlens is None else cu_seqlens.tolist()
     lengths = [end - start for start, end in itertools.pairwise(ends)]
@@ -57,8 +72,8 @@ def flash_attention_flops(q, cu_seqlens, window, **_) -> int:
     return 4 * batch * heads * head_dim * pairs
 
 
-def causal_sdpa(q, k, v, scale, softcap, alibi_slopes, cu_seqlens, **_):
-    if softcap is not None or alibi_slopes is not None or cu_seqlens is not None:
+def causal_sdpa(q, k, v, scale, softcap, alibi_slopes, cu_seqlens=None, cache_position=None, **_):
+    if any(given is not None for given in (softcap, alibi_slopes, cu_seqlens, cache_position)):
         return None
     grouped = q.shape[1] != k.shape[1]
     return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=grouped)
@@ -84,6 +99,22 @@ ENTRY = Entry(
         "packed": flash_case([70, 1, 3, 40, 33], 2, 1, 32, packed=True),
         "everything": flash_case([90, 5, 60], 4, 2, 48, packed=True, window=30, softcap=20.0, alibi=True),
         "wide head": flash_case([50], 1, 1, 256),
+        # A chunk over a cache: the tokens at these positions, and all before them
+        "chunk from the start": chunk_case([0], 40, 2, 1, 32, 64),
+        "chunks, grouped heads": chunk_case([90, 3], 20, 4, 2, 32, 120),
+        "chunk that fills the cache": chunk_case([100], 30, 2, 1, 16, 130),
+        "chunk, window": chunk_case([90], 40, 1, 1, 16, 140, window=25),
+        # Rings just long enough, which wrap before, within and behind the chunk
+        **{f"ring, chunk at {n}": chunk_case([n], 40, 2, 1, 16, 64, window=25) for n in (0, 24, 64, 100, 130)},
+        "ring, tiles beside its turn": chunk_case([190], 18, 1, 1, 16, 66, window=49),
+        "chunk, padding": dict(
+            positions=[[*range(50, 70), *[-1] * 5], [-1] * 25, [*[-1] * 9, *range(16)]],
+            heads=2,
+            kv_heads=1,
+            head_dim=16,
+            slots=70,
+        ),
+        "chunk, everything": chunk_case([150, 7], 33, 6, 2, 48, 72, window=40, softcap=20.0, alibi=True),
     },
     model_cases={
         "Llama-2-7B, 2048 tokens": flash_case([2048], 32, 32, 128),
@@ -92,6 +123,8 @@ ENTRY = Entry(
         "Gemma-2-9b layer, 4096 tokens": flash_case([4096], 16, 8, 256, window=4096, softcap=50.0),
         "TinyLlama, 4 packed": flash_case([512, 1024, 256, 256], 32, 4, 64, packed=True),
         "MPT-7b, 2048 tokens": flash_case([2048], 32, 32, 128, alibi=True),
+        "Llama-3-8B, chunk of 2048 at 8192": chunk_case([6144], 2048, 32, 8, 128, 8192),
+        "Gemma-2-9b layer, chunk of 2048": chunk_case([4000], 2048, 16, 8, 256, 6143, window=4096, softcap=50.0),
     },
     flops=flash_attention_flops,
     library=("SDPA, causal", causal_sdpa),

@@ -7,7 +7,7 @@ from minillm_kernels.launch import interpreting
 from torch import Tensor
 
 from catalog.entry import Entry, Results, rounding, unit
-from catalog.products import exact_weight, linear_bytes, linear_flops, linear_inputs, product_bound
+from catalog.products import exact_weight, fused_rows, linear_bytes, linear_flops, linear_inputs, product_bound
 
 
 def gated_reference(x, weight, activation, scale=None, zero=None, group_size=0) -> Results:
@@ -24,14 +24,14 @@ def activated(gate: Tensor, activation: str) -> Tensor:
 
 def gated_bounds(expected, x, weight, activation, scale=None, zero=None, group_size=0) -> Results:
     """An error d of the gate moves the activation by at most 1.13 d (its steepest slope), one of `up` counts in
-    proportion to the activation. With more than 16 rows, and dense on a GPU, both are rounded to x's dtype on the
-    way: they come from the library. The activation itself, through exp2: a relative (8 + |gate|) * 2^-24. One
-    rounding at the end."""
+    proportion to the activation. Where the product comes from the library (dense on a GPU, and many rows) both are
+    rounded to x's dtype on the way. The activation itself, through exp2: a relative (8 + |gate|) * 2^-24. One rounding
+    at the end."""
     exact = exact_weight(weight, scale, zero, group_size)
     products = x.double() @ exact.t()
-    error = product_bound(x, weight, exact)
-    library = weight.dtype == x.dtype and (x.is_cuda or interpreting())
-    if library or x.numel() // x.shape[-1] > 16:
+    error = product_bound(x, weight, exact, scale, group_size)
+    on_gpu = x.is_cuda or interpreting()
+    if (on_gpu and weight.dtype == x.dtype) or x.numel() // x.shape[-1] > fused_rows(x):
         error = error + rounding(products, x.dtype)
     (gate, up), (gate_error, up_error) = products.chunk(2, dim=-1), error.chunk(2, dim=-1)
     bound = 1.13 * gate_error * (up.abs() + up_error) + activated(gate, activation).abs() * up_error
@@ -57,7 +57,14 @@ ENTRY = Entry(
     small_cases={
         f"{form}, {rows} rows, {activation}": gated_case((rows,), (2 * 37, 192), form, activation, 64)
         for form in ("dense", "int8", "int4")
-        for rows, activation in ((1, "silu"), (1, "gelu_tanh"), (5, "silu"), (5, "gelu_tanh"), (19, "gelu_tanh"))
+        for rows, activation in (
+            (1, "silu"),
+            (1, "gelu_tanh"),
+            (5, "silu"),
+            (5, "gelu_tanh"),
+            (19, "gelu_tanh"),
+            (65, "silu"),
+        )
     },
     model_cases={
         f"{model}, {form}, {rows} rows": gated_case((rows,), weight, form, activation, 128)
@@ -67,7 +74,7 @@ ENTRY = Entry(
             ("TinyLlama", (11264, 2048), "silu"),
         )
         for form in ("dense", "int8", "int4")
-        for rows in (1, 6)
+        for rows in (1, 6, 32, 64)
     },
     flops=linear_flops,
     library=("F.linear, then the gate", library_gated),

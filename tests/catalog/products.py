@@ -55,19 +55,29 @@ def rounded_as(x: Tensor) -> Tensor:
     return torch.where(small > (magnitude >= largest / 256).sum(-1, keepdim=True), largest * 2**-15, largest)
 
 
-def product_bound(x: Tensor, weight: Tensor, exact: Tensor) -> Tensor:
-    """Error of x @ exact.T before the result is rounded; `weight` tells the format.
+def fused_rows(x: Tensor) -> int:
+    """Rows of x up to which a quantized weight is multiplied without being rounded to x's dtype first."""
+    return 64 if (x.is_cuda or interpreting()) and x.dtype != torch.float32 else 16
+
+
+def product_bound(x: Tensor, weight: Tensor, exact: Tensor, scale: Tensor | None, group_size: int) -> Tensor:
+    """Error of x @ exact.T before the result is rounded; `weight` tells the format, int4's scale is [K / G, N].
 
     - K float32 products and sums whose roundings walk randomly (Higham & Mary 2019): sqrt(K) * 2^-24 * sum|x w|;
-    - with more than 16 rows, or int4 and more than one, the weight is rounded to x's dtype first. K
+    - with more rows than `fused_rows`, or int4 and more than one, the weight is rounded to x's dtype first. K
       independent errors, each uniform within unit * |x w|, add up to a spread of unit * |x w|_2 / sqrt(3); 4 * unit
       * |x w|_2 is seven of those;
+    - on a GPU one row meets int4 codes that are 128 too large, in sums of 32 products; the zero point takes that back,
+      but not the roundings: sqrt(32) * 2^-24 * sum|144 s x|;
     - on CPU the quantized formats round x to 16 bits, 1.5e-5 of what `rounded_as` tells each.
     """
     x, on_cpu, dtype, rows = x.double(), not (x.is_cuda or interpreting()), x.dtype, x.numel() // x.shape[-1]
     bound = x.shape[-1] ** 0.5 * unit(torch.float32) * (x.abs() @ exact.abs().t())
-    if weight.dtype != dtype and (rows > 16 or (weight.dtype == torch.uint8 and rows > 1)):
+    if weight.dtype != dtype and (rows > fused_rows(x) or (weight.dtype == torch.uint8 and rows > 1)):
         bound = bound + 4 * unit(dtype) * (x.square() @ exact.square().t()).sqrt()
+    if weight.dtype == torch.uint8 and rows == 1 and not on_cpu:
+        steps = scale.double().repeat_interleave(group_size, dim=0)  # [K, N]
+        bound = bound + 32**0.5 * unit(torch.float32) * 144 * (x.abs() @ steps)
     if weight.dtype != dtype and on_cpu:
         bound = bound + 4 * 1.5e-5 * rounded_as(x) * exact.norm(dim=1)
     return bound
@@ -82,7 +92,8 @@ def linear_reference(x: Tensor, weight=None, packed=None, bias=None, **form) -> 
 def linear_bounds(expected: Results, x: Tensor, weight=None, packed=None, bias=None, **form) -> Results:
     """The product's error and one rounding of the result; the library paths round before the bias as well."""
     weight = packed if weight is None else weight
-    bound = product_bound(x, weight, exact_weight(weight, **form)) + rounding(expected[0], x.dtype)
+    bound = product_bound(x, weight, exact_weight(weight, **form), form.get("scale"), form.get("group_size", 0))
+    bound = bound + rounding(expected[0], x.dtype)
     if bias is not None:
         bound = bound + rounding(expected[0] - bias.double(), x.dtype) + rounding(bias.double(), torch.float32)
     return (bound,)
@@ -98,7 +109,7 @@ def linear_bytes(x: Tensor, weight: Tensor | None = None, packed: Tensor | None 
 
 
 def small_linear_cases(form: str, **more) -> dict[str, dict]:
-    """The three regimes by rows (1, 2..16, more), sizes that fill no tile, leading dimensions, a bias."""
+    """The three regimes by rows (1, 2..64, more), sizes that fill no tile, leading dimensions, a bias."""
     cases = {
         "1 row": dict(rows=(1,), weight=(96, 256)),
         "1 row, ragged, bias": dict(rows=(1, 1), weight=(70, 160), bias=True),
@@ -106,6 +117,8 @@ def small_linear_cases(form: str, **more) -> dict[str, dict]:
         "1 row, odd outputs, bias": dict(rows=(1,), weight=(33, 128), bias=True),
         "16 rows": dict(rows=(2, 8), weight=(40, 96)),
         "17 rows, bias": dict(rows=(17,), weight=(48, 160), bias=True),
+        "64 rows": dict(rows=(2, 32), weight=(40, 96)),
+        "65 rows, bias": dict(rows=(65,), weight=(48, 160), bias=True),
     }
     return {name: case | {"format": form} | more for name, case in cases.items()}
 
@@ -119,6 +132,8 @@ def model_linear_cases(form: str, **more) -> dict[str, dict]:
         "TinyLlama qkv, 1 row": dict(rows=(1,), weight=(2560, 2048)),
         "Llama-2-7B qkv, 6 rows": dict(rows=(6,), weight=(12288, 4096)),
         "Llama-2-7B down, 6 rows": dict(rows=(6,), weight=(4096, 11008)),
+        "Llama-2-7B qkv, 32 rows": dict(rows=(32,), weight=(12288, 4096)),
+        "Llama-2-7B qkv, 64 rows": dict(rows=(64,), weight=(12288, 4096)),
         "Llama-2-7B qkv, 512 rows": dict(rows=(512,), weight=(12288, 4096)),
     }
     return {name: case | {"format": form} | more for name, case in cases.items()}

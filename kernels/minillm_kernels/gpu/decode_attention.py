@@ -26,6 +26,7 @@ from minillm_kernels.launch import choose
 
 CHUNK = 128  # positions per program at least: below this, launching costs more than it hides
 MAX_SPLITS = 64  # with one key head and one row that is 64 programs; the combine reads this many partials
+MAX_PARTIALS = 128  # of a head, over all tokens: what a captured step keeps for them stays small
 MAX_SPLIT_TOKENS = 16  # more query tokens than this fill the GPU without splitting
 
 
@@ -41,12 +42,12 @@ def live_range(positions, slots, window, SPLITS: tl.constexpr, BLOCK_N: tl.const
     return first, end, tl.maximum(chunk, CHUNK)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "window", "tokens"])
 def attend_kernel(
     q, k, v, cache_position, alibi_slopes, out, partial, partial_lse,
     q_batch, q_head, q_token, k_batch, k_head, k_slot, v_batch, v_head, v_slot,
-    slots, scale, softcap, window,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    slots, scale, softcap, window, tokens,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
@@ -57,10 +58,10 @@ def attend_kernel(
 
     # query row m of this key head is token m // GROUP of head m % GROUP
     row = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = row < TOKENS * GROUP
+    row_mask = row < tokens * GROUP
     token = row // GROUP
     head = kv_head * GROUP + row % GROUP
-    position = tl.load(cache_position + batch * TOKENS + token, mask=row_mask, other=-1).to(tl.int32)
+    position = tl.load(cache_position + batch * tokens + token, mask=row_mask, other=-1).to(tl.int32)
     first, end, chunk = live_range(position, slots, window, SPLITS, BLOCK_N, CHUNK)
     start = first + split * chunk
     stop = tl.minimum(start + chunk, end)
@@ -94,7 +95,7 @@ def attend_kernel(
     result = acc / tl.where(unseen, 1.0, total)[:, None]
     column = tl.arange(0, BLOCK_D)
     result_mask = row_mask[:, None] & (column < D)[None, :]
-    out_row = (batch * HEADS + head) * TOKENS + token  # of [B, H, T]
+    out_row = (batch * HEADS + head) * tokens + token  # of [B, H, T]
     if SPLITS == 1:
         tl.store(out + out_row[:, None] * D + column[None, :], result, mask=result_mask)
     else:
@@ -104,21 +105,21 @@ def attend_kernel(
         tl.store(partial_lse + partial_row, lse, mask=row_mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "window", "tokens"])
 def combine_kernel(
-    cache_position, out, partial, partial_lse, slots, window,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    cache_position, out, partial, partial_lse, slots, window, tokens,
+    HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     SPLITS: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """One query row: weigh its partial results by exp2(lse - the largest lse)."""
     out_row = tl.program_id(0).to(tl.int64)  # of [B, H, T]
-    batch = out_row // (HEADS * TOKENS)
-    head = (out_row // TOKENS) % HEADS
+    batch = out_row // (HEADS * tokens)
+    head = (out_row // tokens) % HEADS
     # the same block of query rows as in attend_kernel, hence the same live range
-    row = (out_row % TOKENS) * GROUP + head % GROUP
+    row = (out_row % tokens) * GROUP + head % GROUP
     block = row // BLOCK_M * BLOCK_M + tl.arange(0, BLOCK_M)
-    position = tl.load(cache_position + batch * TOKENS + block // GROUP, mask=block < TOKENS * GROUP, other=-1).to(
+    position = tl.load(cache_position + batch * tokens + block // GROUP, mask=block < tokens * GROUP, other=-1).to(
         tl.int32
     )
     first, end, chunk = live_range(position, slots, window, SPLITS, BLOCK_N, CHUNK)
@@ -145,7 +146,8 @@ def splits(slots: int, tokens: int) -> int:
     the batch size does not, so a row's bits are the same alone and in a batch."""
     if tokens > MAX_SPLIT_TOKENS:
         return 1
-    return min(triton.next_power_of_2(triton.cdiv(slots, CHUNK)), MAX_SPLITS)
+    most = min(MAX_SPLITS, MAX_PARTIALS // triton.next_power_of_2(tokens))
+    return min(triton.next_power_of_2(triton.cdiv(slots, CHUNK)), most)
 
 
 def decode_attention(
@@ -168,7 +170,7 @@ def decode_attention(
     block_m = min(max(16, triton.next_power_of_2(tokens * group)), row.blocks["BLOCK_M"])
     n_splits = splits(slots, tokens)
     constants = row.arguments() | {
-        "TOKENS": tokens, "HEADS": heads, "GROUP": group, "D": head_dim,
+        "HEADS": heads, "GROUP": group, "D": head_dim,
         "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "BLOCK_M": block_m,
         "SPLITS": n_splits, "CHUNK": CHUNK,
     }  # fmt: skip
@@ -183,9 +185,11 @@ def decode_attention(
         partial_lse = torch.empty(*q.shape[:3], n_splits, dtype=torch.float32, device=q.device)
     attend_kernel[(batch * kv_heads, triton.cdiv(tokens * group, block_m), n_splits)](
         q, k, v, cache_position, alibi_slopes, out, partial, partial_lse,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], slots, scale, softcap, window, **constants,
+        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], slots, scale, softcap, window, tokens, **constants,
     )  # fmt: skip
     if n_splits > 1:
         constants["num_warps"] = 8  # it holds a tile of SPLITS x D
-        combine_kernel[(batch * heads * tokens,)](cache_position, out, partial, partial_lse, slots, window, **constants)
+        combine_kernel[(batch * heads * tokens,)](
+            cache_position, out, partial, partial_lse, slots, window, tokens, **constants
+        )
     return out

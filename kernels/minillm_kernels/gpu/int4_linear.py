@@ -1,25 +1,27 @@
 """Activations against a group-wise int4 weight matrix that is read once: int4_linear, gated_mlp on int4.
 
-The three regimes of `gpu/int8_linear.py`. A tile has three dimensions, because scales come per group of inputs:
+The three regimes of `gpu/int8_linear.py`. Scales come per group of inputs, and a byte holds inputs i and i + GROUP / 2
+of its group (planar packing): its low halves meet one contiguous stretch of x, its high halves the next.
 
-    [BLOCK_N rows, GROUPS groups of a row, GROUP / 2 bytes of a group]
+The limit to watch is instructions, not bytes: at copy bandwidth an H200 multiprocessor receives 33 weights per clock
+and has 128 lanes to spend on them, 3.9 instructions each. So for one row of x the tile is
 
-A byte holds inputs i and i + GROUP / 2 of its group (planar packing), so its low halves meet one contiguous
-stretch of x, its high halves the next, and the scale, loaded as [BLOCK_N, GROUPS, 1], is broadcast over a
-group's bytes: no gather per element. The limit to watch is instructions, not bytes: at copy bandwidth an
-H200 multiprocessor receives 33 weights per clock and has 128 lanes to spend on them, 3.9 instructions each.
-Subtracting the zero point from the code as an integer, before the conversion, was the cheapest way found
-to unpack without inline assembly (6.7 per weight on sm_90; see kernels/LOG.md).
+    [GROUPS groups of a row, GROUP / 32 threads a group, 16 bytes a thread]
+
+a thread adds up its 32 products before the scale comes, and the zero point is settled with the sum of its 32 inputs:
+w = (q - z) s, so sum(w x) = s (sum(q x) - z sum(x)). Four rows of the weight share every piece of x. What `unpack`
+returns is 128 + q, which the same subtraction settles.
 """
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from minillm_kernels.gpu.int8_linear import FEW_ROWS, activate, blocks
+from minillm_kernels.gpu.int8_linear import FUSED_ROWS, activate, blocks, columns, multiply_pieces, quarters, store_four
 from minillm_kernels.gpu.softmax import INTERPRETED
+from minillm_kernels.gpu.unpack import dot_plus_128, halves_plus_128
+from minillm_kernels.launch import choose
 
 
 @triton.jit
@@ -32,51 +34,62 @@ def load_tile(packed, scale, zero, rows, row, group, inside, K: tl.constexpr, GR
     pointer = packed + row.to(tl.int64) * (K // 2) + group * (GROUP // 2) + element
     codes = tl.load(pointer, mask=inside, other=0, eviction_policy="evict_first")
     s = tl.load(scale + group * rows + row, mask=inside, other=0.0).to(tl.float32)
-    z = tl.load(zero + group * rows + row, mask=inside, other=0).to(tl.int32)
-    # integers are subtracted as int32 but masked as uint8: the other order costs 1.6 instructions more per weight
-    low = (codes & 15).to(tl.int32) - z
-    high = (codes >> 4).to(tl.int32) - z
-    return low.to(tl.float32), high.to(tl.float32), s
+    z = tl.load(zero + group * rows + row, mask=inside, other=0).to(tl.float32) + 128.0
+    low, high = halves_plus_128(codes)
+    return low - z, high - z, s
+
+
+@triton.jit
+def int4_row(
+    packed, scale, zero, acc, a, b, sums, row, limit, rows, group, byte,
+    K: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """acc [GROUPS, GROUP / 32] + what every thread's 32 inputs contribute to the output of one row of the weight; there
+    are none from row `limit` on.
+
+    group [GROUPS, GROUP / 32], byte [GROUPS, GROUP / 32, 16]: where its codes lie in the row; a, b: the inputs of their
+    low and high halves, `sums` what these add up to.
+    """
+    codes = tl.load(
+        packed + row.to(tl.int64) * (K // 2) + byte,
+        mask=(byte < K // 2) & (row + 0 * byte < limit), other=0, eviction_policy="evict_first",
+    )  # fmt: skip
+    inside = (group < K // GROUP) & (row + 0 * group < limit)
+    s = tl.load(scale + group * rows + row, mask=inside, other=0.0).to(tl.float32)
+    z = tl.load(zero + group * rows + row, mask=inside, other=0).to(tl.float32) + 128.0
+    return acc + s * (tl.sum(dot_plus_128(codes, a, b), 2) - z * sums)
 
 
 @triton.jit
 def int4_gemv_kernel(
-    x, packed, scale, zero, bias, out, N, rows,
-    K: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_N: tl.constexpr, GROUPS: tl.constexpr, STAGES: tl.constexpr,
+    x, packed, scale, zero, bias, out, quarter, half, rows,
+    K: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    """Every program takes rows n and n + N, gated or not: converting x once for two rows saves a tenth of the
-    instructions. Gated they are gate and up, otherwise the two halves of the matrix (N is rows / 2, rounded up)."""
-    first = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    row = first[:, None, None]
-    step = tl.arange(0, GROUPS)[None, :, None]
-    # x is loaded through pointers of the tile's shape, as in gpu/int8_linear.py
-    element = tl.arange(0, GROUP // 2)[None, None, :] + tl.zeros([BLOCK_N, 1, 1], tl.int32)
-    acc = tl.zeros([BLOCK_N, GROUPS, GROUP // 2], tl.float32)
-    acc_up = tl.zeros([BLOCK_N, GROUPS, GROUP // 2], tl.float32)
-    for g in tl.range(0, K // GROUP, GROUPS, num_stages=STAGES):
-        group = g + step
-        pointer = x + group * GROUP + element
-        seen = group + element * 0 < K // GROUP
-        a = tl.load(pointer, mask=seen, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        b = tl.load(pointer + GROUP // 2, mask=seen, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        seen_group = group < K // GROUP
-        low, high, s = load_tile(packed, scale, zero, rows, row, group, seen_group & (row < N), K, GROUP)
-        acc += s * (low * a + high * b)
-        low, high, s = load_tile(packed, scale, zero, rows, row + N, group, seen_group & (row + N < rows), K, GROUP)
-        acc_up += s * (low * a + high * b)
-
-    y = tl.sum(tl.sum(acc, 2), 1)
-    up = tl.sum(tl.sum(acc_up, 2), 1)
-    if ACTIVATION is not None:
-        tl.store(out + first, activate(y, ACTIVATION) * up, mask=first < N)
-    else:
-        second = first + N
-        if bias is not None:
-            y += tl.load(bias + first, mask=first < N, other=0.0).to(tl.float32)
-            up += tl.load(bias + second, mask=second < rows, other=0.0).to(tl.float32)
-        tl.store(out + first, y, mask=first < N)
-        tl.store(out + second, up, mask=(first < N) & (second < rows))
+    n = tl.program_id(0)
+    first_half = tl.minimum(half, rows)
+    # Every index has the tile's full shape: one of another shape has another layout, and a barrier to change it.
+    thread = tl.arange(0, GROUP // 32)[None, :] + tl.zeros([GROUPS, 1], tl.int32)  # of a group
+    element = tl.arange(0, 16)[None, None, :]
+    acc0 = tl.zeros([GROUPS, GROUP // 32], tl.float32)
+    acc1 = tl.zeros([GROUPS, GROUP // 32], tl.float32)
+    acc2 = tl.zeros([GROUPS, GROUP // 32], tl.float32)
+    acc3 = tl.zeros([GROUPS, GROUP // 32], tl.float32)
+    for g in range(0, K // GROUP, GROUPS):
+        group = g + tl.arange(0, GROUPS)[:, None] + 0 * thread
+        byte = (group * (GROUP // 2) + thread * 16)[:, :, None] + element
+        low_input = (group * GROUP + thread * 16)[:, :, None] + element
+        seen = byte < K // 2
+        a = tl.load(x + low_input, mask=seen, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        b = tl.load(x + low_input + GROUP // 2, mask=seen, other=0.0, eviction_policy="evict_last").to(tl.float32)
+        sums = tl.sum(a + b, 2)
+        last = half + n + quarter
+        acc0 = int4_row(packed, scale, zero, acc0, a, b, sums, n, first_half, rows, group, byte, K, GROUP)
+        acc1 = int4_row(packed, scale, zero, acc1, a, b, sums, n + quarter, first_half, rows, group, byte, K, GROUP)
+        acc2 = int4_row(packed, scale, zero, acc2, a, b, sums, half + n, rows, rows, group, byte, K, GROUP)
+        acc3 = int4_row(packed, scale, zero, acc3, a, b, sums, last, rows, rows, group, byte, K, GROUP)
+    y0, y1 = tl.sum(tl.sum(acc0, 1), 0), tl.sum(tl.sum(acc1, 1), 0)
+    y2, y3 = tl.sum(tl.sum(acc2, 1), 0), tl.sum(tl.sum(acc3, 1), 0)
+    store_four(out, bias, y0, y1, y2, y3, n, quarter, half, rows, ACTIVATION)
 
 
 @triton.jit
@@ -87,7 +100,7 @@ def product_step(acc, a, b, low, high, s, BLOCK_N: tl.constexpr, HALVES: tl.cons
     return tl.dot(tl.reshape(high * s, [BLOCK_N, HALVES]).to(a.dtype), b, acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def int4_few_rows_kernel(
     x, packed, scale, zero, bias, out, M, N, rows,
     K: tl.constexpr, GROUP: tl.constexpr, ACTIVATION: tl.constexpr,
@@ -127,15 +140,15 @@ def int4_few_rows_kernel(
 
 @triton.jit
 def int4_dequantize_kernel(
-    packed, scale, zero, out, rows,
+    packed, scale, zero, out, first, end, rows,
     K: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, GROUPS: tl.constexpr,
 ):  # fmt: skip
-    row = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
+    row = (first + tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[:, None, None]
     group = (tl.program_id(1) * GROUPS + tl.arange(0, GROUPS))[None, :, None]
     element = tl.arange(0, GROUP // 2)[None, None, :]
-    inside = (row < rows) & (group < K // GROUP)
+    inside = (row < end) & (group < K // GROUP)
     low, high, s = load_tile(packed, scale, zero, rows, row, group, inside, K, GROUP)
-    pointer = out + row.to(tl.int64) * K + group * GROUP + element
+    pointer = out + (row - first).to(tl.int64) * K + group * GROUP + element
     tl.store(pointer, low * s, mask=inside)
     tl.store(pointer + GROUP // 2, high * s, mask=inside)
 
@@ -151,7 +164,7 @@ def int4_linear(
 ) -> Tensor:
     """Launch for `minillm::int4_linear`; see there for the arguments.
 
-    With an activation (at most FEW_ROWS rows) the weight is [2N, K], gate rows first, and the result
+    With an activation (at most FUSED_ROWS of x's dtype) the weight is [2N, K], gate rows first, and the result
     activation(gate) * up.
     """
     K, rows = x.shape[-1], packed.shape[0]
@@ -159,36 +172,37 @@ def int4_linear(
     flat = x.reshape(-1, K).contiguous()  # [M, K]
     packed = packed.contiguous()
     M = flat.shape[0]
-    if M > FEW_ROWS:
-        return F.linear(x, dequantize(packed, scale, zero, group_size, x.dtype), bias)
     out = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     weight = (packed, scale, zero, bias)
-    if M == 1:
-        arguments, half = blocks_of_groups("int4_gemv", x, N, group_size), triton.cdiv(rows, 2)
-        int4_gemv_kernel[(triton.cdiv(half, arguments["BLOCK_N"]),)](
-            flat, *weight, out, half, rows,
-            K=K, GROUP=group_size, ACTIVATION=activation, STAGES=arguments["num_stages"], **arguments,
-        )  # fmt: skip
+    if FUSED_ROWS[x.dtype] < M:
+
+        def fill(a: int, b: int, piece: Tensor) -> None:
+            dequantize(packed, scale, zero, group_size, a, b, piece)
+
+        multiply_pieces(flat, fill, bias, out.view(M, N))
+    elif M == 1:
+        quarter, half = quarters(rows, activation)
+        arguments = in_groups(choose("int4_gemv", x, K).arguments(), group_size)
+        int4_gemv_kernel[(quarter,)](
+            flat, *weight, out, quarter, half, rows, K=K, GROUP=group_size, ACTIVATION=activation, **arguments
+        )
     elif M > 1:
-        arguments = blocks_of_groups("int4_few_rows", x, N, group_size, activation)
+        arguments = in_groups(blocks("int4_few_rows", x, N, activation), group_size)
         int4_few_rows_kernel[(triton.cdiv(N, arguments["BLOCK_N"]),)](
             flat, *weight, out, M, N, rows,
-            K=K, GROUP=group_size, ACTIVATION=activation, BLOCK_M=FEW_ROWS, **arguments,
+            K=K, GROUP=group_size, ACTIVATION=activation, BLOCK_M=columns(M), **arguments,
         )  # fmt: skip
     return out
 
 
-def blocks_of_groups(kernel: str, x: Tensor, size: int, group_size: int, activation: str | None = None) -> dict:
-    """The launch row's arguments, with BLOCK_K, counted in inputs, turned into GROUPS."""
-    arguments = blocks(kernel, x, size, activation)
+def in_groups(arguments: dict, group_size: int) -> dict:
+    """A launch row's arguments with BLOCK_K, counted in inputs, turned into GROUPS."""
     return arguments | {"GROUPS": max(1, arguments.pop("BLOCK_K") // group_size)}
 
 
-def dequantize(packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, dtype: torch.dtype) -> Tensor:
-    """(code - zero) * scale [N, K] in `dtype`."""
+def dequantize(packed: Tensor, scale: Tensor, zero: Tensor, group_size: int, first: int, end: int, out: Tensor) -> None:
+    """out [end - first, K] = (code - zero) * scale of the weight's rows first .. end - 1."""
     rows, K = packed.shape[0], packed.shape[1] * 2
-    out = torch.empty(rows, K, dtype=dtype, device=packed.device)
-    arguments = blocks_of_groups("dequantize", out, K, group_size)
-    grid = (triton.cdiv(rows, arguments["BLOCK_N"]), triton.cdiv(K, arguments["GROUPS"] * group_size))
-    int4_dequantize_kernel[grid](packed, scale, zero, out, rows, K=K, GROUP=group_size, **arguments)
-    return out
+    arguments = in_groups(choose("dequantize", out, size=K).arguments(), group_size)
+    grid = (triton.cdiv(end - first, arguments["BLOCK_N"]), triton.cdiv(K, arguments["GROUPS"] * group_size))
+    int4_dequantize_kernel[grid](packed, scale, zero, out, first, end, rows, K=K, GROUP=group_size, **arguments)

@@ -30,23 +30,23 @@ def rotate_head(source, target, cos, sin, D: tl.constexpr, HALF: tl.constexpr, B
     tl.store(target + channel, x * c + tl.where(second, y, -y) * s, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["slots", "tokens"])
 def rope_and_cache_write_kernel(
     q, k, v, cos, sin, k_cache, v_cache, cache_position, out,
     q_batch, q_token, q_head, k_batch, k_token, k_head, v_batch, v_token, v_head,
-    k_cache_batch, k_cache_head, k_cache_slot, v_cache_batch, v_cache_head, v_cache_slot, slots,
-    TOKENS: tl.constexpr, HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
+    k_cache_batch, k_cache_head, k_cache_slot, v_cache_batch, v_cache_head, v_cache_slot, slots, tokens,
+    HEADS: tl.constexpr, D: tl.constexpr, HALF: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    batch = (tl.program_id(0) // TOKENS).to(tl.int64)
-    token = (tl.program_id(0) % TOKENS).to(tl.int64)
-    head = tl.program_id(1)
-    cos += (batch * TOKENS + token) * HALF
-    sin += (batch * TOKENS + token) * HALF
+    batch = (tl.program_id(0) // tokens).to(tl.int64)  # int64, all three: a cache can pass 2^31 elements
+    token = (tl.program_id(0) % tokens).to(tl.int64)
+    head = tl.program_id(1).to(tl.int64)
+    cos += (batch * tokens + token) * HALF
+    sin += (batch * tokens + token) * HALF
     if head < HEADS:
         source = q + batch * q_batch + token * q_token + head * q_head
-        rotate_head(source, out + ((batch * HEADS + head) * TOKENS + token) * D, cos, sin, D, HALF, BLOCK)
+        rotate_head(source, out + ((batch * HEADS + head) * tokens + token) * D, cos, sin, D, HALF, BLOCK)
     else:
-        position = tl.load(cache_position + batch * TOKENS + token)
+        position = tl.load(cache_position + batch * tokens + token)
         if position >= 0:
             head -= HEADS
             slot = position % slots
@@ -77,8 +77,8 @@ def rope_and_cache_write(
     rope_and_cache_write_kernel[(batch * tokens, heads + k.shape[2])](
         q, k, v, cos.contiguous(), sin.contiguous(), k_cache, v_cache, cache_position.contiguous(), out,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *k_cache.stride()[:3], *v_cache.stride()[:3],
-        k_cache.shape[2] - 1,
-        TOKENS=tokens, HEADS=heads, D=head_dim, HALF=cos.shape[-1], BLOCK=triton.next_power_of_2(head_dim),
+        k_cache.shape[2] - 1, tokens,
+        HEADS=heads, D=head_dim, HALF=cos.shape[-1], BLOCK=triton.next_power_of_2(head_dim),
         **choose("rope_and_cache_write", q, head_dim).arguments(),
     )  # fmt: skip
     return out
