@@ -414,4 +414,27 @@ SIZES = {
         },
         1.31,
     ),
+    "granite-4.0-350m": (
+        _file(
+            "GraniteMoeHybridForCausalLM", "granitemoehybrid",
+            **_sizes(1024, 2048, 28, 16, 4, 100352, max_position_embeddings=32768, rms_norm_eps=1e-05),
+            attention_bias=False, attention_multiplier=0.015625, embedding_multiplier=12, logits_scaling=4,
+            residual_multiplier=0.246, layer_types=["attention"] * 28, num_experts_per_tok=0, num_local_experts=0,
+            normalization_function="rmsnorm", position_embedding_type="rope", rope_scaling=None, rope_theta=10000000,
+            router_aux_loss_coef=0.01, output_router_logits=False, shared_intermediate_size=2048,
+            tie_word_embeddings=True, bos_token_id=100257, eos_token_id=100257, pad_token_id=100256,
+            mamba_chunk_size=256, mamba_conv_bias=True, mamba_d_conv=4, mamba_d_head=16, mamba_d_state=256,
+            mamba_expand=2, mamba_n_groups=1, mamba_n_heads=128, mamba_proj_bias=False, init_method="mup",
+        ),
+        0.352,
+    ),
+    "Ministral-8B-Instruct-2410": (
+        _file(
+            "MinistralForCausalLM", "ministral",
+            **_sizes(4096, 12288, 36, 32, 8, 131072, max_position_embeddings=32768, rms_norm_eps=1e-05, head_dim=128),
+            layer_types=(["full_attention"] + ["sliding_attention"] * 3) * 9, rope_theta=100000000.0,
+            sliding_window=32768, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, attention_dropout=0.0,
+        ),
+        8.02,
+    ),
 }  # fmt: skip
