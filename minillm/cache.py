@@ -128,7 +128,7 @@ class StaticCache:
         planned_length: int | Sequence[int] | None = None,
     ):
         if max_step is None:
-            max_step = GPU_MAX_STEP if torch.device(device).type == "cuda" else MAX_STEP
+            max_step = GPU_MAX_STEP if str(device).startswith("cuda") else MAX_STEP
         for name, value in (("batch_size", batch_size), ("max_cache_len", max_cache_len), ("max_step", max_step)):
             if type(value) is not int or value < 1:
                 raise CacheError(f"StaticCache: {name} must be a whole number >= 1, not {shown(value)}")

@@ -3,6 +3,7 @@
 import secrets
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 from minillm.batch import FEW_TOKENS, Batch
 from minillm.cache import StaticCache
@@ -102,8 +103,11 @@ class Request:
 
     def loop(self) -> Iterator[list[Row]]:
         """The loop over the rows, not begun yet; it yields after each tick the rows that ended."""
-        yield from self.batch.run()
+        return chain(self.batch.run(), self._over())
+
+    def _over(self) -> Iterator[list[Row]]:
         self._give_back(self.batch.cache)
+        yield from ()
 
     def pieces(self) -> Iterator[str]:
         sent = 0

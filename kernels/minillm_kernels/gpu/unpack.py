@@ -83,7 +83,7 @@ def halves_plus_128(codes):
 def dot_plus_128(codes, a, b):
     """Something of the shape of `codes` whose sum along the last dimension, a multiple of 4 long, is that of
     (128 + low half) * a + (128 + high half) * b: one multiply-add per weight, where Triton by itself takes one and a
-    half. a, b float32."""
+    half. a, b float32. Each thread has to hold stretches of 4 along that dimension; a test looks at the layout."""
     if INTERPRETED:
         low, high = halves_plus_128(codes)
         return low * a + high * b
