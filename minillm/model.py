@@ -73,6 +73,15 @@ class Attention(nn.Module):
             self.q_norm = Norm(q_size if whole else config.head_dim, config.norm, backend, dtype)
             self.k_norm = Norm(kv_size if whole else config.head_dim, config.norm, backend, dtype)
 
+    def _apply(self, fn, recurse=True):
+        """A cast like `.to(bfloat16)` leaves slopes alone, as integers: they multiply distances as long as the text."""
+        if self.slopes is not None:
+            self.slopes = self.slopes.view(torch.int32)
+        super()._apply(fn, recurse)
+        if self.slopes is not None:
+            self.slopes = self.slopes.view(torch.float32)
+        return self
+
     def forward(self, x: Tensor, rotary: Rotary, view: KeyView, cache: StaticCache) -> Tensor:
         B, T, _ = x.shape
         q, k, v = self.qkv(x).split(self.split, dim=-1)  # [B, T, H * D], [B, T, KV * D] twice

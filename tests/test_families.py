@@ -297,3 +297,12 @@ def test_gradients_are_the_references(name, checkpoint):
 def test_what_inspect_says_of_a_family(name, shown):
     told = " | ".join(value for _, value in facts(parse_config(FAMILIES[name].config), torch.float32))
     assert [words for words in shown if words not in told] == []
+
+
+def test_a_cast_leaves_slopes_as_they_are(ours):
+    """In bfloat16 a slope would be off by 0.4 %: at a distance of 1,000, by more than a score is worth."""
+    decoder = copy.deepcopy(ours("bloom"))
+    before = decoder.blocks[0].attention.slopes.clone()
+    decoder.to(torch.bfloat16)
+    assert decoder.blocks[0].attention.slopes.dtype == torch.float32
+    assert torch.equal(decoder.blocks[0].attention.slopes, before)

@@ -90,31 +90,23 @@ def kv_values(layers: int, kv_heads: int, head_dim: int, tokens: int) -> int:
     return 2 * layers * kv_heads * head_dim * tokens
 
 
-def score_bytes(heads: int, queries: int, keys: int, itemsize: int) -> int:
-    """Bytes of one layer's attention scores if they are written out; fused attention never holds them."""
-    return heads * queries * keys * itemsize
-
-
 def activation_bytes(
     config: ModelConfig, batch_size: int, context: int, dtype: torch.dtype, max_step: int = MAX_STEP
 ) -> tuple[int, int]:
     """The peak of a prefill chunk (at most `max_step` tokens a row) and of the logits after it: an estimate.
 
-    At the widest point of a block the residual stream and its normed copy are held, and either the
-    attention's queries, keys, values and mask or the MLP's gate, up and their product.
+    At the widest point of a block the residual stream and its normed copy are held, and either the attention's
+    queries, keys, values and result or the MLP's gate, up and their product. Scores are never written out by this
+    project's kernels; `attention="math"` holds `heads * tokens * context` of them in float32, and like "sdpa" a mask.
     """
     tokens = batch_size * min(max_step, context)
     heads, kv_heads, size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim, dtype.itemsize
     stream = 2 * tokens * config.hidden_size * size
-    # q, k, v; then q and k rotated; then q folded and the result, twice.
+    # q, k, v; then q and k rotated; then the result, and room for the kernels' copies.
     projections = tokens * (heads + 2 * kv_heads + heads + kv_heads + 3 * heads) * size
-    group = config.num_heads // config.num_kv_heads
-    mask = tokens * context * (1 + group * (1 + size))  # bool, repeated for the group, and as numbers
-    if config.alibi_slopes or any(layer.softcap is not None for layer in config.layers):
-        mask += 3 * score_bytes(config.num_heads, tokens, context, 4)  # scores, or what is added to them, written out
     mlp = tokens * 4 * config.intermediate_size * size
     logits = batch_size * config.vocab_size * (4 + size)  # of the last token only, and in float32
-    return stream + max(projections + mask, mlp), logits
+    return stream + max(projections, mlp), logits
 
 
 # Bytes of a number in a safetensors file, by the dtype's name there.
