@@ -69,8 +69,8 @@ class ModelConfig:
     layers: tuple[LayerSpec, ...]
     ropes: tuple[RopeSpec, ...]
     norm: NormSpec
-    pre_norm: bool  # a norm before attention and MLP (all but OLMo2)
-    post_norm: bool  # a norm after them, before the residual sum (Gemma 2 and 3, OLMo2)
+    pre_norm: bool  # a norm before attention and MLP
+    post_norm: bool  # a norm after them, before the residual sum
     parallel: str | None  # MLP beside attention, not behind it, with the same norm ("shared") or its own ("separate")
     qk_norm: str | None  # None | "head": over each head | "full": over the whole projection
     qkv_bias: bool
@@ -79,7 +79,7 @@ class ModelConfig:
     activation: str  # "silu" | "gelu_tanh", and without a gate "gelu" | "relu" | "relu2"
     gated: bool  # the MLP multiplies activation(gate x) by up x; or it has no gate
     alibi_slopes: tuple[float, ...]  # scores fall by this for each position between query and key, per head; (): not
-    learned_positions: bool  # a vector for each position is added to the embeddings (GPT-2)
+    learned_positions: bool  # a vector for each position is added to the embeddings
     embedding_scale: float  # embeddings are multiplied by this,
     rounded_scale: bool  # rounded to the model's dtype (Gemma) or not,
     embedding_norm: bool  # and normed (BLOOM)

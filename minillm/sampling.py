@@ -134,12 +134,12 @@ def _in_c(x: Tensor) -> bool:
 
 
 def _filtered(scaled: Tensor, probs: Tensor, *filters: Tensor | None) -> Tensor:
-    """What the filters (`[B]` each) leave of `probs [B, n]`, the softmax of `scaled [B, n]`.
+    """What the filters (`[B]` each) leave of `probs [B, V]`, the softmax of `scaled [B, V]`.
 
-    No bit depends on tokens that are dropped, because sums run from the likeliest token down.
+    Sums run from the likeliest token down: beyond `probs` itself no bit depends on tokens that are dropped.
     """
     top_k, top_p, min_p = filters
-    order = scaled.argsort(dim=-1, descending=True, stable=True)  # [B, n]
+    order = scaled.argsort(dim=-1, descending=True, stable=True)  # [B, V]
     if top_k is not None:
         kth = order.gather(-1, (top_k.clamp(max=scaled.shape[-1]) - 1)[:, None])  # [B, 1]
         probs = probs.masked_fill(scaled < scaled.gather(-1, kth), 0.0)
@@ -156,14 +156,14 @@ def _filtered(scaled: Tensor, probs: Tensor, *filters: Tensor | None) -> Tensor:
 
 
 def _running_sum(x: Tensor) -> Tensor:
-    """What each row of `x [B, n]`, from 0 to about 1, adds up to from its beginning, `[B, n]` float64.
+    """What each row of `x [B, V]`, from 0 to about 1, adds up to from its beginning, `[B, V]` float64.
 
     A GPU scans a long row in one block, in an order that depends on the batch. There all is counted in units of 2^-44:
     whole numbers add up to the same in any order, so pieces can be summed at once.
     """
     if not x.is_cuda:
         return x.to(torch.float64, copy=True).cumsum_(dim=-1)
-    units = (x.double() * 2.0**44).round().long()  # [B, n]
+    units = (x.double() * 2.0**44).round().long()  # [B, V]
     pieces = F.pad(units, (0, -x.shape[-1] % 1024)).unflatten(-1, (-1, 1024)).cumsum(dim=-1)  # [B, P, 1024]
     sums = pieces[:, :, -1]  # [B, P]
     pieces = pieces + (sums.cumsum(dim=-1) - sums)[:, :, None]

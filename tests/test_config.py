@@ -265,6 +265,13 @@ def test_an_error_names_the_key_as_the_file_spells_it():
         parse_config(FAMILIES["granite4"].config | {"num_local_experts": 8})
 
 
+def test_two_spellings_of_one_value_that_differ_are_refused():
+    llama = FAMILIES["llama3"].config
+    assert parse_config(llama | {"dtype": "float32", "torch_dtype": "float32"}).dtype == "float32"
+    with pytest.raises(ConfigError, match="dtype .*float32.*, torch_dtype .*float16"):
+        parse_config(llama | {"dtype": "float32", "torch_dtype": "float16"})
+
+
 def test_what_the_elders_files_leave_out_or_call_otherwise():
     gpt2 = FAMILIES["gpt2"].config
     assert parse_config({k: v for k, v in gpt2.items() if k != "n_inner"}) == parse_config(gpt2)

@@ -92,6 +92,13 @@ def products(dtype):
 
 
 @needs_c
+def test_many_rows_of_nothing():
+    assert linear(torch.randn(40, 8), torch.randn(0, 8)).shape == (40, 0)
+    assert gated_mlp(torch.randn(40, 8), torch.randn(0, 8), "silu").shape == (40, 0)
+    assert linear(torch.randn(3, 0, 8), torch.randn(5, 8)).shape == (3, 0, 5)
+
+
+@needs_c
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("kind", ["dense", "int8", "int4", "gated"])
 def test_a_row_of_a_product_depends_on_no_other_and_on_no_number_of_threads(any_build, kind, dtype, monkeypatch):

@@ -1,11 +1,12 @@
 """x W^T with int8 weights, one scale per output: `minillm::int8_linear`.
 
 What bounds it: reading W, one byte per weight, half of bf16. The scale is applied to the finished sum, so
-the inner loop multiplies integers. On CPU the activations are rounded to int16 (one scale per row, error at
-most 1.5e-5 of the row's largest, and 2^-15 of that in a row with outliers, see cpu/linear.c): products and
+the inner loop multiplies integers. On a CPU, up to 16 rows, the activations are rounded to int16 (one scale per row,
+error at most 1.5e-5 of the row's largest, and 2^-15 of that in a row with outliers, see cpu/linear.c): products and
 sums are then exact integers, four times as many per instruction as in float32, and accuracy stays that of
 weight-only quantization (the weights' own rounding is 4e-3 of their largest). 8-bit activations would be no
-faster: memory is the limit already.
+faster: memory is the limit already. More rows are bound by arithmetic: there the codes are multiplied as they are by x
+as it is, in bfloat16 or float32 (cpu/gemm.c).
 """
 
 import functools

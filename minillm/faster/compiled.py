@@ -3,8 +3,8 @@
 What usually hurts about `torch.compile` is that each new length compiles again, that it happens in the middle of a
 request, and that the next process begins with nothing. Here
 
-* every size but those of the weights is left open (`dynamic=True`), so there are at most four graphs: for one or
-  several rows, of one or several tokens. One is a size of its own to PyTorch; everything above it is alike;
+* every size but those of the weights is left open (`dynamic=True`), so there are at most four graphs (six on a GPU):
+  for one or several rows, of one or several tokens. One is a size of its own to PyTorch; everything above it is alike;
 * a graph is compiled on sizes made up for it, never on a request's: two that happen to be equal (rows and
   heads, say) would be taken for the same thing, and the next request would compile again;
 * each is announced on stderr; `warm_up` makes the two for a single row, and `LLM.from_pretrained(compile=True)`
@@ -111,7 +111,7 @@ class CompiledWalk:
         self._ready.add(kind)
 
 
-def _unlike(config: ModelConfig, least: int = 17) -> Iterator[int]:
+def _unlike(config: ModelConfig, least: int = FEW_ROWS + 1) -> Iterator[int]:
     """Small sizes from `least`, ascending, that no dimension of the model has, so that none is taken for another."""
     taken = {value for value in vars(config).values() if isinstance(value, int)}
     return (size for size in count(least) if size not in taken)

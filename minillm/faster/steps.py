@@ -91,7 +91,7 @@ class Steps:
                 if steps[shape] is not None:
                     try:
                         return steps[shape](input_ids, cache_position, cache)
-                    except NotRecordable:  # many rows go to a library, for instance
+                    except NotRecordable:  # where PyTorch computes something itself
                         steps[shape] = None
             x, rotary = self.embed(input_ids, cache_position, cache)
             return self.logits(self.walk(x, rotary, cache_position, cache))

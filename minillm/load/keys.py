@@ -1,4 +1,4 @@
-"""Keys of `config.json` that no family obeys, and families that are refused.
+"""Keys of `config.json` that a family may have no use for, and families that are refused.
 
 What is in none of these tables, and not asked for by the reader, is an error: a key that changes the computation must
 not be ignored.

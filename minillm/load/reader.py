@@ -24,8 +24,12 @@ class Reader:
 
     def get(self, *names: str) -> Any:
         """The first of these keys that is in the file (also as null), else the family's default."""
+        stated = [name for name in names if self.raw.get(name) is not None]
         names = tuple(word for name in names for word in (self.spelled.get(name), name) if word)
         self.seen.update(names)
+        if any(self.raw[name] != self.raw[stated[0]] for name in stated):
+            values = ", ".join(f"{name} {shown(self.raw[name])}" for name in stated)
+            raise ConfigError(f"{self.where}: {values}: these are spellings of one value, and differ; keep one")
         for source in (self.raw, self.defaults):
             for name in names:
                 if name in source:

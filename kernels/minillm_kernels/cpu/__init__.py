@@ -116,7 +116,8 @@ def product(
     """x W^T (+ bias), or activation(x Wg^T) * (x Wu^T) with `gate`; the op that calls has checked the shapes.
 
     x [..., K]; weight [N, K] in x.dtype or int8, or [N, K / 2] uint8 (int4); with `gate` its first half of rows
-    is Wg. scale, zero, bias as in the ops. Sums are float32 (quantized: exact int32 within a group or block).
+    is Wg. scale, zero, bias as in the ops. Sums are float32; of up to 16 rows by quantized weights exact int32 within
+    a group or block.
     """
     x = x if x.is_contiguous() else x.contiguous()
     weight = weight if weight.is_contiguous() else weight.contiguous()

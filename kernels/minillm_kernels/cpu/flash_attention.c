@@ -3,7 +3,8 @@
  * FlashAttention (arXiv 2205.14135) with panel.h's products: WIDTH query rows, which share a key head, are a panel.
  * Block by block of KEYS positions their scores are made, [KEYS, WIDTH], so that the running maximum and sum of each
  * query are a lane of their own; then the weights are a panel that the block's values multiply. Blocks begin at
- * multiples of KEYS, whatever the queries: a query's result does not depend on which others stand in its panel.
+ * multiples of KEYS, whatever the queries: while values are finite, a query's result does not depend on which others
+ * stand in its panel.
  */
 #include "panel.h"
 
@@ -14,17 +15,17 @@ CALL(flash_attention, int64_t q, k, v, position, slopes, out, batch, heads, kv_h
 
 struct flash {
     struct flash_attention_call c;
-    int pairs, size;                   /* bytes of an element */
+    int pairs, size;                   /* whether units are pairs of bf16; bytes of an element */
     long group, panels;                /* query heads to a key head; panels of their rows */
     long units, key_units;             /* of a head and of a block's keys, filled up */
-    long value_rows;                   /* channels, rounded up to ROWS */
+    long value_rows, wide;             /* channels, rounded up to ROWS and to LANES */
 };
 
 /* What a panel works with: memory of one piece */
 struct work {
-    unit *query, *weights;             /* panels: [units, WIDTH], [key_units, WIDTH] */
+    unit *query, *weights;             /* panels: [units, columns], [key_units, columns] */
     unit *keys, *values;               /* [KEYS, units] where they cannot be read in place; [value_rows, key_units] */
-    unit *lines;                       /* the block's values before they are turned: [key_units, head_dim] */
+    unit *lines;                       /* the block's values before they are turned: [key_units, wide] */
     float *scores, *sums;              /* [KEYS, WIDTH], [value_rows, WIDTH] */
     float largest[WIDTH], total[WIDTH], slope[WIDTH];
     float position[WIDTH], oldest[WIDTH]; /* counted from `origin`: exact, whatever the positions are */
@@ -32,8 +33,8 @@ struct work {
     int registers;
 };
 
-/* Query row r of those that share a key head: token r / group, head kv * group + r % group. So neighbours in a panel see
- * about the same keys. */
+/* Query row r of those that share a key head: token r / group, head kv * group + r % group. So neighbours in a panel
+ * see about the same keys. */
 static long start_of_query(const struct flash *f, long b, long kv, long row) {
     return ((b * f->c.heads + kv * f->group + row % f->group) * f->c.tokens + row / f->group) * f->c.head_dim;
 }
@@ -56,7 +57,7 @@ INLINE void pack_queries(const struct flash *f, int pairs, int dtype, long b, lo
 }
 
 /* Where each query of the panel stands, and the positions that any of them sees */
-INLINE void look(const struct flash *f, long b, long kv, long first, struct work *w) {
+INLINE void find_positions(const struct flash *f, long b, long kv, long first, struct work *w) {
     const int64_t *position = (const int64_t *)(uintptr_t)f->c.position + b * f->c.tokens;
     const float *slopes = (const float *)(uintptr_t)f->c.slopes;
     const long rows = f->group * f->c.tokens;
@@ -66,7 +67,7 @@ INLINE void look(const struct flash *f, long b, long kv, long first, struct work
     for (long i = 0; i < WIDTH; i++) {
         long row = first + i, place = row < rows ? position[row / f->group] : -1;
         long oldest = f->c.window && place >= f->c.window ? place - f->c.window + 1 : 0;
-        /* The slots hold the newest positions: past the end of a cache that is no ring a query sees no more than they. */
+        /* The slots hold the newest positions: past the end of a cache that is no ring a query sees no more. */
         if (newest - oldest >= f->c.slots) oldest = newest - f->c.slots + 1;
         places[i] = place, from[i] = oldest;
         w->slope[i] = slopes && row < rows ? slopes[kv * f->group + row % f->group] : 0;
@@ -83,8 +84,8 @@ INLINE void look(const struct flash *f, long b, long kv, long first, struct work
 }
 
 /* The keys at positions `begin` to begin + KEYS - 1, as rows of units: in the cache if they lie there side by side. */
-INLINE const unit *keys_of(const struct flash *f, int pairs, int dtype, long base, long begin, long last, struct work *w,
-                           long *stride) {
+INLINE const unit *keys_of(const struct flash *f, int pairs, int dtype, long base, long begin, long last,
+                           struct work *w, long *stride) {
     const void *k = (const void *)(uintptr_t)f->c.k;
     const long D = f->c.head_dim, slot = begin % f->c.slots;
     *stride = f->units;
@@ -102,14 +103,15 @@ INLINE const unit *keys_of(const struct flash *f, int pairs, int dtype, long bas
 /* The values there, turned: a row for each channel. Returns whether all of them are finite numbers. */
 INLINE int values_of(const struct flash *f, int pairs, int dtype, long base, long begin, long last, struct work *w) {
     const void *v = (const void *)(uintptr_t)f->c.v;
-    const long D = f->c.head_dim, wide = (D + LANES - 1) / LANES * LANES;
+    const long D = f->c.head_dim, wide = f->wide;
     const uint16_t exponent = dtype == BFLOAT16 ? 0x7f80 : 0x7c00;
-    int odd = 0;
+    int unbounded = 0; /* whether a value is infinite or no number */
     memset(w->lines, 0, sizeof(unit) * f->key_units * wide);
     for (long n = 0; n < KEYS && n <= last - begin; n++) {
         long start = base + (begin + n) % f->c.slots * D;
-        if (dtype == FLOAT32) for (long d = 0; d < D; d++) odd |= !(fabsf(((const float *)v)[start + d]) < INFINITY);
-        else for (long d = 0; d < D; d++) odd |= (((const uint16_t *)v)[start + d] & exponent) == exponent;
+        const float *wide_v = (const float *)v + start;
+        if (dtype == FLOAT32) for (long d = 0; d < D; d++) unbounded |= !(fabsf(wide_v[d]) < INFINITY);
+        else for (long d = 0; d < D; d++) unbounded |= (((const uint16_t *)v)[start + d] & exponent) == exponent;
         if (!pairs) for (long d = 0; d < D; d++) w->lines[n * wide + d] = read_value(v, start + d, dtype);
         else { /* of an even position the low halves of units, of the one after it the high ones */
             uint32_t __attribute__((may_alias)) *line = (void *)(w->lines + n / 2 * wide);
@@ -119,7 +121,7 @@ INLINE int values_of(const struct flash *f, int pairs, int dtype, long base, lon
     for (long k = 0; k < f->key_units; k += LANES)
         for (long d = 0; d < wide; d += LANES)
             turn(w->lines + k * wide + d, wide, w->values + d * f->key_units + k, f->key_units);
-    return !odd;
+    return !unbounded;
 }
 
 /* Scores become weights: e^(score - the largest so far), 0 for what a query does not see. What was summed up with a
@@ -141,7 +143,8 @@ INLINE void weigh(const struct flash *f, int pairs, long begin, struct work *w) 
             row[i] = copysignf((float)c->softcap * ((1 - e) / (1 + e)), row[i]);
         }
         if (c->slopes) for (long i = 0; i < width; i++) row[i] += w->slope[i] * (place - w->position[i]);
-        if (some) for (long i = 0; i < width; i++) row[i] = place <= position[i] && place >= oldest[i] ? row[i] : -INFINITY;
+        if (some) for (long i = 0; i < width; i++)
+            row[i] = place <= position[i] && place >= oldest[i] ? row[i] : -INFINITY;
         for (long i = 0; i < width; i++) largest[i] = row[i] > largest[i] ? row[i] : largest[i];
     }
     int grown = 0;
@@ -169,12 +172,14 @@ INLINE void weigh(const struct flash *f, int pairs, long begin, struct work *w) 
 
 /* What panel.h's product would do, but for queries that see only finite values: 0 * inf is no number. */
 INLINE void add_seen_values(const struct flash *f, int dtype, long base, long begin, long last, struct work *w) {
-    const long width = w->registers * LANES;
-    for (long n = 0; n < KEYS && n <= last - begin; n++)
+    const void *v = (const void *)(uintptr_t)f->c.v;
+    const long D = f->c.head_dim, width = w->registers * LANES;
+    for (long n = 0; n < KEYS && n <= last - begin; n++) {
+        const long start = base + (begin + n) % f->c.slots * D;
         for (long i = 0; i < width; i++)
-            for (long d = 0; w->scores[n * WIDTH + i] != 0 && d < f->c.head_dim; d++)
-                w->sums[d * WIDTH + i] += w->scores[n * WIDTH + i] *
-                    read_value((const void *)(uintptr_t)f->c.v, base + (begin + n) % f->c.slots * f->c.head_dim + d, dtype);
+            for (long d = 0; w->scores[n * WIDTH + i] != 0 && d < D; d++)
+                w->sums[d * WIDTH + i] += w->scores[n * WIDTH + i] * read_value(v, start + d, dtype);
+    }
 }
 
 INLINE int attend_panel(const struct flash *f, int pairs, int dtype, long piece) {
@@ -183,17 +188,16 @@ INLINE int attend_panel(const struct flash *f, int pairs, int dtype, long piece)
     const long panel = f->panels - 1 - piece % f->panels, kv = piece / f->panels % c->kv_heads;
     const long b = piece / f->panels / c->kv_heads, first = panel * WIDTH, rows = f->group * c->tokens;
     const long base = b * c->row_stride + kv * c->head_stride, left = rows - first;
-    const long wide = (c->head_dim + LANES - 1) / LANES * LANES;
     struct work w = {.registers = left >= WIDTH ? REGISTERS : (int)((left + LANES - 1) / LANES)};
     const size_t sizes[] = {f->units * WIDTH, f->key_units * WIDTH, KEYS * f->units, f->value_rows * f->key_units,
-                            f->key_units * wide, KEYS * WIDTH, f->value_rows * WIDTH};
+                            f->key_units * f->wide, KEYS * WIDTH, f->value_rows * WIDTH};
     unit **parts[] = {&w.query, &w.weights, &w.keys, &w.values, &w.lines, (unit **)&w.scores, (unit **)&w.sums};
     size_t all = 0;
     for (int i = 0; i < 7; i++) all += (sizes[i] + 15) / 16 * 16;
     unit *memory = aligned_alloc(64, all * 4);
     if (!memory) return 1;
     for (size_t i = 0, at = 0; i < 7; at += (sizes[i] + 15) / 16 * 16, i++) *parts[i] = memory + at;
-    look(f, b, kv, first, &w);
+    find_positions(f, b, kv, first, &w);
     pack_queries(f, pairs, dtype, b, kv, first, &w);
     memset(w.weights, 0, sizeof(unit) * f->key_units * WIDTH);
     memset(w.values, 0, sizeof(unit) * f->value_rows * f->key_units);
@@ -240,5 +244,6 @@ int minillm_flash_attention(const struct flash_attention_call *c) {
     f.units = whole_units(f.pairs, c->head_dim);
     f.key_units = whole_units(f.pairs, KEYS);
     f.value_rows = (c->head_dim + ROWS - 1) / ROWS * ROWS;
+    f.wide = (c->head_dim + LANES - 1) / LANES * LANES;
     return minillm_parallel(c->batch * c->kv_heads * f.panels, c->threads, attend_piece, &f);
 }

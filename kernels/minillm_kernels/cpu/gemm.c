@@ -1,7 +1,7 @@
 /* y = x W^T for many rows of x, and act(x Wg^T) * (x Wu^T) for gated MLPs: what prefill is made of.
  *
  * Threads take BLOCKs of ROWS outputs. Weights that are not what panel.h multiplies are made so, a block at a time, in
- * the second cache: int8 codes become bf16 or fp32 as they are, and the finished sums get the scale; int4 becomes
+ * L2: int8 codes become bf16 or fp32 as they are, and the finished sums get the scale; int4 becomes
  * (q - zero) * scale, rounded to what it is multiplied as. So a quantized prompt takes little more than a dense one.
  *
  * A result depends on its own row of x and its own row of W, never on how many others there are.
@@ -21,7 +21,7 @@ struct gemm {
     size_t scratch_bytes;
 };
 
-static long columns_of(const struct gemm *g, long panel) { /* in registers */
+static long registers_of(const struct gemm *g, long panel) { /* of columns */
     long left = g->c.rows - panel * WIDTH;
     return left >= WIDTH ? REGISTERS : (left + LANES - 1) / LANES;
 }
@@ -36,8 +36,9 @@ INLINE void units_of(const void *x, int dtype, long start, long count, int pairs
 INLINE void pack(const struct gemm *g, int dtype, long panel, long first) {
     const struct gemm_call *c = &g->c;
     const int pairs = g->pairs, per_unit = 1 + pairs;
-    const long registers = columns_of(g, panel), width = registers * LANES;
+    const long registers = registers_of(g, panel), width = registers * LANES;
     const long end = g->units < first + AT_ONCE ? g->units : first + AT_ONCE;
+    const void *x = (const void *)(uintptr_t)c->x;
     unit *to = g->panel + panel * WIDTH * g->units;
     for (long column = 0; column < width; column += LANES) {
         for (long k = first; k < end; k += LANES) {
@@ -45,11 +46,12 @@ INLINE void pack(const struct gemm *g, int dtype, long panel, long first) {
             for (long i = 0; i < LANES && panel * WIDTH + column + i < c->rows; i++) {
                 long row = panel * WIDTH + column + i, left = c->inputs - k * per_unit;
                 long count = left < LANES * per_unit ? left : LANES * per_unit;
-                if (count > 0) units_of((const void *)(uintptr_t)c->x, dtype, row * c->inputs + k * per_unit, count, pairs, square[i]);
+                if (count > 0) units_of(x, dtype, row * c->inputs + k * per_unit, count, pairs, square[i]);
             }
             float turned[LANES][LANES];
             turn(square[0], LANES, turned[0], LANES);
-            for (long j = 0; j < LANES && k + j < end; j++) memcpy(to + (k + j) * width + column, turned[j], sizeof turned[j]);
+            for (long j = 0; j < LANES && k + j < end; j++)
+                memcpy(to + (k + j) * width + column, turned[j], sizeof turned[j]);
         }
     }
 }
@@ -94,16 +96,19 @@ INLINE void widen_int4(const struct gemm_call *c, int pairs, long row, char *to)
 INLINE void widen_row(const struct gemm_call *c, int pairs, long row, char *to) {
     const void *weight = (const void *)(uintptr_t)c->weight;
     const long start = row * c->inputs;
+    const int8_t *codes = (const int8_t *)weight + start;
     switch (c->format) {
         case FLOAT32: memcpy(to, (const float *)weight + start, c->inputs * 4); break;
         case BFLOAT16:
             if (pairs) memcpy(to, (const uint16_t *)weight + start, c->inputs * 2);
             else for (long k = 0; k < c->inputs; k++) ((float *)to)[k] = read_value(weight, start + k, BFLOAT16);
             break;
-        case FLOAT16: for (long k = 0; k < c->inputs; k++) ((float *)to)[k] = read_value(weight, start + k, FLOAT16); break;
+        case FLOAT16:
+            for (long k = 0; k < c->inputs; k++) ((float *)to)[k] = read_value(weight, start + k, FLOAT16);
+            break;
         case INT8:
-            if (pairs) for (long k = 0; k < c->inputs; k++) ((uint16_t *)to)[k] = whole_to_bf16(((const int8_t *)weight)[start + k]);
-            else for (long k = 0; k < c->inputs; k++) ((float *)to)[k] = ((const int8_t *)weight)[start + k];
+            if (pairs) for (long k = 0; k < c->inputs; k++) ((uint16_t *)to)[k] = whole_to_bf16(codes[k]);
+            else for (long k = 0; k < c->inputs; k++) ((float *)to)[k] = codes[k];
             break;
         case INT4: widen_int4(c, pairs, row, to); break;
     }
@@ -128,9 +133,10 @@ INLINE const unit *block_of(const struct gemm *g, int pairs, long row, long coun
 
 /* ---- a block of outputs for some of the panels ---- */
 
-INLINE void finish(const struct gemm *g, int dtype, long output, long count, long panel, float *sum, float *up, float *rows) {
+INLINE void finish(const struct gemm *g, int dtype, long output, long count, long panel, float *sum, float *up,
+                   float *rows) {
     const struct gemm_call *c = &g->c;
-    const long registers = columns_of(g, panel), first = panel * WIDTH;
+    const long registers = registers_of(g, panel), first = panel * WIDTH;
     const float *scale = (const float *)(uintptr_t)c->scale;
     for (long n = 0; n < count; n++) {
         float *a = sum + n * WIDTH, *b = up + n * WIDTH;
@@ -163,7 +169,7 @@ INLINE int multiply_block(const struct gemm *g, int pairs, long piece, int threa
     if (c->gate) up_weight = block_of(g, pairs, c->outputs + output, count, wide + ROWS * g->units, &up_stride);
     for (long panel = share * g->panels / g->shares; panel < (share + 1) * g->panels / g->shares; panel++) {
         const unit *x = g->panel + panel * WIDTH * g->units;
-        const int registers = (int)columns_of(g, panel);
+        const int registers = (int)registers_of(g, panel);
         memset(sum, 0, sizeof(float) * ROWS * WIDTH * (c->gate ? 2 : 1));
         multiply(pairs, registers, weight, stride, count, g->units, x, sum);
         if (c->gate) multiply(pairs, registers, up_weight, up_stride, count, g->units, x, up);
@@ -184,6 +190,7 @@ static int block_piece(const void *context, long i, int thread) {
 
 /* Arguments and result as for minillm_linear. */
 int minillm_gemm(const struct gemm_call *c) {
+    if (!c->outputs) return 0; /* nothing to share out */
     struct gemm g = {.c = *c, .pairs = PAIRS(c->dtype, c->format)};
     const long threads = c->threads > 1 ? c->threads : 1;
     g.units = whole_units(g.pairs, c->inputs);

@@ -24,8 +24,8 @@ enum { REGISTERS = 2 }; /* of activations in a panel; sums of 6 rows, they and a
 enum { REGISTERS = 4 };
 #endif
 enum { WIDTH = REGISTERS * LANES };
-enum { ROWS = 48 };   /* weight rows are multiplied in some multiple of these: a common one of the tiles below */
-enum { SPAN = 256 };  /* units until other rows get their turn: a panel's stay in the first cache */
+enum { ROWS = 48 };   /* of W in a block: a multiple of every tile's (6, 8, 12, AMX's 16), so that none reads past it */
+enum { SPAN = 256 };  /* units until the next rows: so many of a panel stay in L1 */
 
 #ifdef BF16_DOT
 #define PAIRS(dtype, format) ((dtype) == BFLOAT16 && (format) != FLOAT32 && (format) != FLOAT16)
@@ -68,7 +68,8 @@ INLINE void tile(int pairs, int rows, int registers, const unit *weight, long st
 #if defined(__AMX_BF16__) && defined(BF16_DOT)
 enum { TILE_ROWS = 16, TILE_UNITS = 16 };
 
-/* The same for 16 or 32 rows and 16 or 32 columns of a panel; tiles 0 to 3 hold sums, 4 and 5 weights, 6 and 7 the panel */
+/* The same for 16 or 32 rows and 16 or 32 columns of a panel; tiles 0 to 3 hold sums, 4 and 5 weights, 6 and 7 the
+ * panel's units */
 INLINE void amx_tile(int tall, int wide, const unit *weight, long stride, long units, const unit *panel, long width,
                      float *out) {
     float *low = out + TILE_ROWS * WIDTH;

@@ -1,8 +1,8 @@
 /* From logits to a token: the softmax and its filters, and the draw. minillm/sampling.py says what they mean.
  *
  * A row is passed over a few times and never sorted: which tokens the filters keep is found by partitioning, as in
- * quickselect, and of a vocabulary of 128,000 only those near the best one are partitioned. Sums are float64 in an order
- * that depends on the row alone.
+ * quickselect, and of a vocabulary of 128,000 only those near the best one are partitioned. Sums are float64, in an
+ * order that depends on the row alone.
  */
 #include <stdlib.h>
 
@@ -10,7 +10,7 @@
 #include "threads.h"
 #include "values.h"
 
-/* logits, out [rows, vocabulary]; temperature, top_p, min_p: float [rows], top_k: int64 [rows], or NULL */
+/* logits, out [rows, vocabulary]; temperature float [rows]; top_p, min_p float and top_k int64 [rows], or NULL */
 CALL(probabilities, int64_t logits, out, rows, vocabulary, temperature, top_k, top_p, min_p, threads;);
 
 enum { SUMMED = 512, SIDE = 16 }; /* floats that are added up before they join a float64, SIDE of them side by side */
@@ -104,7 +104,8 @@ static int row_probabilities(const void *call, long row, int thread) {
     (void)thread;
     if (temperature == 0) { /* the first largest, or what is no number */
         long chosen = 0;
-        for (long i = 1; i < V && !isnan(logits[chosen]); i++) chosen = logits[i] > logits[chosen] || isnan(logits[i]) ? i : chosen;
+        for (long i = 1; i < V && !isnan(logits[chosen]); i++)
+            if (logits[i] > logits[chosen] || isnan(logits[i])) chosen = i;
         memset(out, 0, V * sizeof(float));
         return out[chosen] = 1, 0;
     }
@@ -128,11 +129,15 @@ static int row_probabilities(const void *call, long row, int thread) {
     uint64_t *ranks = malloc(V * sizeof *ranks);
     if (!ranks) return 1;
     long near = 0;
-    for (float depth = 8; near == 0; depth += depth) { /* those that are so near the best, if that proves to be enough */
+    /* Those within `depth` nats of the best, if that proves to be enough, else twice as deep: all from 64 on, where nothing
+     * is left of a share. 1e-6 and 1.01 are far more than the rounding of shares. */
+    for (float depth = 8; near == 0; depth += depth) {
         const float floor = depth < 64 ? best - depth * temperature : -INFINITY;
         long count;
         const double mass = mass_from(logits, out, V, floor, &count);
-        const int proven = by_count ? count > top_k : by_mass ? mass > top_p + 1e-6 : min_p > 1.01f * exp_negative(-depth);
+        const int proven = by_count  ? count > top_k
+                           : by_mass ? mass > top_p + 1e-6
+                                     : min_p > 1.01f * exp_negative(-depth);
         if (!proven && floor > -INFINITY) continue;
         for (long i = 0; i < V; i++)
             if (logits[i] >= floor && out[i] > 0) ranks[near++] = rank_of(logits[i] / temperature, i);
@@ -185,7 +190,8 @@ static uint64_t mix(uint64_t z) { /* SplitMix64's finaliser */
 int minillm_draw(const struct draw_call *c) {
     for (long row = 0; row < c->rows; row++) {
         const float *probs = (const float *)(uintptr_t)c->probs + row * c->vocabulary;
-        const uint64_t seed = ((const uint64_t *)(uintptr_t)c->seed)[row], place = ((const uint64_t *)(uintptr_t)c->position)[row];
+        const uint64_t seed = ((const uint64_t *)(uintptr_t)c->seed)[row];
+        const uint64_t place = ((const uint64_t *)(uintptr_t)c->position)[row];
         const double u = (double)(mix(mix(mix(seed) ^ place) ^ (uint64_t)c->stream) >> 11) * 0x1p-53;
         double total = 0, passed = 0;
         for (long i = 0; i < c->vocabulary; i++) total += probs[i];

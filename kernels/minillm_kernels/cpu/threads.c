@@ -47,7 +47,7 @@ static struct {
     _Alignas(128) piece_function *piece;
     const void *context;
     long count, threads;
-    atomic_int sharing, failed; /* how many share it; whether a piece failed */
+    atomic_int sharing, failed; /* `threads` for those who hold no piece; whether a piece failed */
 } loop;
 
 static struct {
