@@ -268,7 +268,7 @@ def test_an_error_names_the_key_as_the_file_spells_it():
 def test_two_spellings_of_one_value_that_differ_are_refused():
     llama = FAMILIES["llama3"].config
     assert parse_config(llama | {"dtype": "float32", "torch_dtype": "float32"}).dtype == "float32"
-    with pytest.raises(ConfigError, match="dtype .*float32.*, torch_dtype .*float16"):
+    with pytest.raises(ConfigError, match=r"dtype .*float32.*, torch_dtype .*float16"):
         parse_config(llama | {"dtype": "float32", "torch_dtype": "float16"})
 
 
