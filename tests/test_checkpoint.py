@@ -81,6 +81,17 @@ def test_tying(name, tied, ours):
     assert (model.head.weight.data_ptr() == model.embedding.weight.data_ptr()) == tied
 
 
+def test_a_tied_file_with_a_head_of_its_own_is_refused(rewritten):
+    """`transformers` would take the file's head, whatever config.json says: so somebody trained it."""
+
+    def differ(tensors):
+        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+        tensors["lm_head.weight"][-1, -1] += 1
+
+    with pytest.raises(CheckpointError, match=r"lm_head\.weight differs from model\.embed_tokens\.weight"):
+        load(rewritten("llama3.2", differ))
+
+
 def test_a_tied_file_may_repeat_the_head(rewritten, ours):
     def repeat(tensors):
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()

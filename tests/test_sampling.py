@@ -310,6 +310,13 @@ def test_other_dtypes_are_as_good():
         assert torch.equal(probs, before)
 
 
+@pytest.mark.parametrize("filters", [(None, None, None), (2, 0.9, 0.1)])
+def test_what_overflows_when_it_is_divided_is_no_number_and_ends(filters):
+    columns = [None if value is None else column(value) for value in filters]
+    assert probabilities(torch.tensor([[3e38, 1.0]]), column(0.1), *columns).isnan().any()
+    assert probabilities(torch.tensor([[1.0, 2.0, 3.0]]), column(1e-40), *columns).isnan().any()
+
+
 def test_min_p_looks_as_deep_as_it_must():
     depth = torch.tensor([[0.0, -8.2, -8.4]])  # e^-8.2 is 2.7e-4, e^-8.4 2.2e-4
     assert (probabilities(depth, column(1.0), None, None, column(2.5e-4)) > 0).tolist() == [[True, True, False]]

@@ -7,6 +7,7 @@ import pytest
 import torch
 from families import prompt_ids
 from minillm_kernels import cpu
+from minillm_kernels.activation import activate
 from minillm_kernels.decode_attention import decode_attention
 from minillm_kernels.norm import add, add_rms_norm, rms_norm
 from minillm_kernels.rope import rope_and_cache_write
@@ -205,3 +206,12 @@ def test_what_the_kernels_would_get_wrong_is_refused():
             continue
         with pytest.raises(ValueError, match="do not fit 3 slots"):  # two tokens would share one
             rope_and_cache_write(q, q, q, angles, angles, k_cache, v_cache, position)
+
+
+@pytest.mark.parametrize("name", ["silu", "gelu_tanh"])
+def test_activations_of_the_largest_numbers(name):
+    x = torch.tensor([-3e38, -1e38, -100.0, 0.0, 100.0, 3e38])
+    expected = torch.tensor([0.0, 0.0, 0.0, 0.0, 100.0, 3e38])
+    assert torch.equal(activate(x, name) + 0.0, expected)
+    both = torch.cat([x, torch.ones(6)])[None].repeat(3, 1)
+    assert torch.equal(activate(both, name, gated=True) + 0.0, expected.repeat(3, 1))

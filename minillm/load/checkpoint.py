@@ -151,8 +151,8 @@ def plan_loading(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dic
     places, files = destinations(config, model), _tensor_files(folder)
     renamed = {plain_name(name, config): name for name in files}
     renamed.pop(None, None)
-    if "lm_head.weight" not in places:
-        renamed.pop("lm_head.weight", None)  # tied, but some files repeat the embedding under this name
+    # Tied, but some files repeat the embedding under this name.
+    repeated = renamed.pop("lm_head.weight", None) if "lm_head.weight" not in places else None
     found = {}
     for shard in sorted({files[name] for name in renamed.values()}):
         with _open(folder / shard) as handle:
@@ -174,7 +174,23 @@ def plan_loading(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dic
         listed = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
         raise CheckpointError(f"{folder}: tensors do not match config.json: {listed}")
     plan = {renamed[name]: place for name, place in places.items()}
+    embedding = next(name for name, place in plan.items() if place.module == "embedding")
+    if repeated is not None and not _equal_tensors(folder, files, repeated, embedding):
+        raise CheckpointError(
+            f"{folder}: {repeated} differs from {embedding}, but config.json says that the head is tied to the "
+            "embedding; set tie_word_embeddings to false there to use it, or remove the tensor"
+        )
     return plan, {name: files[name] for name in plan}
+
+
+def _equal_tensors(folder: Path, files: dict[str, str], one: str, other: str) -> bool:
+    """Whether two tensors of a checkpoint are the same, to the bit; some thousand rows of them are held at a time."""
+    with _open(folder / files[one]) as left, _open(folder / files[other]) as right:
+        a, b = left.get_slice(one), right.get_slice(other)
+        if (a.get_shape(), a.get_dtype()) != (b.get_shape(), b.get_dtype()):
+            return False
+        starts = range(0, a.get_shape()[0], 4096)
+        return all(torch.equal(*(part[n : n + 4096].view(torch.uint8) for part in (a, b))) for n in starts)
 
 
 def stored_numbers(folder: Path) -> dict[str, int]:

@@ -158,8 +158,8 @@ INLINE void weigh(const struct flash *f, int pairs, long begin, struct work *w) 
     }
     for (long n = 0; n < KEYS; n++) {
         float *row = w->scores + n * WIDTH;
-        /* A NaN stays: it is a query that sees one. */
-        for (long i = 0; i < width; i++) row[i] = row[i] == -INFINITY ? 0 : exp_negative(row[i] - largest[i]);
+        /* 0 of what is not seen. A NaN stays: it is a query that sees one. */
+        for (long i = 0; i < width; i++) row[i] = exp_negative(row[i] - largest[i]);
         for (long i = 0; i < width; i++) w->total[i] += row[i];
         if (!pairs) memcpy(w->weights + n * width, row, sizeof(float) * width);
     }

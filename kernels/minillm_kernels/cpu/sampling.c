@@ -109,17 +109,15 @@ static int row_probabilities(const void *call, long row, int thread) {
         memset(out, 0, V * sizeof(float));
         return out[chosen] = 1, 0;
     }
-    int odd = 0;
-    for (long i = 0; i < V; i++) odd |= !(logits[i] < INFINITY);
-    const float best = largest_of(logits, V);
-    if (odd || best == -INFINITY) { /* as a softmax of them is */
+    int unbounded = 0;
+    for (long i = 0; i < V; i++) unbounded |= !(logits[i] < INFINITY);
+    const float best = largest_of(logits, V), top = best / temperature;
+    if (unbounded || isinf(top)) { /* as a softmax of them is */
         for (long i = 0; i < V; i++) out[i] = NAN;
         return 0;
     }
-    const float top = best / temperature;
     for (long i = 0; i < V; i++) {
-        float depth = logits[i] / temperature - top;
-        out[i] = depth < -87 ? 0 : exp_negative(depth);
+        out[i] = exp_negative(logits[i] / temperature - top);
     }
     const float all = (float)sum_of(out, V);
     for (long i = 0; i < V; i++) out[i] /= all;

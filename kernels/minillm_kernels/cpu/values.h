@@ -13,8 +13,9 @@ INLINE void write_value(void *p, long i, int dtype, float value) {
     else ((uint16_t *)p)[i] = dtype == BFLOAT16 ? float_to_bf16(value) : float_to_half(value);
 }
 
-/* e^x for x <= 0 to about 1e-7 of its value; unlike expf it is a loop that the compiler vectorises */
+/* e^x for x <= 0 to about 1e-7 of its value, and 0 below e^-87; unlike expf it is a loop that the compiler vectorises */
 INLINE float exp_negative(float x) {
+    const float all = x < -87.0f ? 0.0f : 1.0f;
     x = x < -87.0f ? -87.0f : x;
     float n = rintf(x * 1.44269504f);
     float r = x - n * 0.693145752f - n * 1.42860677e-6f; /* x = n ln 2 + r, ln 2 in two parts */
@@ -23,7 +24,7 @@ INLINE float exp_negative(float x) {
     uint32_t bits = ((uint32_t)(int32_t)n + 127) << 23; /* unsigned: of a NaN it is nonsense, and multiplies a NaN */
     float power;
     memcpy(&power, &bits, 4);
-    return e * power;
+    return e * power * all;
 }
 
 /* Both activations are g times a sigmoid: 1 + tanh(z) = 2 sigmoid(2 z). */
