@@ -1,5 +1,6 @@
 """The one progress bar: on stderr, and gone when the work is done."""
 
+import random
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,9 +17,11 @@ def progress_bar(total: int, label: str, after: float = 0.0) -> Iterator[Callabl
     def draw() -> None:
         nonlocal bar
         if bar is None:
+            state = random.getstate()  # rich draws a number while it is imported; the host's numbers are its own
             from rich.console import Console
             from rich.progress import Progress
 
+            random.setstate(state)
             console = Console(stderr=True)
             bar = Progress(console=console, transient=True, auto_refresh=False, disable=not console.is_terminal)
             bar.add_task(label, total=total)

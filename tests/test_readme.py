@@ -173,6 +173,10 @@ def state():
 before = state()
 from minillm import LLM
 assert state() == before, "importing"
+from minillm import progress
+with progress.progress_bar(2, "as when loading takes long") as advance:
+    advance()
+assert state() == before, "a progress bar"
 llm = LLM.from_pretrained("demo", quantize="int8")
 assert state() == before, "loading"
 llm.generate(["Once", "A king"], temperature=0.8, max_new_tokens=5)

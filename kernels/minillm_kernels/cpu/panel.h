@@ -16,7 +16,7 @@
 #include "threads.h"
 #include "values.h"
 
-typedef float __attribute__((may_alias)) unit; /* a float, or the bits of two bf16 */
+typedef float __attribute__((may_alias, aligned(2))) unit; /* a float, or the bits of two bf16, as they lie */
 
 #if LANES == 8
 enum { REGISTERS = 2 }; /* of activations in a panel; sums of 6 rows, they and a weight fit 16 registers */
