@@ -31,7 +31,6 @@ enum { LINE = 64, MAX_GROUP = 128 };          /* bytes of a weight row per step;
 enum { WORDS = 2 * LANES, STEP = 2 * WORDS }; /* int16 and bytes in a register */
 enum { FLUSH = 4 * LANES };  /* lines until int32 sums move to fp32: 256 products of 2^15 * 2^7 per lane */
 enum { AHEAD = 8 * 1024 };   /* bytes to prefetch ahead at least: what arrives while memory answers once */
-enum { CACHED_ACTIVATIONS = 256 * 1024 };  /* bytes of activations that stay in L2 beside the weights */
 
 /* Weights in a line and bytes of a prepared activation */
 #define WEIGHTS_PER_LINE(format) ((format) == FLOAT32 ? 16 : (format) <= FLOAT16 ? 32 : (format) == INT8 ? 64 : 128)
@@ -391,24 +390,18 @@ INLINE void finish_row(const struct problem *p, int dtype, long output, long row
     for (long n = 0; n < width; n++) write_value(p->y, row * p->outputs + output + n, dtype, value[n]);
 }
 
-struct row_block {
-    const struct problem *p;
-    long row, rows;
-};
-
-/* The i-th BLOCK of outputs for a block of rows, in passes of at most MAX_ROWS parts; a piece_function, see threads.h */
+/* The i-th BLOCK of outputs for all rows, in passes of at most MAX_ROWS parts; a piece_function, see threads.h */
 static int block(const void *context, long i, int thread) {
-    const struct row_block *some = context;
-    const struct problem *p = some->p;
-    const long output = i * BLOCK, end = some->row + some->rows, *first = p->first;
+    const struct problem *p = context;
+    const long output = i * BLOCK, *first = p->first;
     float *scales = p->scales + thread * p->block_scales;
-    long parts = first[end] - first[some->row], passes = (parts + MAX_ROWS - 1) / MAX_ROWS;
+    long parts = first[p->rows], passes = (parts + MAX_ROWS - 1) / MAX_ROWS;
     long width = p->outputs - output < BLOCK ? p->outputs - output : BLOCK;
     size_t tile_bytes = TILE * p->weight_stride;
-    for (long row = some->row, next; row < end; row = next) {
+    for (long row = 0, next; row < p->rows; row = next) {
         next = row + 1; /* whole rows: what does not fit any more is for the next pass */
-        while (next < end && first[next + 1] - first[row] <= (parts + passes - 1) / passes) next++;
-        size_t ahead = row > some->row ? 0 : tile_bytes > AHEAD ? tile_bytes : AHEAD;
+        while (next < p->rows && first[next + 1] - first[row] <= (parts + passes - 1) / passes) next++;
+        size_t ahead = row > 0 ? 0 : tile_bytes > AHEAD ? tile_bytes : AHEAD;
         float out[MAX_ROWS][BLOCK], up[MAX_ROWS][BLOCK];
         block_function *values = block_functions[p->format][first[next] - first[row] - 1];
         values(p, output, first[row], ahead, scales, out);
@@ -476,16 +469,8 @@ int minillm_linear(const struct linear_call *c) {
     p.scales = (float *)(p.x + x_bytes + scale_bytes + sums_bytes);
     if (p.weight_stride % LINE) memset(p.scales, 0, scales_bytes); /* the groups that fill up a last line */
 
-    long row_block = rows; /* rows whose activations fit the cache beside the weights */
-    if (x_bytes > CACHED_ACTIVATIONS && rows > 16) {
-        row_block = CACHED_ACTIVATIONS / p.x_stride / MAX_ROWS * MAX_ROWS;
-        if (row_block < 2 * MAX_ROWS) row_block = 2 * MAX_ROWS;
-    }
     minillm_parallel(rows, row_threads, prepare_row, &p);
-    for (long row = 0; row < rows; row += row_block) {
-        struct row_block some = {&p, row, rows - row < row_block ? rows - row : row_block};
-        minillm_parallel(blocks, threads, block, &some);
-    }
+    minillm_parallel(blocks, threads, block, &p);
     free(p.x);
     free(p.first);
     return 0;
