@@ -1,6 +1,7 @@
 """Building the C kernels: what is kept, what is cleaned up, and what is said when it fails."""
 
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -119,3 +120,14 @@ def test_a_struct_that_is_not_what_python_packs_is_no_fallback(tmp_path):
     result = run(kernels, XDG_CACHE_HOME=str(tmp_path))
     assert result.returncode != 0
     assert "ImportError: minillm_add takes 'int64_t x, y, count, out, dtype, threads;'" in result.stderr
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64" or shutil.which("gcc") is None, reason="gcc for x86-64")
+@pytest.mark.parametrize(("chip", "instruction"), [("sapphirerapids", "tdpbf16ps"), ("znver4", "vdpbf16ps")])
+def test_the_instructions_of_chips_that_are_not_at_hand(chip, instruction):
+    """They compile for it, and use what it has: tiles are emulated elsewhere in the tests, and never run there."""
+    source = Path(build.__file__).with_name("gemm.c")
+    command = ["gcc", "-O3", f"-march={chip}", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-S", "-o", "-"]
+    done = subprocess.run([*command, str(source)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert instruction in done.stdout

@@ -105,6 +105,7 @@ static void amx_multiply(int registers, const unit *weight, long stride, long ro
     } configuration = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     const long width = registers * LANES;
     _tile_loadconfig(&configuration);
+    __asm__ volatile("" ::: "memory"); /* gcc does not know that tile loads read memory: what was written before stands */
     for (long n = 0; n < rows; n += 2 * TILE_ROWS)
         for (long c = 0; c < width; c += 2 * TILE_ROWS) {
             const unit *w = weight + n * stride, *x = panel + c;
