@@ -48,10 +48,14 @@ class Family:
     softcaps: bool = False
 
 
+def _biases(said: bool | str) -> dict[str, bool | str]:
+    """All of them, or all as one flag of the file says."""
+    return dict(qkv_bias=said, output_bias=said, mlp_bias=said)
+
+
 _ATTENTION_BIAS = dict(qkv_bias="attention_bias", output_bias="attention_bias")
 # Before Llama: LayerNorm with biases, no gate, a head that reads the embedding.
 _ELDER = Family(dict(tie_word_embeddings=True, rms_norm_eps=1e-5), layer_norm=True, norm_bias=True, gated=False)
-_ALL_BIASES = dict(qkv_bias=True, output_bias=True, mlp_bias=True)
 _GPT2 = replace(
     _ELDER,
     defaults=_ELDER.defaults | dict(hidden_act="gelu_new"),
@@ -78,7 +82,7 @@ _GPT2 = replace(
     },
     learned_positions=True,
     rotates="none",
-    **_ALL_BIASES,
+    **_biases(True),
 )
 _MEGATRON = {
     "attention.qkv": "self_attention.query_key_value",
@@ -101,9 +105,7 @@ _FALCON = replace(
     separate_names={"attention_norm": "ln_attn", "mlp_norm": "ln_mlp"},
     grouped=True,
     parallel="stated",
-    qkv_bias="bias",
-    output_bias="bias",
-    mlp_bias="bias",
+    **_biases("bias"),
 )
 _COHERE = Family(
     dict(tie_word_embeddings=True, rms_norm_eps=1e-5, rope_theta=5e5, logit_scale=0.0625),
@@ -230,9 +232,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "ernie4_5": Family(
         dict(rms_norm_eps=1e-5, head_dim=128, num_key_value_heads=2, tie_word_embeddings=True, rope_theta=5e5),
-        qkv_bias="use_bias",
-        output_bias="use_bias",
-        mlp_bias="use_bias",
+        **_biases("use_bias"),
         interleaved=True,
     ),
     "helium": Family(
@@ -249,9 +249,7 @@ FAMILIES: dict[str, Family] = {
         names={"mlp.up": "mlp.c_fc", "mlp.down": "mlp.c_proj"},
         ignored="activation_function layer_norm_epsilon scale_attn_weights",
         windows="all",
-        qkv_bias="use_bias",
-        output_bias="use_bias",
-        mlp_bias="use_bias",
+        **_biases("use_bias"),
     ),
     "gpt2": replace(_GPT2, transposed=True),
     "gpt_bigcode": replace(_GPT2, defaults=_GPT2.defaults | dict(multi_query=True), grouped=True),
@@ -273,9 +271,7 @@ FAMILIES: dict[str, Family] = {
         learned_positions=True,
         position_rows=2,
         rotates="none",
-        qkv_bias="enable_bias",
-        output_bias="enable_bias",
-        mlp_bias="enable_bias",
+        **_biases("enable_bias"),
     ),
     "gpt_neox": replace(
         _ELDER,
@@ -314,7 +310,7 @@ FAMILIES: dict[str, Family] = {
         },
         parallel="shared",
         head_bias=True,
-        **_ALL_BIASES,
+        **_biases(True),
     ),
     "stablelm": Family(
         dict(rms_norm_eps=1e-5, partial_rotary_factor=0.25, parallel=False),
@@ -356,7 +352,7 @@ FAMILIES: dict[str, Family] = {
         grouped=True,
         embedding_norm=True,
         alibi=True,
-        **_ALL_BIASES,
+        **_biases(True),
     ),
     "mpt": replace(
         _ELDER,

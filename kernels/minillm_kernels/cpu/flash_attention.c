@@ -39,19 +39,15 @@ static long start_of_query(const struct flash *f, long b, long kv, long row) {
     return ((b * f->c.heads + kv * f->group + row % f->group) * f->c.tokens + row / f->group) * f->c.head_dim;
 }
 
-INLINE void put_element(int pairs, int dtype, const void *from, long i, void *to, long k) {
-    if (pairs) ((uint16_t *)to)[k] = ((const uint16_t *)from)[i];
-    else ((float *)to)[k] = read_value(from, i, dtype);
-}
-
 INLINE void pack_queries(const struct flash *f, int pairs, int dtype, long b, long kv, long first, struct work *w) {
     const long rows = f->group * f->c.tokens, width = w->registers * LANES, D = f->c.head_dim;
+    const void *q = (const void *)(uintptr_t)f->c.q;
     memset(w->query, 0, sizeof(unit) * f->units * width);
     for (long i = 0; i < width && first + i < rows; i++) {
         long start = start_of_query(f, b, kv, first + i);
         for (long d = 0; d < D; d++) {
             long place = pairs ? d / 2 * 2 * width + 2 * i + d % 2 : d * width + i;
-            put_element(pairs, dtype, (const void *)(uintptr_t)f->c.q, start + d, w->query, place);
+            units_of(q, dtype, start + d, 1, pairs, (char *)w->query + place * (pairs ? 2 : 4));
         }
     }
 }
@@ -93,9 +89,7 @@ INLINE const unit *keys_of(const struct flash *f, int pairs, int dtype, long bas
         return (const unit *)((const char *)k + (base + slot * D) * f->size);
     memset(w->keys, 0, sizeof(unit) * KEYS * f->units);
     for (long n = 0; n < KEYS && n <= last - begin; n++) {
-        char *row = (char *)(w->keys + n * f->units);
-        long start = base + (begin + n) % f->c.slots * D;
-        for (long d = 0; d < D; d++) put_element(pairs, dtype, k, start + d, row, d);
+        units_of(k, dtype, base + (begin + n) % f->c.slots * D, D, pairs, w->keys + n * f->units);
     }
     return w->keys;
 }
@@ -112,7 +106,7 @@ INLINE int values_of(const struct flash *f, int pairs, int dtype, long base, lon
         const float *wide_v = (const float *)v + start;
         if (dtype == FLOAT32) for (long d = 0; d < D; d++) unbounded |= !(fabsf(wide_v[d]) < INFINITY);
         else for (long d = 0; d < D; d++) unbounded |= (((const uint16_t *)v)[start + d] & exponent) == exponent;
-        if (!pairs) for (long d = 0; d < D; d++) w->lines[n * wide + d] = read_value(v, start + d, dtype);
+        if (!pairs) units_of(v, dtype, start, D, 0, w->lines + n * wide);
         else { /* of an even position the low halves of units, of the one after it the high ones */
             uint32_t __attribute__((may_alias)) *line = (void *)(w->lines + n / 2 * wide);
             for (long d = 0; d < D; d++) line[d] |= (uint32_t)((const uint16_t *)v)[start + d] << n % 2 * 16;

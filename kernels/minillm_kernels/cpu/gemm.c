@@ -28,11 +28,6 @@ static long registers_of(const struct gemm *g, long panel) { /* of columns */
 
 /* ---- x into panels ---- */
 
-INLINE void units_of(const void *x, int dtype, long start, long count, int pairs, float *to) {
-    if (pairs) memcpy(to, (const uint16_t *)x + start, count * 2);
-    else for (long k = 0; k < count; k++) to[k] = read_value(x, start + k, dtype);
-}
-
 INLINE void pack(const struct gemm *g, int dtype, long panel, long first) {
     const struct gemm_call *c = &g->c;
     const int pairs = g->pairs, per_unit = 1 + pairs;
@@ -98,14 +93,9 @@ INLINE void widen_row(const struct gemm_call *c, int pairs, long row, char *to) 
     const long start = row * c->inputs;
     const int8_t *codes = (const int8_t *)weight + start;
     switch (c->format) {
-        case FLOAT32: memcpy(to, (const float *)weight + start, c->inputs * 4); break;
-        case BFLOAT16:
-            if (pairs) memcpy(to, (const uint16_t *)weight + start, c->inputs * 2);
-            else for (long k = 0; k < c->inputs; k++) ((float *)to)[k] = read_value(weight, start + k, BFLOAT16);
-            break;
-        case FLOAT16:
-            for (long k = 0; k < c->inputs; k++) ((float *)to)[k] = read_value(weight, start + k, FLOAT16);
-            break;
+        case FLOAT32: units_of(weight, FLOAT32, start, c->inputs, 0, to); break;
+        case BFLOAT16: units_of(weight, BFLOAT16, start, c->inputs, pairs, to); break;
+        case FLOAT16: units_of(weight, FLOAT16, start, c->inputs, 0, to); break;
         case INT8:
             if (pairs) for (long k = 0; k < c->inputs; k++) ((uint16_t *)to)[k] = whole_to_bf16(codes[k]);
             else for (long k = 0; k < c->inputs; k++) ((float *)to)[k] = codes[k];

@@ -41,6 +41,12 @@ INLINE long whole_units(int pairs, long inputs) {
     return (units + step - 1) / step * step;
 }
 
+/* `count` elements from `start` on as units: bf16 as they are where pairs of them are multiplied, else fp32 */
+INLINE void units_of(const void *from, int dtype, long start, long count, int pairs, void *to) {
+    if (pairs) memcpy(to, (const uint16_t *)from + start, count * 2);
+    else for (long k = 0; k < count; k++) ((float *)to)[k] = read_value(from, start + k, dtype);
+}
+
 INLINE vf multiply_unit(int pairs, const unit *weight, vf x, vf sum) {
 #ifdef BF16_DOT
     if (pairs) return vf_dot_bf16(sum, _mm512_castps_si512(vf_set(*weight)), _mm512_castps_si512(x));
@@ -105,7 +111,7 @@ static void amx_multiply(int registers, const unit *weight, long stride, long ro
     } configuration = {1, 0, {0}, {64, 64, 64, 64, 64, 64, 64, 64}, {16, 16, 16, 16, 16, 16, 16, 16}};
     const long width = registers * LANES;
     _tile_loadconfig(&configuration);
-    __asm__ volatile("" ::: "memory"); /* gcc does not know that tile loads read memory: what was written before stands */
+    __asm__ volatile("" ::: "memory"); /* gcc does not know that tile loads read memory */
     for (long n = 0; n < rows; n += 2 * TILE_ROWS)
         for (long c = 0; c < width; c += 2 * TILE_ROWS) {
             const unit *w = weight + n * stride, *x = panel + c;
