@@ -17,11 +17,12 @@ ROAD = """
 """.split()
 WINGS = {
     "load": """
-        files families keys reader config_json tensors chat_template tokenizer hub quantize checkpoint quantized_copy
+        files families keys reader config_json tensors chat_template tokenizer hub quantize checkpoint writing quantized_copy
     """.split(),
     "cli": "flags commands".split(),
     "faster": "compiled steps".split(),
     "serve": "engine".split(),
+    "train": "documents packing attention initialize loss optimizer loop".split(),
     "measure": "plot memory bench perplexity describe".split(),
 }
 ENTRANCES = {"__init__", "__main__"}  # may import anything
