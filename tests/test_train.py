@@ -180,10 +180,10 @@ def test_packed_is_separate_and_nothing_crosses(name, masked, checkpoint, monkey
 
     before = loss.hidden(batch).detach()
     changed = copy.deepcopy(batch)
-    row, column = next((r, c) for r, c in (batch.position == 0).nonzero().tolist() if c > 0)
-    changed.ids[row, column + 1] += 1
+    row, column = next((r, c) for r, c in (batch.position == 1).nonzero().tolist() if c > 1)
+    changed.ids[row, column] += 1
     moved = (loss.hidden(changed).detach() != before).any(-1).view(batch.ids.shape)
-    assert moved[row, column + 1 :].any()
+    assert moved[row, column:].any()
     document = (batch.position == 0).cumsum(1)
     assert bool((document[moved.nonzero(as_tuple=True)] == document[row, column]).all())
     assert moved.any(1).nonzero().flatten().tolist() == [row]
@@ -265,7 +265,7 @@ def test_bits_per_byte_is_of_windows_without_overlap():
         ids = documents.ids[start : start + ROW + 1].long()[None]
         packed = Packed(model.config, ROW)
         logits = model(ids[:, :-1], torch.arange(ids.shape[1] - 1)[None], packed)
-        nats += float(torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="sum"))
+        nats += torch.nn.functional.cross_entropy(logits[0], ids[0, 1:], reduction="sum").item()
     loss = ScoredLoss(model, ROW)
     assert loss.bits_per_byte(documents, rows=2) == pytest.approx(nats / 0.6931471805599453 / 100, rel=1e-5)
 
@@ -276,8 +276,10 @@ def test_autocast_is_taken_in_training_alone():
     exact, rounded = (ScoredLoss(model, ROW, bfloat16=on).total(batch) for on in (False, True))
     assert exact != rounded
     assert exact == pytest.approx(rounded, rel=0.02)
-    model.eval()
-    assert ScoredLoss(model, ROW, bfloat16=True).total(batch) == pytest.approx(exact, rel=1e-6)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = [model(batch.ids, batch.position, Packed(model.config, ROW)) for model in (tiny().eval(), tiny())]
+    assert not torch.equal(*logits)
+    assert torch.equal(logits[0], model(batch.ids, batch.position, Packed(model.config, ROW)))
 
 
 # ---- compiled ----
@@ -289,7 +291,7 @@ def test_one_graph_whatever_the_packing_and_nothing_crosses():
     eager, model = tiny(), tiny()
     ours, plain = ScoredLoss(model, ROW, compile=True), ScoredLoss(eager, ROW)
     ours.piece = plain.piece = 64
-    for lengths in (LENGTHS, (40, 7, 9, 10, 11, 12, 20, 33), (2, 3, 4, 5, 40, 40, 40, 30)):
+    for lengths in (LENGTHS, (40, 7, 9, 10, 11, 12, 20, 33), (2, 3, 4, 5, 40, 40, 30, 25)):
         batch = packed_batch(some_documents(lengths)).rows(0, 3)
         for loss in (ours, plain):
             loss.model.zero_grad()
@@ -299,8 +301,8 @@ def test_one_graph_whatever_the_packing_and_nothing_crosses():
             assert (gradient - expected[name]).abs().max() < 1e-4 * expected[name].abs().max() + 1e-7, name
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the blocks, and the head
     hidden = ours.hidden(batch).detach()
-    row, column = next((r, c) for r, c in (batch.position == 0).nonzero().tolist() if c > 0)
-    batch.ids[row, column + 1] += 1
+    row, column = next((r, c) for r, c in (batch.position == 1).nonzero().tolist() if c > 1)
+    batch.ids[row, column] += 1
     moved = (ours.hidden(batch).detach() != hidden).any(-1).view(batch.ids.shape)
     document = (batch.position == 0).cumsum(1)
     assert moved.any(1).nonzero().flatten().tolist() == [row]
@@ -355,7 +357,7 @@ def test_initial_weights_are_a_seeds_own_and_neutral(checkpoint):
     gemma = tiny(name="gemma2")
     x = torch.randn(2, 3, 48)
     normed = gemma.blocks[0].mlp_norm(x)
-    assert normed.square().mean(-1) == pytest.approx(torch.ones(2, 3), abs=0.1)  # eps 0.02 of the recipes
+    assert (normed.square().mean(-1) - 1).abs().max() < 0.1  # eps is 0.02 in the recipes
 
 
 # ---- the loop ----
