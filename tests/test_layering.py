@@ -17,7 +17,8 @@ ROAD = """
 """.split()
 WINGS = {
     "load": """
-        files families keys reader config_json tensors chat_template tokenizer hub quantize checkpoint writing quantized_copy
+        files families keys reader config_json tensors chat_template tokenizer hub quantize checkpoint writing
+        quantized_copy
     """.split(),
     "cli": "flags commands".split(),
     "faster": "compiled steps".split(),

@@ -16,6 +16,7 @@ from minillm.errors import BackendError, CacheError, NumericalError, RequestErro
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config, parse_config
 from minillm.model import empty_decoder
+from minillm.train import attention
 from minillm.train.attention import PACKED, Packed, packed_mask
 from minillm.train.documents import load_documents, make_documents, save_documents
 from minillm.train.initialize import initialize
@@ -167,6 +168,8 @@ def test_packed_is_separate_and_nothing_crosses(name, masked, checkpoint, monkey
     what other documents in its row compute."""
     if masked:
         monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+        monkeypatch.setattr(attention, "_BLOCK", 7)
+        monkeypatch.setattr(attention, "_BLOCKS", 6)  # of 7 queries, and a last one of 5
     documents, model = some_documents(), trainable(checkpoint(name))
     loss = ScoredLoss(model, ROW)
     batch = packed_batch(documents)
@@ -244,11 +247,11 @@ def test_another_objective():
     assert max(float(gradient.abs().max()) for gradient in gradients(model).values()) < 1e-3
 
 
-@pytest.mark.parametrize("attention", ["kernels", "math", "sdpa"])
-def test_a_backend_that_cannot_be_trained_is_refused_by_name(attention, checkpoint):
+@pytest.mark.parametrize("name", ["kernels", "math", "sdpa"])
+def test_a_backend_that_cannot_be_trained_is_refused_by_name(name, checkpoint):
     config = load_config(checkpoint("llama3"))
-    model = load_decoder(checkpoint("llama3"), config, torch.float32, attention=attention)
-    with pytest.raises(BackendError, match=rf"attention='{attention}' cannot be trained"):
+    model = load_decoder(checkpoint("llama3"), config, torch.float32, attention=name)
+    with pytest.raises(BackendError, match=rf"attention='{name}' cannot be trained"):
         ScoredLoss(model, ROW).total(packed_batch(some_documents()))
 
 
@@ -288,7 +291,8 @@ def test_autocast_is_taken_in_training_alone():
 def test_one_graph_whatever_the_packing_and_nothing_crosses():
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    eager, model = tiny(), tiny()
+    one_layer = {"num_hidden_layers": 1}  # compiling takes seconds for each
+    eager, model = tiny(one_layer), tiny(one_layer)
     ours, plain = ScoredLoss(model, ROW, compile=True), ScoredLoss(eager, ROW)
     ours.piece = plain.piece = 64
     for lengths in (LENGTHS, (40, 7, 9, 10, 11, 12, 20, 33), (2, 3, 4, 5, 40, 40, 30, 25)):
@@ -367,45 +371,43 @@ import sys, torch
 from pathlib import Path
 torch.set_num_threads(1)
 sys.path.insert(0, {tests!r})
-from test_train import some_documents, tiny
-from minillm.train.loop import Recipe, Training
-out = Path(sys.argv[1])
-model = tiny()
-documents = some_documents([30, 12, 50, 41, 9, 22] * 4)
-recipe = Recipe(steps=30, length=40, rows=4, rows_at_once=2, learning_rate=1e-3, muon_learning_rate=0.02, bfloat16=True)
-training = Training(model, documents, recipe, out / "state.pt", save_every=0.0)
-for step in training:
+from test_train import some_run
+for step in some_run(Path(sys.argv[1])):
     print(step.number, step.epoch, flush=True)
-    if len(sys.argv) > 2 and step.number == int(sys.argv[2]):
-        import time; time.sleep(60)
-torch.save(model.state_dict(), out / "weights.pt")
 """
 
 
+def some_run(folder):
+    """Thirty steps, over six epochs, with a state after each."""
+    documents = some_documents([30, 12, 50, 41, 9, 22] * 4)
+    recipe = Recipe(steps=30, length=40, rows=4, rows_at_once=2, learning_rate=1e-3, muon_learning_rate=0.02)
+    return Training(tiny(), documents, recipe, folder / "state.pt", save_every=0.0)
+
+
 def test_killed_three_times_it_ends_in_the_same_bits(tmp_path):
-    """kill -9 with and without a state just written, the last time in a later epoch."""
+    """kill -9 wherever it is just then, once in a later epoch; and while it writes, which leaves the state before."""
     script = tmp_path / "run.py"
     script.write_text(RUN.format(tests=str(Path(__file__).parent)))
-
-    def run(folder, stop=None):
-        (tmp_path / folder).mkdir(exist_ok=True)
-        command = [sys.executable, str(script), str(tmp_path / folder), *([str(stop)] if stop else [])]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        lines = []
+    last = 0
+    for stop in (3, 8, 21):
+        process = subprocess.Popen([sys.executable, script, tmp_path], stdout=subprocess.PIPE, text=True)
         for line in process.stdout:
-            lines.append(line.split())
-            if stop and int(lines[-1][0]) == stop:
-                process.send_signal(signal.SIGKILL)
-        process.wait()
-        assert stop is not None or process.returncode == 0
-        return lines
-
-    whole = run("whole")
-    parts = [run("killed", stop) for stop in (3, 8, 21)] + [run("killed")]
-    assert float(parts[2][-1][1]) > 2  # epochs
-    assert [line for part in parts for line in part] == whole
-    ours, theirs = (torch.load(tmp_path / folder / "weights.pt") for folder in ("whole", "killed"))
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+            number, epoch = line.split()
+            assert int(number) > last
+            last = int(number)
+            if last == stop:
+                process.kill()
+        assert process.wait() == -signal.SIGKILL
+    assert float(epoch) > 2
+    (tmp_path / "state.pt.part").write_bytes(b"half a state")
+    (tmp_path / "whole").mkdir()
+    killed, whole = some_run(tmp_path), some_run(tmp_path / "whole")
+    resumed = killed.step
+    assert 21 <= resumed < 30
+    assert [step.number for step in killed] == list(range(resumed + 1, 31))
+    assert [step.number for step in whole] == list(range(1, 31))
+    for (name, ours), theirs in zip(whole.model.named_parameters(), killed.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs), name
 
 
 def short_run(tmp_path, model=None, steps=4, **changes):
@@ -414,7 +416,7 @@ def short_run(tmp_path, model=None, steps=4, **changes):
 
 
 def test_it_learns(tmp_path):
-    losses = [step.loss for step in short_run(tmp_path, steps=60, muon_learning_rate=0.02)]
+    losses = [step.loss for step in short_run(tmp_path, steps=40, muon_learning_rate=0.02)]
     assert losses[0] > 4
     assert losses[-1] < 0.5
 
