@@ -421,6 +421,17 @@ def test_it_learns(tmp_path):
     assert losses[-1] < 0.5
 
 
+def test_rows_at_once_agree():
+    """The loop's mean is over a whole step: as many forward passes as you like, with more and fewer scored tokens."""
+    scored, steps = [[i % 2 == 1 or n > 20 for i in range(n)] for n in LENGTHS], []
+    for rows_at_once in (1, 4):
+        recipe = Recipe(3, ROW, rows=4, rows_at_once=rows_at_once, learning_rate=1e-3, bfloat16=False)
+        for step in Training(tiny(), some_documents(scored=scored), recipe):
+            steps.append((step.loss, step.gradient_norm))
+    for one_by_one, at_once in zip(steps[:3], steps[3:], strict=True):
+        assert one_by_one == pytest.approx(at_once, rel=1e-4)
+
+
 def test_a_full_disk_loses_nothing(tmp_path, monkeypatch):
     training = iter(run := short_run(tmp_path))
     next(training)
