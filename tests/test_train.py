@@ -76,6 +76,7 @@ def test_an_epoch_scores_every_token_once_with_its_own_past(lengths, row, epoch)
     begin = place - batch.position  # every piece is one run of ids, from position 0
     assert bool((begin >= 0).all())
     assert bool((batch.position[:, 0] == 0).all())
+    assert not {int(end) - 1 for end in ends} & set(batch.ids.flatten().tolist())  # a last id is a label only
     inside = batch.scored & (batch.position > 0)
     assert torch.equal(batch.ids[inside], batch.ids.roll(1, 1)[inside] + 1)
 
