@@ -65,7 +65,8 @@ class ScoredLoss:
         self.length, self.piece = length, max(64, _PIECE_LOGITS // model.config.vocab_size)
         if recompute:
             for block in model.blocks:
-                block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+                once = type(block).forward.__get__(block)  # however often it is asked for
+                block.forward = partial(checkpoint, once, use_reentrant=False)
         compiled = partial(torch.compile, fullgraph=True, dynamic=False) if compile else lambda function: function
         self._hidden, self._nats = compiled(self._walk), compiled(self._score)
 
