@@ -157,7 +157,7 @@ def new_rows(
     else:
         limit = "the cache"
     budgets = [_budget(len(row), number, room, limit, asked, config) for number, row in enumerate(ids)]
-    eos, seeds = frozenset(as_list(config.eos_token_id)), _seeds(config, len(ids))
+    eos, seeds = frozenset(as_list(config.eos_token_id)), llm.model.ranks.agree(_seeds(config, len(ids)), (ids, config))
     rows = [
         Row(
             prompt=row,

@@ -12,12 +12,12 @@ ROOT = Path(__file__).parent.parent
 # the road, and knows no other wing. A room that is not built yet may be missing; a file that is not listed has no
 # place in the house.
 ROAD = """
-    errors options progress config rope hold cache attention linear model sampling tokenizer decode
+    errors options progress config rope hold cache attention linear parallel model sampling tokenizer decode
     drafting speculative row batch request llm
 """.split()
 WINGS = {
     "load": """
-        files families keys reader config_json tensors chat_template tokenizer hub quantize checkpoint quantized_copy
+        files families keys reader config_json tensors chat_template tokenizer hub quantize share checkpoint quantized_copy
     """.split(),
     "cli": "flags commands".split(),
     "faster": "compiled steps".split(),
