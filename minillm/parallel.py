@@ -13,6 +13,7 @@ attention and after the MLP, make the stream whole on every rank, and the logits
 Who sums is `torch.distributed` under `torchrun`: NCCL on GPUs, gloo on a CPU. docs/parallel.md says when it pays.
 """
 
+import atexit
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -136,10 +137,17 @@ def join(device: torch.device) -> Ranks:
             options = dict(device_id=device) if device.type == "cuda" else {}
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT), **options)
+            atexit.register(leave)
         except (RuntimeError, ValueError) as error:
             raise RankError(f"the ranks do not find each other: {first_line(error)}") from error
     waiting = dist.new_group(backend="gloo", timeout=timedelta(days=365))
     return Ranks(dist.get_rank(), dist.get_world_size(), True, waiting)
+
+
+def leave() -> None:
+    """End the process group, whose threads would not survive the end of Python."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def local_device(device: str | torch.device) -> str | torch.device:

@@ -19,7 +19,7 @@ WINGS = {
     "load": """
         files families keys reader config_json tensors chat_template tokenizer hub quantize share checkpoint quantized_copy
     """.split(),
-    "cli": "flags commands".split(),
+    "cli": "flags ranks commands".split(),
     "faster": "compiled steps".split(),
     "serve": "engine".split(),
     "measure": "plot memory bench perplexity describe".split(),
