@@ -115,8 +115,8 @@ class Ranks:
         try:
             collective(*arguments, **options)
         except RuntimeError as error:
-            reason = f"has another one ended, or not answered in time? ({first_line(error)})"
-            raise RankError(f"rank {self.rank} of {self.count} cannot go on: {reason}") from error
+            reason = first_line(error).removeprefix("[").rpartition("] ")[2].partition(". ")[0]  # without file and line
+            raise RankError(f"rank {self.rank} of {self.count} has lost another one: {reason}") from error
 
 
 ALONE = Ranks()

@@ -82,7 +82,7 @@ def share_plan(
     places, cuts = {}, {}
     for name, place in plan.items():
         part = share(config, ranks, place.module)
-        if getattr(mine.get_submodule(place.module), place.tensor, None) is None:
+        if place.tensor == "bias" and mine.get_submodule(place.module).bias is None:
             continue  # a bias that another rank adds
         places[name] = place
         if part.rows is not None or part.columns is not None:
