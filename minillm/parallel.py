@@ -66,7 +66,7 @@ class Ranks:
         return x
 
     def gather(self, logits: Tensor, vocab_size: int) -> Tensor:
-        """Every rank's share of the logits side by side, `[..., V]`. Each logit has one owner: all see the same bits."""
+        """All ranks' shares of the logits side by side, `[..., V]`. Each logit has one owner: all see the same bits."""
         if not self.joined:
             return logits
         mine = F.pad(logits, (0, -(-vocab_size // self.count) - logits.shape[-1]))  # [..., ceil(V / R)]

@@ -42,10 +42,10 @@ QUANTIZED = [
     for quantize, head in (("int8", False), ("int8", True), ("int4-g32", False), ("int4-g32", True))
 ]
 # What four ranks do not repeat: a recipe of each kind is enough, and a checkpoint with biases to quantize.
-FEWER = {name for name in FAMILIES if name not in ONE_OF_A_KIND} | {"text, full norms"}
+FEWER = {name for name in FAMILIES if name not in ONE_OF_A_KIND} | {"text, full norms", "compiled"}
 FEWER |= {f"{base} {quantize} {head}" for base, quantize, head in QUANTIZED if base != "biased"}
-JOBS = [*FAMILIES, *(f"{base} {quantize} {head}" for base, quantize, head in QUANTIZED), "text", "text, full norms"]
-JOBS += ["int8 file", "int4-g32 file"]
+CODED = [*(f"{base} {quantize} {head}" for base, quantize, head in QUANTIZED), "int8 file", "int4-g32 file"]
+JOBS = [*FAMILIES, *CODED, "text", "text, full norms"]
 TWO_AND_FOUR = [(name, count) for count in COUNTS for name in JOBS if count == 2 or name not in FEWER]
 
 
@@ -103,6 +103,7 @@ def jobs(folders):
     jobs["text, full norms"] = ("texts", dict(folder=folders["text, full norms"], shared_draft=True))
     jobs["bytes"] = ("bytes_read", dict(folder=folders["plain"]))
     jobs["bytes, tied"] = ("bytes_read", dict(folder=folders["llama3.2"]))
+    jobs["compiled"] = ("compiled", dict(folder=folders["text"]))
     jobs["engine"] = ("engine", dict(folder=folders["text"]))
     jobs["different prompts"] = ("different_prompts", dict(folder=folders["text"]))
     jobs["does not fit"] = ("forward", dict(folder=folders["plain"], quantize="int4-g128"))
@@ -161,7 +162,7 @@ def test_logits_equal_one_ranks(name, count, ranks_of, alone):
         assert torch.equal(first, other)  # to the bit
 
 
-@pytest.mark.parametrize("name, count", [(name, count) for name, count in TWO_AND_FOUR if "int" in name])
+@pytest.mark.parametrize("name, count", [(name, count) for name, count in TWO_AND_FOUR if name in CODED])
 def test_ranks_hold_the_codes_of_one(name, count, ranks_of, alone):
     expected, whole = alone(name)
     shares = ranks_of(count)[name]
@@ -201,6 +202,10 @@ def test_texts_equal_one_ranks(name, count, ranks_of, alone):
     others = [other for _, other, _ in results]
     assert all(other == others[0] for other in others)  # fresh seeds are rank 0's
     assert (kind, results[0][2]) == ("recorded", "eager")
+
+
+def test_compiled_graphs_hold_the_sums(ranks_of, alone):
+    assert ranks_of(2)["compiled"] == [alone("compiled")] * 2
 
 
 def test_the_reference_agrees(folders, ranks_of):
@@ -368,7 +373,9 @@ def test_a_rank_that_is_killed_ends_the_others(victim):
         assert time.monotonic() - started < 5
     assert process.returncode == 1
     assert len(stderr.splitlines()) == 1, stderr
-    assert re.match(rf"minillm: rank ({1 - victim} of 2 has lost another one|{victim} of 2 was ended by SIGKILL)", stderr)
+    assert re.match(
+        rf"minillm: rank ({1 - victim} of 2 has lost another one|{victim} of 2 was ended by SIGKILL)", stderr
+    )
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks.values())
 
 

@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         finally:
             sys.stdout.flush()
     except MinillmError as error:
-        return ranks.tell(error) if ranks.several() else commands.complain(error)
+        return ranks.tell(error) if ranks.several() else ranks.complain(error)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.filename is not None:
             raise  # a file's: what opens one answers for it
-        return commands.complain(f"standard input or output: {error.strerror}")
+        return ranks.complain(f"standard input or output: {error.strerror}")
     except Exception as error:
         if not ranks.several():
             raise

@@ -16,15 +16,9 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from minillm.cli.flags import COMPILE, OPTIONS
-from minillm.cli.ranks import several, speaks
-from minillm.errors import MinillmError, RequestError
+from minillm.cli.ranks import complain, several, speaks
+from minillm.errors import RequestError
 from minillm.options import GenerationConfig
-
-
-def complain(error: MinillmError | str) -> int:
-    text = " ".join(str(error).split())
-    print("minillm:", text if len(text) <= 800 else f"{text[:400]} ... {text[-400:]}", file=sys.stderr)
-    return 1
 
 
 def _load(options: argparse.Namespace, **changes):

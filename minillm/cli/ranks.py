@@ -14,6 +14,13 @@ SHARED = ("generate", "chat", "bench")  # the commands that share a model; of th
 _KILL_AFTER = "3"  # seconds that a rank has to end in once another has failed
 
 
+def complain(error: MinillmError | str) -> int:
+    """Print an error as one line; the exit status."""
+    text = " ".join(str(error).split())
+    print("minillm:", text if len(text) <= 800 else f"{text[:400]} ... {text[-400:]}", file=sys.stderr)
+    return 1
+
+
 def several() -> bool:
     """Whether this is one of the processes that torchrun started."""
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
@@ -62,8 +69,6 @@ def tell(error: BaseException) -> int:
 
         get_error_handler().record_exception(error)  # for torchrun's report
         sys.stderr = sys.__stderr__
-        from minillm.cli.commands import complain
-
         return complain(said)
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
@@ -91,8 +96,6 @@ def launch(count: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-    from minillm.cli.commands import complain
 
     logging.disable(logging.CRITICAL)  # of torchrun's report one line is left, which is ours
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")

@@ -49,8 +49,8 @@ def load_decoder(
 
     Raises `CheckpointError` listing missing, unexpected and mis-shaped tensors (the first twenty) before any weight is
     read, or naming one that holds NaN or infinity, unless `check_finite` is false (the look costs 0.1 s per GB);
-    `BackendError` if `attention` cannot serve the model. `quantize` and `quantize_head` as for `empty_decoder`. Of a model
-    that `ranks` share each reads its own part only.
+    `BackendError` if `attention` cannot serve the model. `quantize` and `quantize_head` as for `empty_decoder`. Of a
+    model that `ranks` share each reads its own part only.
     """
     folder, asked = Path(folder), (dtype, attention, quantize, quantize_head)
     mine = empty_decoder(config, *asked, ranks=ranks)  # an error, if there is one, before anything is read
