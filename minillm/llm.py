@@ -121,8 +121,7 @@ class LLM:
             ranks,
         )
         ranks.agree(None)  # some read faster than others
-        config = model.config
-        llm = cls(model, tokenizer, config, defaults, str(name), compile)
+        llm = cls(model, tokenizer, model.config, defaults, str(name), compile)
         if llm.steps.compiled is not None:
             llm.steps.compiled.warm_up()
         return llm

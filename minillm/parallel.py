@@ -54,8 +54,10 @@ class Ranks:
         return self.rank == 0
 
     def sum(self, x: Tensor) -> Tensor:
-        """The sum of all ranks' `x`, any shape, in its place."""
+        """The sum of all ranks' `x`, any shape, in its place. It has no gradient."""
         if self.joined:
+            if x.requires_grad:
+                raise RankError("a model that ranks share computes no gradients: call it under torch.no_grad()")
             self._talk(dist.all_reduce, x)
         return x
 

@@ -20,6 +20,7 @@ from minillm.options import QUANTIZED_FORMATS
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
+            ranks.be_silent()
             options = _parser().parse_args(arguments)
             if ranks.to_start(options):
                 return ranks.launch(options.ranks, sys.argv[1:] if arguments is None else arguments)

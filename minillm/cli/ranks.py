@@ -35,8 +35,14 @@ def to_start(options: argparse.Namespace) -> bool:
     return not several() and options.command.__name__ in SHARED and (options.ranks or 1) > 1
 
 
+def be_silent() -> None:
+    """Of several processes all but rank 0 say nothing, but for an error (`tell`)."""
+    if not speaks():
+        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+
+
 def take_part(options: argparse.Namespace) -> bool:
-    """Among several processes: whether this one has anything to do. All but rank 0 are silent from here on."""
+    """Among several processes: whether this one has anything to do."""
     if not several():
         return True
     asked, count = getattr(options, "ranks", None), int(os.environ["WORLD_SIZE"])
@@ -45,8 +51,6 @@ def take_part(options: argparse.Namespace) -> bool:
         raise RequestError(f"--ranks {asked}, but torchrun started {count} processes: leave out --ranks")
     # Not as an exception: it would wait for a collective that nobody answers any more.
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if not speaks():
-        sys.stdout = sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     return shared or speaks()
 
 
