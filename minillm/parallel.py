@@ -30,7 +30,7 @@ from minillm.config import ModelConfig, NormSpec
 from minillm.errors import ConfigError, RankError, RequestError, first_line
 from minillm.linear import Linear, parse_quantize
 
-TIMEOUT = 60.0  # seconds that a rank waits for another within a request (between two it waits as long as need be)
+TIMEOUT = 50.0  # seconds that a rank waits for another within a request (between two it waits as long as need be)
 
 
 @dataclass(frozen=True)

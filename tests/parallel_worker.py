@@ -182,7 +182,7 @@ def main(jobs: str, out: str) -> None:
 
 
 def die(how: str, *arguments: str) -> None:
-    """The command line, where rank 1 ends or hangs after its fifth token; a rank waits for 2 s instead of 60."""
+    """The command line, where rank 1 ends or hangs after its fifth token; a rank waits for 2 s instead of 50."""
     minillm.parallel.TIMEOUT = 2.0
     commit = Row.commit
 

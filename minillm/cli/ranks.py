@@ -4,6 +4,7 @@ import argparse
 import os
 import signal
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from tempfile import TemporaryDirectory
@@ -11,6 +12,7 @@ from tempfile import TemporaryDirectory
 from minillm.errors import MinillmError, RankError, RequestError, first_line
 
 SHARED = ("generate", "chat", "bench")  # the commands that share a model; of the others there is one process
+_PRECEDENCE = 0.5  # seconds in which rank 0 may say what is wrong with all of them
 _KILL_AFTER = "3"  # seconds that a rank has to end in once another has failed
 
 
@@ -63,8 +65,9 @@ def tell(error: BaseException) -> int:
     if not isinstance(error, MinillmError):
         place = traceback.extract_tb(error.__traceback__)[-1]
         said = f"{type(error).__name__}: {first_line(error)} ({os.path.basename(place.filename)}, line {place.lineno})"
-    if not isinstance(error, RankError) and not speaks():
-        said = f"rank {os.environ['RANK']}: {said}"
+    if not speaks():
+        time.sleep(_PRECEDENCE)
+        said = said if isinstance(error, RankError) else f"rank {os.environ['RANK']}: {said}"
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM])  # torchrun ends a rank as soon as another has failed
     try:
         if not claim():
@@ -87,7 +90,7 @@ def claim() -> bool:
     where = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", 0))
     try:
         store = TCPStore(*where, is_master=False, timeout=timedelta(seconds=2), wait_for_workers=False)
-        return store.add("minillm/told", 1) == 1
+        return store.add(f"minillm/told/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
     except RuntimeError:  # whoever kept the list is gone
         return True
 
