@@ -13,7 +13,6 @@ from minillm.errors import MinillmError, RankError, RequestError, first_line
 
 SHARED = ("generate", "chat", "bench")  # the commands that share a model; of the others there is one process
 _PRECEDENCE = 0.5  # seconds in which rank 0 may say what is wrong with all of them
-_KILL_AFTER = "3"  # seconds that a rank has to end in once another has failed
 
 
 def complain(error: MinillmError | str) -> int:
@@ -106,7 +105,6 @@ def launch(count: int, arguments: Sequence[str]) -> int:
 
     logging.disable(logging.CRITICAL)  # of torchrun's report one line is left, which is ours
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
-    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", _KILL_AFTER)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // count)))
     with TemporaryDirectory(prefix="minillm-", ignore_cleanup_errors=True) as folder:
         where = dict(rdzv_backend="c10d", rdzv_endpoint="localhost:0", local_addr="localhost")

@@ -186,6 +186,7 @@ class CapturedStep:
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
         # The thread that watches over NCCL's collectives asks the device about them all the while.
-        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        errors = "thread_local" if self.steps.ranks.joined else "global"
+        with torch.cuda.graph(graph, capture_error_mode=errors):
             self.out = step()
         self.graph = graph
