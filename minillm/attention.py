@@ -2,7 +2,7 @@
 
     norm              x                      -> x, normed
     add_norm          x, residual            -> the sum, normed, and the sum
-    rotate_and_write  q, k, v                -> q, rotated; k, rotated, and v lie in the cache
+    rotate_and_write  q, k, v                -> q, rotated; keys and values, with k, rotated, and v among them
     attend            q, keys, values        -> softmax(q k^T) v
 
 * `math` spells everything out in PyTorch, attention in float32: the oracle, and the one to read.
@@ -49,7 +49,7 @@ class Backend:
     name: str
     norm: Callable[[Tensor, Tensor, Tensor | None, NormSpec], Tensor]
     add_norm: Callable[[Tensor, Tensor, Tensor | None, Tensor | None, NormSpec], tuple[Tensor, Tensor]]
-    rotate_and_write: Callable[[Tensor, Tensor, Tensor, Rotary, Tensor, Tensor, KeyView], Tensor]
+    rotate_and_write: Callable[[Tensor, Tensor, Tensor, Rotary, Tensor, Tensor, KeyView], tuple[Tensor, Tensor, Tensor]]
     attend: Callable[[Tensor, Tensor, Tensor, KeyView, LayerSpec, Tensor | None], Tensor]
     softcap: bool = True
     gpu_only: bool = False
@@ -82,7 +82,7 @@ def add_norm(
 
 def rotate_and_write(
     q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, view: KeyView
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Rotate queries and keys; put keys and values into their slots of the cache.
 
     Args:
@@ -91,13 +91,13 @@ def rotate_and_write(
         keys, values: the layer's part of the cache, `[B, KV, S + 1, D]`; written to.
         view: where each token goes.
 
-    Returns the rotated queries, `[B, T, H, D]`.
+    Returns the rotated queries, `[B, T, H, D]`, and the keys and values to attend to.
     """
     cos, sin = (part[:, :, None].to(q.dtype) for part in rotary)  # [B, T, 1, dim / 2], one for all heads
     row = torch.arange(q.shape[0], device=q.device)[:, None]  # [B, 1]
     keys[row, :, view.slots] = rotate(k, cos, sin)
     values[row, :, view.slots] = v
-    return rotate(q, cos, sin)
+    return rotate(q, cos, sin), keys, values
 
 
 def alibi(slopes: Tensor, view: KeyView) -> Tensor:
@@ -201,9 +201,10 @@ def add_norm_kernel(
 
 def rotate_and_write_kernel(
     q: Tensor, k: Tensor, v: Tensor, rotary: Rotary, keys: Tensor, values: Tensor, view: KeyView
-) -> Tensor:
+) -> tuple[Tensor, Tensor, Tensor]:
     """`rotate_and_write` in one call, which rounds once, at its end."""
-    return rope_and_cache_write(q, k, v, *rotary, keys, values, view.cache_position).transpose(1, 2)  # [B, T, H, D]
+    rotated = rope_and_cache_write(q, k, v, *rotary, keys, values, view.cache_position)  # [B, H, T, D]
+    return rotated.transpose(1, 2), keys, values
 
 
 def attend_kernel(
@@ -248,11 +249,13 @@ def why_no_kernels(config: ModelConfig, device: torch.device | str) -> str | Non
     return why_no_launch(device) if device.type == "cuda" else None
 
 
-def choose_backend(name: str, config: ModelConfig, device: torch.device | str = "meta") -> Backend:
+def choose_backend(name: str | Backend, config: ModelConfig, device: torch.device | str = "meta") -> Backend:
     """The backend called `name`, or for "auto" the fastest that can serve every layer of `config` on this device.
 
     Raises `BackendError` for an unknown name, or saying what the named backend lacks.
     """
+    if isinstance(name, Backend):  # one that is not for a cache: `train/attention.py`
+        return name
     if name not in ATTENTION:
         raise BackendError(f"attention={name!r} is not one of {', '.join(ATTENTION)}")
     needs_softcap = any(layer.softcap is not None for layer in config.layers)

@@ -66,7 +66,7 @@ class Linear(nn.Module):
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
         ours = x.is_cpu or torch.compiler.is_compiling() or why_no_launch(x.device) is None
-        if self.bias is not None or not ours or _needs_gradient(x, self.weight):
+        if self.bias is not None or not ours or _trains(x, self.weight):
             return activate(self(x), activation, gated=True)
         return gated_mlp(x, self.weight, activation)
 
@@ -170,9 +170,10 @@ def _empty_bias(out_features: int, bias: bool, dtype: torch.dtype, device) -> nn
 
 
 def _library_only(x: Tensor, weight: Tensor) -> bool:
-    """Training needs gradients, which the ops do not have; off the CPU the library's GEMV is the best there is."""
-    return not x.is_cpu or _needs_gradient(x, weight)
+    """Training needs autograd and autocast, which the ops do not have; off the CPU the library's GEMV is the best."""
+    return not x.is_cpu or _trains(x, weight)
 
 
-def _needs_gradient(x: Tensor, weight: Tensor) -> bool:
-    return torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+def _trains(x: Tensor, weight: Tensor) -> bool:
+    wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    return wanted or torch.is_autocast_enabled(x.device.type)

@@ -98,7 +98,7 @@ class Attention(nn.Module):
         if self.qk_norm == "head":
             q, k = self.q_norm(q), self.k_norm(k)
         keys, values = cache.keys[self.index], cache.values[self.index]  # [B, KV, S + 1, D]
-        q = self.backend.rotate_and_write(q, k, v, rotary, keys, values, view)  # [B, T, H, D]
+        q, keys, values = self.backend.rotate_and_write(q, k, v, rotary, keys, values, view)  # q [B, T, H, D]
         attended = self.backend.attend(q, keys, values, view, self.spec, self.slopes)  # [B, T, H * D]
         return self.output(attended)  # [B, T, d]
 
@@ -243,9 +243,10 @@ class Decoder(nn.Module):
         return sum(tensor.nbytes for tensor in (*self.parameters(), *self.buffers()))
 
     def own_dtypes(self) -> AbstractContextManager:
-        """Around arithmetic: a caller's `torch.autocast` must not choose the dtypes of a decoder that has its own."""
+        """Around arithmetic: only a decoder in training takes the dtypes that a caller's `torch.autocast` chooses."""
         device = self.embedding.weight.device.type
-        return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+        foreign = torch.is_autocast_enabled(device) and not self.training
+        return torch.autocast(device, enabled=False) if foreign else nullcontext()
 
     def _apply(self, fn, recurse=True):
         self.moves += 1
@@ -270,7 +271,7 @@ class Decoder(nn.Module):
 def empty_decoder(
     config: ModelConfig,
     dtype: torch.dtype,
-    attention: str = "auto",
+    attention: str | Backend = "auto",
     quantize: str | None = None,
     quantize_head: bool = False,
     device: torch.device | str = "meta",

@@ -15,7 +15,7 @@ from families import FAMILIES, save_checkpoint
 from safetensors.torch import load_file, save_file
 
 from minillm.errors import CheckpointError
-from minillm.load import quantized_copy
+from minillm.load import quantized_copy, writing
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
 from minillm.load.quantized_copy import quantize_checkpoint
@@ -123,9 +123,9 @@ def test_a_failure_on_the_way_leaves_nothing_behind(what, checkpoint, tmp_path, 
         raise full
 
     if what in ("save_file", "KeyboardInterrupt"):
-        monkeypatch.setattr(quantized_copy, "save_file", fail)
+        monkeypatch.setattr(writing, "save_file", fail)
     elif what == "shutil.copy":
-        monkeypatch.setattr(quantized_copy.shutil, "copy", fail)
+        monkeypatch.setattr(writing.shutil, "copy", fail)
     elif what == "Path.rename":
         monkeypatch.setattr(Path, "rename", fail)
     else:

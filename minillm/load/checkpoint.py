@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from minillm.attention import Backend
 from minillm.config import ModelConfig
 from minillm.errors import BackendError, CheckpointError, first_line, shown
 from minillm.linear import Linear, QuantizedLinear
@@ -39,7 +40,7 @@ def load_decoder(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    attention: str = "auto",
+    attention: str | Backend = "auto",
     quantize: str | None = None,
     quantize_head: bool = False,
     check_finite: bool = True,
@@ -118,7 +119,7 @@ def _tensors(module: nn.Module | None, stored: bool) -> Iterator[tuple[str, int,
         yield "bias", 0, tuple(module.bias.shape), None
 
 
-def _tensor_files(folder: Path) -> dict[str, str]:
+def tensor_files(folder: Path) -> dict[str, str]:
     """Which file holds each tensor: from the index of a sharded checkpoint, or the one file there is."""
     index = folder / "model.safetensors.index.json"
     if index.exists():
@@ -144,7 +145,7 @@ def _tensor_files(folder: Path) -> dict[str, str]:
 
 def plan_loading(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dict[str, Destination], dict[str, str]]:
     """The place and the file of every tensor to read, by its name there, or one error that lists all that is wrong."""
-    places, files = destinations(config, model), _tensor_files(folder)
+    places, files = destinations(config, model), tensor_files(folder)
     renamed = {plain_name(name, config): name for name in files}
     renamed.pop(None, None)
     # Tied, but some files repeat the embedding under this name.

@@ -1,0 +1,1 @@
+"""Fine-tuning, and training from nothing, through the same decoder. No padding: documents share rows (`packing.py`)."""
