@@ -21,10 +21,11 @@ from parallel_worker import bytes_read, texts, without_c
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from minillm.errors import ConfigError, RankError
+from minillm.errors import CheckpointError, ConfigError, RankError
 from minillm.llm import LLM
 from minillm.load.config_json import load_config
 from minillm.load.quantized_copy import quantize_checkpoint
+from minillm.load.writing import write_decoder
 from minillm.measure.memory import estimate
 from minillm.model import empty_decoder
 from minillm.parallel import Ranks, narrow
@@ -296,6 +297,13 @@ def test_groups_that_a_share_would_cut_are_refused(folders, ranks_of):
     config = load_config(folders["int4-g32 file"])
     with pytest.raises(ConfigError, match=r"groups of 32 do not divide a share of 96 inputs"):
         narrow(type(config)(**vars(config) | {"head_dim": 24, "intermediate_size": 128}), Ranks(0, 2))
+
+
+def test_a_share_is_not_written_as_if_it_were_the_model(folders, tmp_path):
+    raw = json.loads((Path(folders["plain"]) / "config.json").read_text())
+    share = empty_decoder(load_config(folders["plain"]), torch.float32, device="cpu", ranks=Ranks(0, 2))
+    with pytest.raises(CheckpointError, match="holds a share of the model"):
+        write_decoder(share, tmp_path, raw, torch.float32)
 
 
 def test_what_needs_ranks_that_nobody_started_says_how(folders):
