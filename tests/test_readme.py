@@ -95,7 +95,7 @@ def test_it_shows_every_command():
 def test_every_flag_exists(page):
     subparsers = next(action.choices for action in _parser()._actions if action.choices).values()
     known = {flag for parser in subparsers for flag in parser._option_string_actions}
-    known = known.union(*flags_of_tools().values()) | {"--check"}  # ruff's
+    known = known.union(*flags_of_tools().values()) | {"--check", "--nproc-per-node"}  # ruff's, torchrun's
     text = re.sub(r"pip install.*", "", page.read_text(encoding="utf-8"))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text)) <= known
 

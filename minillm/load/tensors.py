@@ -6,6 +6,7 @@ put right once, while loading, costs the forward pass nothing: it knows one orde
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +36,19 @@ _LLAMA = {
 _TOP = ("embedding", "positions", "embedding_norm", "norm", "head", "blocks.")
 # Buffers that old files carry; they follow from config.json.
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias)$")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where one tensor of the file goes: a slice of a tensor of one of the decoder's modules."""
+
+    module: str
+    tensor: str  # "weight", "bias", or a part of a quantized matrix
+    dimension: int  # along which a fused matrix is put together
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None  # exactly this one; None: any float, converted on the way
+    arrange: Callable[[Tensor], Tensor] | None  # what puts the file's rows in our order
 
 
 def file_names(config: ModelConfig) -> dict[str, list[str]]:
@@ -70,7 +84,7 @@ def file_shape(config: ModelConfig, module: str, shape: tuple[int, ...]) -> tupl
     family = FAMILIES[config.family]
     if config.quantization is None and module == "positions":
         return (shape[0] + family.position_rows, *shape[1:])
-    return shape[::-1] if _is_transposed(config, module) else shape
+    return shape[::-1] if is_transposed(config, module) else shape
 
 
 def arrangement(config: ModelConfig, module: str, part: int) -> Callable[[Tensor], Tensor] | None:
@@ -83,7 +97,7 @@ def arrangement(config: ModelConfig, module: str, part: int) -> Callable[[Tensor
         return None
     if module == "positions" and family.position_rows:
         return lambda rows: rows[family.position_rows :]
-    if _is_transposed(config, module):
+    if is_transposed(config, module):
         return lambda rows: rows.t().contiguous() if rows.dim() == 2 else rows
     if family.interleaved and queries_or_keys:
         return lambda rows: _halves(rows, config.head_dim, config.ropes[0].dim)
@@ -92,7 +106,8 @@ def arrangement(config: ModelConfig, module: str, part: int) -> Callable[[Tensor
     return None
 
 
-def _is_transposed(config: ModelConfig, module: str) -> bool:
+def is_transposed(config: ModelConfig, module: str) -> bool:
+    """Whether a file holds the module's matrix as [inputs, outputs]."""
     matrix = module.endswith((".qkv", ".output", ".up", ".down"))
     return FAMILIES[config.family].transposed and matrix and config.quantization is None
 
