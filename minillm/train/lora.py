@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from minillm_kernels.activation import activate
 from minillm_kernels.int4_linear import dequantize_int4
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minillm.errors import CheckpointError, RequestError, first_line
-from minillm.linear import QuantizedLinear
+from minillm.linear import QuantizedLinear, activate
 from minillm.load.lora import (
     CONFIG,
     TENSORS,
@@ -30,7 +29,7 @@ from minillm.model import Decoder
 
 
 class _Product(torch.autograd.Function):
-    """x W^T with W as codes. Nothing wide is kept: the way back widens the codes again, and has no gradient for them."""
+    """x W^T with W as codes. Nothing wide is kept: the way back widens them again, and has no gradient for them."""
 
     @staticmethod
     def forward(ctx, x: Tensor, group_size: int | None, *codes: Tensor) -> Tensor:
@@ -99,7 +98,7 @@ def add_lora(
     places = {name: place for name, place in adaptable(model.config).items() if place.module.startswith("blocks.")}
     chosen = [] if targets is None else [name for name in places if any(_ends(name, end) for end in targets)]
     unknown = [end for end in targets or () if not any(_ends(name, end) for name in chosen)]
-    if unknown or targets is not None and not chosen:
+    if unknown or (targets is not None and not chosen):
         ends = sorted({name.rpartition(".")[2] for name in places})
         raise RequestError(f"targets {unknown} name no matrix of this model; it has {', '.join(ends)}")
     generator = torch.Generator("cpu").manual_seed(seed)
