@@ -1,4 +1,4 @@
-"""Adapters: PEFT's give what they give there, merged or beside; ours are PEFT's; quantized bases let gradients through."""
+"""Adapters: PEFT's give what they give there, merged or beside; ours are PEFT's; they train beside quantized bases."""
 
 import json
 import shutil
@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from families import FAMILIES, load_reference, prompt_ids, reference_logits
+from families import load_reference, prompt_ids, reference_logits
 from minillm_kernels.int4_linear import dequantize_int4
 from safetensors.torch import load_file, save_file
 from test_train import ROW, packed_batch, some_documents
@@ -46,7 +46,7 @@ def our_logits(model):
 
 
 def check_close(ours, theirs, plain=None):
-    """As in `test_families.py`, relative to the largest logit; and the adapter does something, if `plain` is without."""
+    """As in `test_families.py`, relative to the largest logit; `plain` is without an adapter, which does something."""
     assert (ours - theirs).abs().max() < 1e-5 * max(10.0, float(theirs.abs().max()))
     if plain is not None:
         assert (theirs - plain).abs().max() > 1e-2
