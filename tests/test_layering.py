@@ -110,6 +110,7 @@ def test_kernels_are_called_only_where_the_design_says():
         "linear",
         "sampling",
         "load.quantize",
+        "load.lora",
         "train.lora",
         "faster.steps",
         "parallel",

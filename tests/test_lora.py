@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from families import load_reference, prompt_ids, reference_logits
+from minillm_kernels import cpu
 from minillm_kernels.int4_linear import dequantize_int4
 from safetensors.torch import load_file, save_file
 from test_train import ROW, packed_batch, some_documents
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from minillm.cache import StaticCache
 from minillm.cli import main
 from minillm.errors import CheckpointError, ConfigError, RequestError
+from minillm.faster.steps import RecordedStep
 from minillm.linear import Linear, QuantizedLinear
 from minillm.llm import LLM
 from minillm.load.checkpoint import load_decoder
@@ -247,6 +249,10 @@ def test_every_way_of_generating(quantize, quantizable, text_adapter):
     asked = dict(max_new_tokens=16, eos_token_id=[])
     alone = [llm.generate(prompt, **asked).token_ids for prompt in prompts]
     assert alone != [base.generate(prompt, **asked).token_ids for prompt in prompts]
+    cache = StaticCache(llm.config, 1, 64)
+    assert llm.generate(prompts[0], cache=cache, **asked).token_ids == alone[0]
+    if cpu.available():
+        assert {type(step) for step in llm.steps._recorded[cache].values()} == {RecordedStep}
     assert [one.token_ids for one in eager.generate(prompts, **asked)] == alone
     assert [one.token_ids for one in llm.generate(prompts, **asked)] == alone
     assert [llm.generate(prompt, assistant_model=base, **asked).token_ids for prompt in prompts] == alone
