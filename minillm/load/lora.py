@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from minillm_kernels.norm import add
 from torch import Tensor, nn
 
+from minillm.attention import Backend
 from minillm.config import ModelConfig
 from minillm.errors import CheckpointError, ConfigError, shown
 from minillm.linear import Linear, QuantizedLinear, activate
@@ -218,7 +218,7 @@ def load_adapted(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    attention: Any = "auto",
+    attention: str | Backend = "auto",
     quantize: str | None = None,
     quantize_head: bool = False,
     check_finite: bool = True,

@@ -173,13 +173,13 @@ def save_adapter(model: Decoder, folder: Path, base_name: str) -> None:
         targets.add(within)
         tensors[f"base_model.model.{name}.lora_A.weight"] = part.A.weight.detach().float().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.empty_like(b).index_copy_(0, origin, b)
-    rank = len(parts[0].A.weight)
+    rank, alpha = len(parts[0].A.weight), parts[0].alpha
     said = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": rank,
-        "lora_alpha": parts[0].alpha,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
         "target_modules": sorted(targets),
         "fan_in_fan_out": any(is_transposed(config, place.module) for place in places.values()),
