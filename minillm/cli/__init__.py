@@ -101,4 +101,9 @@ def _parser() -> argparse.ArgumentParser:
     add("out", type=Path, metavar="OUT", help="a new folder")
     add("--to", required=True, metavar="FORMAT", help=", ".join(QUANTIZED_FORMATS))
     add("--head", action="store_true", help="the output head too, in int8")
+
+    add = command(commands.merge, hub)
+    add("model", metavar="MODEL", help="the adapter's base: demo, a folder or a Hub id")
+    add("adapter", metavar="ADAPTER", help="a folder or a Hub id, as PEFT saves it")
+    add("out", type=Path, metavar="OUT", help="a new folder")
     return parser

@@ -27,7 +27,7 @@ def _load(options: argparse.Namespace, **changes):
     _keep_freed_memory()
 
     asked = vars(options) | dict(tensor_parallel=several()) | changes
-    names = "dtype device attention quantize quantize_head revision local_files_only tensor_parallel".split()
+    names = "dtype device attention quantize quantize_head adapter revision local_files_only tensor_parallel".split()
     return LLM.from_pretrained(asked["model"], compile=COMPILE[options.compile], **{n: asked[n] for n in names})
 
 
@@ -46,9 +46,16 @@ def _keep_freed_memory() -> None:
 
 
 def _find(options: argparse.Namespace, weights: bool = False) -> Path:
-    from minillm.load.hub import find_checkpoint
+    from minillm.load.hub import HUB_PATTERNS, find_checkpoint
 
-    return find_checkpoint(options.model, options.revision, local_files_only=options.local_files_only, weights=weights)
+    patterns = HUB_PATTERNS if weights else ["config.json"]
+    return find_checkpoint(options.model, options.revision, None, options.local_files_only, patterns)
+
+
+def _find_adapter(options: argparse.Namespace) -> Path:
+    from minillm.load.hub import ADAPTER_FILES, find_checkpoint
+
+    return find_checkpoint(options.adapter, None, None, options.local_files_only, ADAPTER_FILES)
 
 
 def _asked(options: argparse.Namespace) -> dict:
@@ -63,7 +70,9 @@ def _draft(options: argparse.Namespace, llm):
     """The `LLM` that guesses ahead for another, if one was named: as it is stored, and whole on each rank."""
     if options.draft_model is None:
         return None
-    plain = dict(quantize=None, quantize_head=False, revision=None, tensor_parallel=False, device=llm.device)
+    plain = dict(
+        quantize=None, quantize_head=False, adapter=None, revision=None, tensor_parallel=False, device=llm.device
+    )
     return _load(options, model=options.draft_model, **plain)
 
 
@@ -199,11 +208,15 @@ def inspect(options: argparse.Namespace) -> None:
     """Show how a checkpoint's config is understood."""
     from minillm.llm import choose_device, choose_dtype
     from minillm.load.config_json import load_config
+    from minillm.load.lora import read_adapter
     from minillm.measure.describe import facts, how_it_runs, trace
 
     config = load_config(_find(options))
     rows = facts(config, choose_dtype(options.dtype, config), options.quantize, options.quantize_head)
     rows += how_it_runs(config, choose_device(options.device), options.attention, COMPILE[options.compile])
+    if options.adapter is not None:
+        adapter = read_adapter(_find_adapter(options), config)
+        rows.append(("adapter", f"rank {adapter.rank}, scale {adapter.scale:g}, {len(adapter.pairs)} matrices"))
     for name, value in rows:
         print(_fill(f"{name:<20}{value}", indent=20))
     if options.trace is not None:
@@ -273,6 +286,14 @@ def quantize(options: argparse.Namespace) -> None:
     from minillm.load.quantized_copy import quantize_checkpoint
 
     quantize_checkpoint(_find(options, weights=True), options.out, options.to, options.head)
+    print(options.out)
+
+
+def merge(options: argparse.Namespace) -> None:
+    """Write a checkpoint with a LoRA adapter in its weights."""
+    from minillm.load.lora import merge_checkpoint
+
+    merge_checkpoint(_find(options, weights=True), _find_adapter(options), options.out)
     print(options.out)
 
 
