@@ -23,7 +23,7 @@ WINGS = {
     "cli": "flags commands".split(),
     "faster": "compiled steps".split(),
     "serve": "engine".split(),
-    "train": "documents packing attention initialize loss optimizer loop".split(),
+    "train": "documents packing chat data attention initialize loss optimizer loop finetuning".split(),
     "measure": "plot memory bench perplexity describe".split(),
 }
 ENTRANCES = {"__init__", "__main__"}  # may import anything
