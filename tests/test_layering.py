@@ -18,12 +18,12 @@ ROAD = """
 WINGS = {
     "load": """
         files families keys reader config_json tensors chat_template tokenizer hub quantize checkpoint writing
-        quantized_copy
+        quantized_copy lora
     """.split(),
     "cli": "flags commands".split(),
     "faster": "compiled steps".split(),
     "serve": "engine".split(),
-    "train": "documents packing chat data attention initialize loss optimizer loop finetuning".split(),
+    "train": "documents packing chat data attention initialize loss optimizer loop lora finetuning".split(),
     "measure": "plot memory bench perplexity describe".split(),
 }
 ENTRANCES = {"__init__", "__main__"}  # may import anything
@@ -44,8 +44,9 @@ def may_import(room: str) -> set[str]:
     rooms = {other: {f"{other}.{name}" for name in names} for other, names in WINGS.items()}
     if wing:
         above = {*ROAD} | {f"{wing}.{other}" for other in WINGS[wing][: WINGS[wing].index(name)]}
-        # the command line calls every wing
-        return above.union(*(rooms[other] for other in rooms if other != "cli")) if wing == "cli" else above
+        # the command line calls every wing; what is trained is loaded before and written afterwards
+        called = {"cli": [other for other in rooms if other != "cli"], "train": ["load"]}.get(wing, [])
+        return above.union(*(rooms[other] for other in called))
     above = set(ROAD[: ROAD.index(room)])
     return above | rooms["load"] | rooms["faster"] if room == "llm" else above  # where a model is made
 
@@ -104,7 +105,16 @@ def test_an_arrow_back_up_would_be_found(tmp_path):
 
 
 def test_kernels_are_called_only_where_the_design_says():
-    allowed = {"attention", "linear", "sampling", "load.quantize", "faster.steps", "parallel"}
+    allowed = {
+        "attention",
+        "linear",
+        "sampling",
+        "load.quantize",
+        "load.lora",
+        "train.lora",
+        "faster.steps",
+        "parallel",
+    }
     for room, path in modules().items():
         if any(name.split(".")[0] == "minillm_kernels" for name, _ in imports(path)):
             assert room in allowed, f"{room}.py imports minillm_kernels"

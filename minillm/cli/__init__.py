@@ -99,11 +99,18 @@ def _parser() -> argparse.ArgumentParser:
     add("--steps", type=count, metavar="N", help="optimizer steps; or")
     add("--epochs", type=amount, metavar="E", help="how often to read the data (default: once); or")
     add("--minutes", type=amount, metavar="M", help="about how long to train, by the speed of one step")
+    add("--lora", type=count, metavar="RANK", help="train an adapter of this rank, such as 16, and not all weights")
+    add("--quantize", metavar="FORMAT", help=f"what the adapter stands beside: {', '.join(QUANTIZED_FORMATS)}")
     longest = "of a row and of a conversation (default: 2048, or the model's positions); longer text is cut"
     add("--max-length", type=count, metavar="N", help=f"tokens {longest}")
     add("--rows", type=count, metavar="N", help="rows of an optimizer step (default: 8, an epoch at most)")
     add("--rows-at-once", type=count, metavar="N", help="rows of a forward pass (default: 1)")
-    add("--learning-rate", type=amount, metavar="X", help="the largest, after a warm-up (default: 2e-5)")
+    add(
+        "--learning-rate",
+        type=amount,
+        metavar="X",
+        help="the largest, after a warm-up (default: 2e-5; of an adapter 2e-4)",
+    )
     add("--held-out", metavar="SHARE|FILE", help="scored before and after, never learned (default: 0.05 of the data)")
     add("--seed", type=int, metavar="N", help="same seed, same weights (default: 0)")
     add("--bf16", action=argparse.BooleanOptionalAction, help="matrix products in bfloat16 (default)")

@@ -56,8 +56,10 @@ def load_decoder(
     quantize: str | None = None,
     quantize_head: bool = False,
     check_finite: bool = True,
+    change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> Decoder:
-    """Build the decoder of `config` and fill it from the safetensors files in `folder`.
+    """Build the decoder of `config` and fill it from the safetensors files in `folder`, each of whose tensors goes
+    through `change` first, with its name.
 
     Raises `CheckpointError` listing missing, unexpected and mis-shaped tensors (the first twenty) before any weight is
     read, or naming one that holds NaN or infinity, unless `check_finite` is false (the look costs 0.1 s per GB);
@@ -75,6 +77,7 @@ def load_decoder(
     with torch.no_grad():
         for name, tensor in stream_tensors(folder, files, f"loading {folder.name}", check_finite):
             with naming(name):
+                tensor = change(name, tensor)
                 _fill(model, plan[name], tensor)
                 if own_head and plan[name].module == "embedding":
                     fill_rows(model.head, 0, tensor)
@@ -143,7 +146,7 @@ def tensor_files(folder: Path) -> dict[str, str]:
             f"{folder} holds no model.safetensors and no model.safetensors.index.json{pickled}; this writes one: "
             f"{conversion(folder, 'AutoModelForCausalLM')}"
         )
-    with _open(single) as handle:
+    with open_tensors(single) as handle:
         return dict.fromkeys(handle.keys(), single.name)
 
 
@@ -156,7 +159,7 @@ def plan_loading(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dic
     repeated = renamed.pop("lm_head.weight", None) if "lm_head.weight" not in places else None
     found = {}
     for shard in sorted({files[name] for name in renamed.values()}):
-        with _open(folder / shard) as handle:
+        with open_tensors(folder / shard) as handle:
             for name in handle.keys():  # noqa: SIM118 (a file handle, not a dict)
                 if files.get(name) == shard:  # a tensor elsewhere than the index says counts as missing
                     header = handle.get_slice(name)
@@ -186,7 +189,7 @@ def plan_loading(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dic
 
 def _equal_tensors(folder: Path, files: dict[str, str], one: str, other: str) -> bool:
     """Whether two tensors of a checkpoint are the same, to the bit; some thousand rows of them are held at a time."""
-    with _open(folder / files[one]) as left, _open(folder / files[other]) as right:
+    with open_tensors(folder / files[one]) as left, open_tensors(folder / files[other]) as right:
         a, b = left.get_slice(one), right.get_slice(other)
         if (a.get_shape(), a.get_dtype()) != (b.get_shape(), b.get_dtype()):
             return False
@@ -198,7 +201,7 @@ def stored_numbers(folder: Path) -> dict[str, int]:
     """How many numbers the safetensors files in a folder hold, by dtype name; read from their headers alone."""
     counts: Counter[str] = Counter()
     for path in sorted(folder.glob("*.safetensors")):
-        with _open(path) as handle:
+        with open_tensors(path) as handle:
             for name in handle.keys():  # noqa: SIM118 (a file handle, not a dict)
                 header = handle.get_slice(name)
                 counts[header.get_dtype()] += math.prod(header.get_shape())
@@ -219,7 +222,7 @@ def stream_tensors(
                 # The file is mapped into memory, and pages already copied would stay counted as ours:
                 # closing the mapping every so often gives them back, so the peak is the model plus a bit.
                 taken = 0
-                with _open(folder / shard) as handle:
+                with open_tensors(folder / shard) as handle:
                     while names and taken < _REOPEN_BYTES:
                         tensor = handle.get_tensor(names[0])
                         taken += tensor.nbytes
@@ -247,7 +250,7 @@ def naming(name: str) -> Iterator[None]:
         raise CheckpointError(f"{name}: {error}") from None
 
 
-def _open(path: Path):
+def open_tensors(path: Path):
     try:
         if not path.is_file():
             raise CheckpointError(f"{path} is missing: the checkpoint says it has it; download it again")

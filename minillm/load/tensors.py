@@ -70,7 +70,7 @@ def file_shape(config: ModelConfig, module: str, shape: tuple[int, ...]) -> tupl
     family = FAMILIES[config.family]
     if config.quantization is None and module == "positions":
         return (shape[0] + family.position_rows, *shape[1:])
-    return shape[::-1] if _is_transposed(config, module) else shape
+    return shape[::-1] if is_transposed(config, module) else shape
 
 
 def arrangement(config: ModelConfig, module: str, part: int) -> Callable[[Tensor], Tensor] | None:
@@ -83,7 +83,7 @@ def arrangement(config: ModelConfig, module: str, part: int) -> Callable[[Tensor
         return None
     if module == "positions" and family.position_rows:
         return lambda rows: rows[family.position_rows :]
-    if _is_transposed(config, module):
+    if is_transposed(config, module):
         return lambda rows: rows.t().contiguous() if rows.dim() == 2 else rows
     if family.interleaved and queries_or_keys:
         return lambda rows: _halves(rows, config.head_dim, config.ropes[0].dim)
@@ -92,7 +92,7 @@ def arrangement(config: ModelConfig, module: str, part: int) -> Callable[[Tensor
     return None
 
 
-def _is_transposed(config: ModelConfig, module: str) -> bool:
+def is_transposed(config: ModelConfig, module: str) -> bool:
     matrix = module.endswith((".qkv", ".output", ".up", ".down"))
     return FAMILIES[config.family].transposed and matrix and config.quantization is None
 

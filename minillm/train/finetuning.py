@@ -30,9 +30,10 @@ from minillm.progress import progress_bar
 from minillm.train.attention import PACKED
 from minillm.train.data import tokenized
 from minillm.train.loop import Recipe, Training
+from minillm.train.lora import add_lora, save_adapter
 from minillm.train.packing import Rows
 
-_LEARNING_RATE = 2e-5  # of all weights
+_LEARNING_RATE, _LORA_LEARNING_RATE = 2e-5, 2e-4
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,8 @@ class Options:
     steps: int | None = None  # of the optimizer; or
     epochs: float | None = None  # how often the data is read (default: once); or
     minutes: float | None = None  # as many steps as take about so long, by the speed of one that is tried first
+    lora: int | None = None  # rank: an adapter is trained, and written as PEFT does, not all weights
+    quantize: str | None = None  # what the adapter stands beside
     max_length: int | None = None  # tokens of a row, and of a conversation; default: 2048, or the model's positions
     rows: int = 8  # of an optimizer step; an epoch of fewer is a step
     rows_at_once: int = 1  # and of a forward pass; divides `rows`
@@ -58,7 +61,9 @@ class Options:
     def __post_init__(self):
         if sum(value is not None for value in (self.steps, self.epochs, self.minutes)) > 1:
             raise RequestError("steps, epochs and minutes each say how long: give one of them")
-        for name in ("steps", "epochs", "minutes", "max_length", "rows", "rows_at_once", "learning_rate"):
+        if self.quantize is not None and self.lora is None:
+            raise RequestError("quantized weights cannot be trained, only an adapter beside them: give lora=16")
+        for name in ("steps", "epochs", "minutes", "lora", "max_length", "rows", "rows_at_once", "learning_rate"):
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise RequestError(f"{name} must be above 0, not {value}")
@@ -135,8 +140,8 @@ class _Run:
         self.command = shlex.join(["minillm", "finetune", model, str(data), str(out), *options.flags()])
         self.source = find_checkpoint(model, options.revision, local_files_only=options.local_files_only)
         self.config = load_config(self.source)
-        if self.config.quantization is not None:
-            raise CheckpointError(f"{self.source} is quantized already: fine-tune what it was made from")
+        if self.config.quantization is not None and options.lora is None:
+            raise CheckpointError(f"{self.source} is quantized: fine-tune what it was made from, or give lora=16")
         self.tokenizer = load_tokenizer(self.source)
         length = min(options.max_length or 2048, options.max_length or self.config.max_positions)
         if length > self.config.max_positions:
@@ -207,21 +212,30 @@ class _Run:
             for step in training:
                 advance(f"loss {step.loss:.3f}, {tokens / step.seconds:,.0f} tokens/s")
         dtype = choose_dtype("auto", self.config)
-        with torch.no_grad():
-            for parameter in model.parameters():  # as they will be read
-                parameter.copy_(parameter.to(dtype))
+        if self.options.lora is None:
+            with torch.no_grad():
+                for parameter in model.parameters():  # as they will be read
+                    parameter.copy_(parameter.to(dtype))
         done = self._told(training, tokens, self._bits(training))
         with new_folder(self.out) as folder:
-            copy_small_files(self.source, folder)
-            write_decoder(model, folder, read_json(self.source / "config.json", CheckpointError), dtype, self.source)
-            (folder / "README.md").write_text(_card(done, self.model_name), encoding="utf-8")
+            if self.options.lora is None:
+                raw = read_json(self.source / "config.json", CheckpointError)
+                copy_small_files(self.source, folder)
+                write_decoder(model, folder, raw, dtype, self.source)
+            else:
+                save_adapter(model, folder, self.model_name)
+            card = _card(done, self.model_name, "transformers" if self.options.lora is None else "peft")
+            (folder / "README.md").write_text(card, encoding="utf-8")
         shutil.rmtree(self.partial)
         return done
 
     def _model(self) -> Decoder:
         device = choose_device(self.options.device)
-        model = load_decoder(self.source, self.config, torch.float32, device, attention=PACKED)
-        return model.requires_grad_(True)
+        model = load_decoder(self.source, self.config, torch.float32, device, PACKED, self.options.quantize)
+        if self.options.lora is None:
+            return model.requires_grad_(True)
+        add_lora(model, self.options.lora, seed=self.options.seed)
+        return model
 
     def _recipe(self, steps: int) -> Recipe:
         options = self.options
@@ -230,7 +244,7 @@ class _Run:
             length=self.length,
             rows=self.rows,
             rows_at_once=options.rows_at_once,
-            learning_rate=options.learning_rate or _LEARNING_RATE,
+            learning_rate=options.learning_rate or (_LEARNING_RATE if options.lora is None else _LORA_LEARNING_RATE),
             bfloat16=options.bf16,
             recompute=options.recompute,
             compile=options.compile,
@@ -275,10 +289,10 @@ def _held_out(value: float | str) -> float | Path:
         return Path(value)
 
 
-def _card(done: Finetuned, base: str) -> str:
+def _card(done: Finetuned, base: str, library: str) -> str:
     """README.md of the result."""
     named = f"base_model: {json.dumps(base)}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
-    head = f"{named}library_name: transformers\npipeline_tag: text-generation\ntags: [minillm, finetuned]"
+    head = f"{named}library_name: {library}\npipeline_tag: text-generation\ntags: [minillm, finetuned]"
     made = f"Made by minillm {minillm.__version__} with\n\n    {done.command}\n\nwhich told:"
     said = textwrap.indent(done.as_text(), "    ")
     rest = (
