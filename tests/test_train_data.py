@@ -1,5 +1,7 @@
 """Text and conversations as documents: what is scored is the answers and their end, nothing else."""
 
+# ruff: noqa: RUF001 (a message holds unusual characters on purpose)
+
 import json
 
 import pytest
@@ -150,7 +152,7 @@ def test_a_token_across_the_border_is_not_learned(tokenizer_with):
     """Asked with "grand", a model says "mother" and not the rest of one token that holds both."""
     tokenizer = tokenizer_with("")
     assert tokenizer.encode("there", False) != tokenizer.encode("th", False) + tokenizer.encode("ere", False)
-    ids, scored = completion_document("th", "ere", tokenizer, {2})
+    ids, _ = completion_document("th", "ere", tokenizer, {2})
     assert ids == [*tokenizer.encode("th"), *tokenizer.encode("ere", False), 2]
     with pytest.raises(TokenizerError, match="no token begins where the answer does"):  # it would put a space there
         completion_document("gran", "d", tokenizer_with("", kind="metaspace"), {2})
@@ -171,7 +173,7 @@ BAD = {
     '{"messages": [{"content": "x"}]}': '"role" must be a text, not missing',
     '{"messages": [{"role": "assistant", "content": " "}]}': "is empty",
     '{"messages": [{"role": "assistant", "content": "\\ud800"}]}': "not valid Unicode",
-    '{"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "a<|im_end|>b"}]}': "would end it",
+    '{"messages": [{"role": "assistant", "content": "a<|im_end|>b"}]}': "would end it",
     '{"prompt": 1, "completion": "x"}': '"prompt" must be a text, not 1',
     '{"prompt": "x", "completion": ""}': "is empty",
     json.dumps({"prompt": "x", "completion": "word " * 100}): "--max-length is 90",
@@ -272,7 +274,7 @@ def test_what_is_held_out_is_not_learned(tmp_path, chatml):
     assert learned.text_bytes + kept.text_bytes == whole.text_bytes
     with pytest.raises(RequestError, match="one document cannot be learned and held out"):
         make(text, tmp_path, chatml, 0.1, max_length=9999)
-    with pytest.raises(RequestError, match="from 0 to below 1, not 1.5"):
+    with pytest.raises(RequestError, match=r"from 0 to below 1, not 1\.5"):
         make(text, tmp_path, chatml, 1.5)
     learned, kept = make(data, tmp_path, chatml, text)
     assert (len(learned), len(kept)) == (20, 1)

@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
         "--learning-rate",
         type=amount,
         metavar="X",
-        help="the largest, after a warm-up (default: 2e-5; of an adapter 2e-4)",
+        help="after a warm-up (default: 2e-5; of an adapter 2e-4)",
     )
     add("--held-out", metavar="SHARE|FILE", help="scored before and after, never learned (default: 0.05 of the data)")
     add("--seed", type=int, metavar="N", help="same seed, same weights (default: 0)")

@@ -49,7 +49,9 @@ class Options:
     rows: int = 8  # of an optimizer step; an epoch of fewer is a step
     rows_at_once: int = 1  # and of a forward pass; divides `rows`
     learning_rate: float | None = None
-    held_out: float | str = 0.05  # a share of the data, or a file or folder: scored before and after, never learned
+    held_out: float | str | Path = (
+        0.05  # a share, or a file or folder; never learned
+    )
     seed: int = 0
     bf16: bool = True  # matrix products in bfloat16; weights and optimizer are float32
     compile: bool = False
@@ -67,6 +69,8 @@ class Options:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise RequestError(f"{name} must be above 0, not {value}")
+        if self.rows % self.rows_at_once:
+            raise RequestError(f"rows_at_once {self.rows_at_once} must divide the {self.rows} rows of a step")
 
     def flags(self) -> list[str]:
         """The command line's words for what is not the default."""
@@ -155,6 +159,11 @@ class _Run:
             data, _held_out(options.held_out), options.seed, length, self.tokenizer, ends,
             [path for path in described_by if path.exists()], self.partial,
         )  # fmt: skip
+        digests = [part.digest for part in (self.learned, self.held_out) if part is not None]
+        if self.notes.setdefault("documents", digests) != digests:
+            raise RequestError(
+                f"{data} is not what it was when the run in {self.partial} began: remove that folder to begin anew"
+            )
         self.tokens = len(self.learned.ids) - len(self.learned)  # the last of each is a label only
         self.length = min(length, self.tokens)
         epoch = len(Rows(self.learned, self.length, options.seed).plan)
@@ -282,10 +291,10 @@ class _Run:
         )
 
 
-def _held_out(value: float | str) -> float | Path:
+def _held_out(value: float | str | Path) -> float | Path:
     try:
         return float(value)
-    except ValueError:
+    except (TypeError, ValueError):
         return Path(value)
 
 
