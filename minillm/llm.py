@@ -12,9 +12,9 @@ from minillm.config import ModelConfig
 from minillm.drafting import Proposer
 from minillm.errors import BackendError, RequestError, first_line, shown
 from minillm.faster.steps import Steps, check_compile
-from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import generation_defaults, load_config
-from minillm.load.hub import find_checkpoint
+from minillm.load.hub import ADAPTER_FILES, find_checkpoint
+from minillm.load.lora import load_adapted
 from minillm.load.tokenizer import load_tokenizer
 from minillm.model import Decoder
 from minillm.options import DTYPES, GenerationConfig, merge_options
@@ -71,6 +71,7 @@ class LLM:
         attention: str = "auto",
         quantize: str | None = None,
         quantize_head: bool = False,
+        adapter: str | Path | None = None,
         compile: bool | str = "auto",
         revision: str | None = None,
         token: str | bool | None = None,
@@ -86,6 +87,8 @@ class LLM:
             attention: "math", "sdpa" (or "sdpa:flash", ...), "kernels", or "auto": the fastest that can serve it.
             quantize: "int8", "int4" or "int4-g32", "int4-g64", "int4-g128": store the linear layers' weights in
                 this format, quantizing while they stream in. quantize_head: the output head too, in int8.
+            adapter: a LoRA adapter as PEFT saves it, a folder or a Hub id: added to the matrices, or kept beside them
+                where they are quantized. See load/lora.py.
             compile: "auto": steps are recorded and replayed, with nothing to wait for; True: `torch.compile`, which
                 takes up to a minute now and seconds in the next process; False: neither. See faster/steps.py.
             revision, token, local_files_only: for the Hub, as `huggingface_hub` understands them.
@@ -96,6 +99,8 @@ class LLM:
         """
         check_compile(compile)  # now, not after the weights are read
         folder = find_checkpoint(name, revision=revision, token=token, local_files_only=local_files_only)
+        if adapter is not None:
+            adapter = find_checkpoint(adapter, None, token, local_files_only, ADAPTER_FILES)
         config = load_config(folder, strict=strict)
         tokenizer = load_tokenizer(folder)
         defaults = generation_defaults(folder, config, tokenizer.eos_token_id)
@@ -103,7 +108,8 @@ class LLM:
         if compile is True and attention == "auto" and where.type == "cpu":
             # As a node of a graph a C kernel of ours costs more than what the compiler makes around the library's.
             attention = choose_backend("auto", config).name
-        model = load_decoder(
+        model = load_adapted(
+            adapter,
             folder,
             config,
             choose_dtype(dtype, config),

@@ -105,12 +105,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--max-length", type=count, metavar="N", help=f"tokens {longest}")
     add("--rows", type=count, metavar="N", help="rows of an optimizer step (default: 8, an epoch at most)")
     add("--rows-at-once", type=count, metavar="N", help="rows of a forward pass (default: 1)")
-    add(
-        "--learning-rate",
-        type=amount,
-        metavar="X",
-        help="after a warm-up (default: 2e-5; of an adapter 2e-4)",
-    )
+    add("--learning-rate", type=amount, metavar="X", help="after a warm-up (default: 2e-5; of an adapter 2e-4)")
     add("--held-out", metavar="SHARE|FILE", help="scored before and after, never learned (default: 0.05 of the data)")
     add("--seed", type=int, metavar="N", help="same seed, same weights (default: 0)")
     add("--bf16", action=argparse.BooleanOptionalAction, help="matrix products in bfloat16 (default)")
@@ -118,4 +113,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--recompute", action="store_true", default=None, help="activations on the way back: slower, less memory")
     add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--plot", type=Path, metavar="PNG", help="draw the loss into this file")
+
+    add = command(commands.merge, hub)
+    add("model", metavar="MODEL", help="the adapter's base: demo, a folder or a Hub id")
+    add("adapter", metavar="ADAPTER", help="a folder or a Hub id, as PEFT saves it")
+    add("out", type=Path, metavar="OUT", help="a new folder")
     return parser

@@ -33,7 +33,7 @@ def _load(options: argparse.Namespace, **changes):
     _keep_freed_memory()
 
     asked = vars(options) | changes
-    names = "dtype device attention quantize quantize_head revision local_files_only".split()
+    names = "dtype device attention quantize quantize_head adapter revision local_files_only".split()
     return LLM.from_pretrained(asked["model"], compile=COMPILE[options.compile], **{n: asked[n] for n in names})
 
 
@@ -52,9 +52,10 @@ def _keep_freed_memory() -> None:
 
 
 def _find(options: argparse.Namespace, weights: bool = False) -> Path:
-    from minillm.load.hub import find_checkpoint
+    from minillm.load.hub import HUB_PATTERNS, find_checkpoint
 
-    return find_checkpoint(options.model, options.revision, local_files_only=options.local_files_only, weights=weights)
+    patterns = HUB_PATTERNS if weights else ["config.json"]
+    return find_checkpoint(options.model, options.revision, None, options.local_files_only, patterns)
 
 
 def _asked(options: argparse.Namespace) -> dict:
@@ -69,7 +70,8 @@ def _draft(options: argparse.Namespace):
     """The `LLM` that guesses ahead, if one was named: as it is stored, where the other one is."""
     if options.draft_model is None:
         return None
-    return _load(options, model=options.draft_model, quantize=None, quantize_head=False, revision=None)
+    as_stored = dict(quantize=None, quantize_head=False, adapter=None, revision=None)
+    return _load(options, model=options.draft_model, **as_stored)
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -287,6 +289,16 @@ def finetune(options: argparse.Namespace) -> None:
             axes = figure.subplots()
             axes.plot(range(1, done.steps + 1), done.losses, linewidth=1)
             axes.set(xlabel="optimizer step", ylabel="nats per scored token", ylim=(0, None))
+
+
+def merge(options: argparse.Namespace) -> None:
+    """Write a checkpoint with a LoRA adapter in its weights."""
+    from minillm.load.hub import ADAPTER_FILES, find_checkpoint
+    from minillm.load.lora import merge_checkpoint
+
+    adapter = find_checkpoint(options.adapter, None, None, options.local_files_only, ADAPTER_FILES)
+    merge_checkpoint(_find(options, weights=True), adapter, options.out)
+    print(options.out)
 
 
 def _fill(line: str, indent: int = 0) -> str:

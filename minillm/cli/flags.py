@@ -26,6 +26,7 @@ def groups() -> list[argparse.ArgumentParser]:
     add("--device", default="auto", help="cpu, cuda, ... (default: cuda if there is one)")
     add("--quantize", metavar="FORMAT", help=f"{', '.join(QUANTIZED_FORMATS)} (default: none)")
     add("--quantize-head", action="store_true", help="the output head too, in int8")
+    add("--adapter", metavar="A", help="a LoRA adapter for the model: a folder or a Hub id, as PEFT saves it")
     add("--attention", default="auto", help=f"{', '.join(ATTENTION)} (auto: the fastest that fits)")
     how = "auto: record steps and replay them (default); on: torch.compile, slow to start; off: neither"
     add("--compile", choices=COMPILE, default="auto", help=how)

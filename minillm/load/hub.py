@@ -1,6 +1,7 @@
 """Find a checkpoint: the embedded ones, a folder on disk, or an id on the Hugging Face Hub."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from minillm.errors import CheckpointError, first_line, shown
@@ -13,6 +14,7 @@ HUB_PATTERNS = """
     config.json generation_config.json tokenizer.json tokenizer_config.json chat_template.jinja chat_template.json
     model.safetensors model-*.safetensors model.safetensors.index.json
 """.split()
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]  # as PEFT calls them
 
 
 def find_checkpoint(
@@ -20,12 +22,12 @@ def find_checkpoint(
     revision: str | None = None,
     token: str | bool | None = None,
     local_files_only: bool = False,
-    weights: bool = True,
+    patterns: Sequence[str] = HUB_PATTERNS,
 ) -> Path:
     """The folder of a checkpoint: "demo", "demo-draft", a folder on disk, or a Hub id (downloaded if needed).
 
     `revision`, `token` and `local_files_only` go to `huggingface_hub.snapshot_download`, which also obeys
-    HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT. With `weights=False` only config.json is fetched.
+    HF_TOKEN, HF_HOME, HF_HUB_OFFLINE and HF_ENDPOINT; what is downloaded are the files that fit `patterns`.
     Raises `CheckpointError` naming what was looked for.
     """
     if not isinstance(name, str | Path) or not isinstance(revision, str | None):
@@ -47,7 +49,6 @@ def find_checkpoint(
     # Imported here: a folder on disk should not pay for the network client.
     from huggingface_hub import errors, snapshot_download
 
-    patterns = HUB_PATTERNS if weights else ["config.json"]
     options = dict(revision=revision, token=token, local_files_only=local_files_only)
     try:
         return Path(snapshot_download(str(name), allow_patterns=patterns, **options))

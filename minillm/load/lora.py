@@ -15,12 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from minillm_kernels.activation import activate
 from torch import Tensor, nn
 
 from minillm.config import ModelConfig
 from minillm.errors import CheckpointError, ConfigError, shown
-from minillm.linear import Linear, QuantizedLinear
+from minillm.linear import Linear, QuantizedLinear, activate
 from minillm.load.checkpoint import (
     Destination,
     destinations,
@@ -32,12 +31,13 @@ from minillm.load.checkpoint import (
 )
 from minillm.load.config_json import load_config
 from minillm.load.files import read_json
+from minillm.load.hub import ADAPTER_FILES
 from minillm.load.reader import Reader
 from minillm.load.tensors import is_transposed, plain_name
 from minillm.load.writing import copy_small_files, new_folder, write_tensors
 from minillm.model import Decoder, empty_decoder
 
-CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, TENSORS = ADAPTER_FILES
 
 # Keys of adapter_config.json that are read here, or say nothing about what is computed: which matrices are adapted is
 # said by the tensors. Any other key must be false, empty or null.
@@ -107,6 +107,7 @@ class Adapter:
         product = b @ a  # [N, K]
         return tensor.float() + (product.t() if is_transposed(self.config, self.places[name].module) else product)
 
+    @torch.no_grad()
     def put_beside(self, model: Decoder) -> None:
         """Add it to what the decoder's layers give: those that are quantized; the others took it in while loading."""
         fused: dict[str, list[str]] = {}
@@ -120,14 +121,12 @@ class Adapter:
             rank, weight = self.rank * len(names), model.embedding.weight
             sizes = base.in_features, 0, base.out_features, rank
             part = LowRank(module, *sizes, alpha=rank, dtype=weight.dtype, device=weight.device)
-            part.B.weight.detach().zero_()
+            part.B.weight.zero_()
             for number, name in enumerate(names):
                 (a, b), place = self.pairs[name], self.places[name]
                 columns = slice(number * self.rank, (number + 1) * self.rank)
-                part.A.weight.detach()[columns] = a
-                part.B.weight.detach()[place.start : place.start + len(b), columns] = in_our_order(
-                    b, self.config, place
-                )
+                part.A.weight[columns] = a
+                part.B.weight[place.start : place.start + len(b), columns] = in_our_order(b, self.config, place)
             model.set_submodule(module, LoraLinear(base, [part]))
         model.eval().requires_grad_(False)
 

@@ -359,8 +359,9 @@ def _process_peak() -> int:
 
 def format_name(llm: LLM) -> str:
     """How the linear layers of a loaded model are stored: "bfloat16", "int8", "int4-g32", "int8 + head", ..."""
-    layer = llm.model.blocks[0].attention.qkv
-    if not isinstance(layer, QuantizedLinear):
+    layers = llm.model.blocks[0].attention.qkv.modules()  # an adapter may stand around it
+    layer = next((one for one in layers if isinstance(one, QuantizedLinear)), None)
+    if layer is None:
         return str(llm.dtype).removeprefix("torch.")
     name = f"int4-g{layer.group_size}" if isinstance(layer, Int4Linear) else "int8"
     return f"{name} + head" if isinstance(llm.model.head, QuantizedLinear) else name

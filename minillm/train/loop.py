@@ -80,6 +80,8 @@ class Training:
         objective: Objective = NEXT_TOKEN,
     ):
         check_ids(documents, model.config.vocab_size)
+        if model.embedding.weight.dtype != torch.float32 and not recipe.bfloat16:
+            raise RequestError(f"weights in {model.embedding.weight.dtype} need bfloat16=True, or load them as float32")
         self.model, self.recipe, self.state, self.save_every = model.train(), recipe, state, save_every
         self.loss = ScoredLoss(
             model, recipe.length, recipe.bfloat16, recipe.recompute, recipe.compile, objective=objective

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from minillm_kernels.activation import activate
 from minillm_kernels.int4_linear import dequantize_int4
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minillm.errors import CheckpointError, RequestError, first_line
-from minillm.linear import QuantizedLinear
+from minillm.linear import Int4Linear, QuantizedLinear, activate
 from minillm.load.lora import (
     CONFIG,
     TENSORS,
@@ -30,26 +29,25 @@ from minillm.model import Decoder
 
 
 class _Product(torch.autograd.Function):
-    """x W^T with W as codes. Nothing wide is kept: the way back widens the codes again, and has no gradient for them."""
+    """x W^T with W as codes. Nothing wide is kept: the way back widens them again, and has no gradient for them."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, group_size: int | None, *codes: Tensor) -> Tensor:
-        ctx.save_for_backward(*codes)
+    def forward(ctx, x: Tensor, codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int | None) -> Tensor:
+        ctx.save_for_backward(codes, scale, zero)
         ctx.group_size = group_size
-        return F.linear(x, _widened(codes, group_size, x.dtype))  # [..., N]
+        return F.linear(x, _widened(codes, scale, zero, group_size, x.dtype))  # [..., N]
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple:
-        codes = ctx.saved_tensors
-        return gradient @ _widened(codes, ctx.group_size, gradient.dtype), None, *[None] * len(codes)  # [..., K]
+        weight = _widened(*ctx.saved_tensors, ctx.group_size, gradient.dtype)
+        return gradient @ weight, None, None, None, None  # [..., K]
 
 
-def _widened(codes: tuple[Tensor, ...], group_size: int | None, dtype: torch.dtype) -> Tensor:
-    """[N, K] from the tensors of an Int8Linear or an Int4Linear, in their order."""
-    if group_size is not None:
-        return dequantize_int4(*codes, group_size).to(dtype)
-    weight, scale = codes
-    return (weight.float() * scale[:, None]).to(dtype)
+def _widened(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int | None, dtype: torch.dtype) -> Tensor:
+    """W `[N, K]` from the tensors of an Int8Linear, which has no zero and no groups, or an Int4Linear."""
+    if zero is not None:
+        return dequantize_int4(codes, scale, zero, group_size).to(dtype)
+    return (codes.float() * scale[:, None]).to(dtype)
 
 
 class DifferentiableLinear(nn.Module):
@@ -64,8 +62,10 @@ class DifferentiableLinear(nn.Module):
         """x [..., K] -> [..., N] in x's dtype, or the one that autocast chooses."""
         device, layer = x.device.type, self.layer
         x = x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
-        codes = (getattr(layer, name) for name in layer.row_dimension)
-        y = _Product.apply(x, getattr(layer, "group_size", None), *codes)
+        if isinstance(layer, Int4Linear):
+            y = _Product.apply(x, layer.packed, layer.scale, layer.zero, layer.group_size)
+        else:
+            y = _Product.apply(x, layer.weight, layer.scale, None, None)
         return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
