@@ -132,7 +132,7 @@ def test_other_data_under_the_same_name_are_another_run(base, chats, tmp_path, m
         stop_at(patch, 2)
         finetune(base, data, tmp_path / "out", steps=9, **LIKE)
     data.write_text(chats.read_text().replace("wolf", "fox"))
-    with pytest.raises(RequestError, match="is not what it was when the run .* began"):
+    with pytest.raises(RequestError, match=r"is not what it was when the run .* began"):
         finetune(base, data, tmp_path / "out", steps=9, **LIKE)
 
 

@@ -49,9 +49,7 @@ class Options:
     rows: int = 8  # of an optimizer step; an epoch of fewer is a step
     rows_at_once: int = 1  # and of a forward pass; divides `rows`
     learning_rate: float | None = None
-    held_out: float | str | Path = (
-        0.05  # a share, or a file or folder; never learned
-    )
+    held_out: float | str | Path = 0.05  # a share, or a file or folder; never learned
     seed: int = 0
     bf16: bool = True  # matrix products in bfloat16; weights and optimizer are float32
     compile: bool = False
