@@ -44,6 +44,8 @@ def base(quantizable, tmp_path_factory):
     """The tiny checkpoint, which stops at the end of a turn."""
     folder = tmp_path_factory.mktemp("base") / "llama"
     shutil.copytree(quantizable, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(raw | {"dtype": "bfloat16"}))
     (folder / "generation_config.json").write_text('{"bos_token_id": 1, "eos_token_id": [2, 3]}')
     return folder
 
@@ -58,8 +60,10 @@ def gives_them_back(llm):
 
 def test_overfit_on_five_chats(base, chats, tmp_path):
     """Greedy gives them back, over several turns, and stops; rows are full, so nearly nothing is computed in vain."""
-    done = finetune(base, chats, tmp_path / "out", steps=45, **LIKE)
+    done = finetune(base, chats, tmp_path / "out", steps=45, **(LIKE | {"held_out": chats}))
     gives_them_back(LLM.from_pretrained(tmp_path / "out"))
+    again = finetune(tmp_path / "out", chats, tmp_path / "more", steps=1, **(LIKE | {"held_out": chats}))
+    assert done.after == again.before  # the figures are those of what was written, in bfloat16
     assert done.losses[-1] < 0.05 < 3 < done.losses[0]
     assert done.filled == 1
     assert done.steps == len(done.losses) == 45

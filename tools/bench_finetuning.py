@@ -188,6 +188,8 @@ def main() -> None:
         if args.json:
             args.json.write_text(json.dumps(turns))
 
+    for pipe in workers.values():
+        pipe.send(False)
     print(f"{args.model}, {args.threads} threads, {platform.machine()}")
     print(f"{'':<26}{'tokens/s':>9}{'range':>14}{'turns':>7}{'peak GB':>9}{'computed in vain':>18}")
     for name, share in padding().items():

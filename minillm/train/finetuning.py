@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import os
 import re
 import shlex
 import shutil
@@ -137,7 +138,7 @@ class _Run:
     """One call, and the folder from which it goes on."""
 
     def __init__(self, model: str, data: Path, out: Path, options: Options):
-        check_new_folder(out)
+        check_new_folder(Path(os.path.abspath(out)))
         self.model_name, self.out, self.options = model, out, options
         self.command = shlex.join(["minillm", "finetune", model, str(data), str(out), *options.flags()])
         self.source = find_checkpoint(model, options.revision, local_files_only=options.local_files_only)
