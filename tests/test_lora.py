@@ -52,9 +52,10 @@ def check_close(ours, theirs, plain=None):
         assert (theirs - plain).abs().max() > 1e-2
 
 
-def with_lora(folder, rank=3, alpha=5.0, dtype=torch.float32, quantize=None, **options):
-    """As after some training: B is not 0."""
-    model = load_decoder(folder, load_config(folder), dtype, attention=PACKED, quantize=quantize)
+def with_lora(folder, rank=3, alpha=5.0, quantize=None, **options):
+    """As after some training: B is not 0. A quantized head too in int8, as in `widened`."""
+    how = dict(attention=PACKED, quantize=quantize, quantize_head=quantize == "int8")
+    model = load_decoder(folder, load_config(folder), torch.float32, **how)
     add_lora(model, rank, alpha, **options)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -74,7 +75,8 @@ def widened(folder, quantize, out):
     """A checkpoint in full precision with the weights that a quantized one stands for."""
     config = load_config(folder)
     plain = load_decoder(folder, config, torch.float32)
-    for name, layer in load_decoder(folder, config, torch.float32, quantize=quantize).named_modules():
+    how = dict(quantize=quantize, quantize_head=quantize == "int8")
+    for name, layer in load_decoder(folder, config, torch.float32, **how).named_modules():
         if isinstance(layer, QuantizedLinear):
             codes = [getattr(layer, part) for part in layer.row_dimension]
             eight = layer.row_dimension.keys() == {"weight", "scale"}
@@ -127,7 +129,7 @@ def test_beside_a_quantized_base(quantize, quantizable, tmp_path):
     activations to 16 bits (`test_families.py`)."""
     peft = pytest.importorskip("peft")
     adapter = saved(quantizable, tmp_path / "adapter", targets=["q_proj", "v_proj", "up_proj", "down_proj"])
-    ours = adapted(quantizable, adapter, quantize=quantize)
+    ours = adapted(quantizable, adapter, quantize=quantize, quantize_head=quantize == "int8")
     base = load_reference(widened(quantizable, quantize, tmp_path / "wide"))
     plain = reference_logits(base, IDS)
     theirs = reference_logits(peft.PeftModel.from_pretrained(base, adapter), IDS)
@@ -334,6 +336,7 @@ BAD_TENSORS = {
     rf"{B} has shape \[2, 72\], expected \[72, 2\]": {B: torch.zeros(2, 72)},
     rf"{B} is I8, expected F32": {B: torch.zeros(72, 2, dtype=torch.int8)},
     rf"{A} stands alone": {B: None},
+    "are one matrix": {A.removeprefix("base_model.model."): torch.zeros(2, 48)},
     "it adapts nothing": {A: None, B: None},
     "layers.7.*adapts none of the model": {A.replace("layers.0", "layers.7"): torch.zeros(2, 48)},
     "lm_head.*the head is tied": {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 48)},
@@ -368,3 +371,5 @@ def test_folders_that_are_no_adapter(quantizable, text_adapter, checkpoint, tmp_
     assert main([*arguments, str(tmp_path)]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert main([*arguments, str(text_adapter)]) == 0
+    assert main(["inspect", *arguments[2:4], "--adapter", str(text_adapter)]) == 0
+    assert "rank 8, scale 3, 14 matrices" in capsys.readouterr().out

@@ -187,7 +187,8 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
                 problems.append(f"{name} has shape {shape}, expected {expected}")
             if header.get_dtype() not in _DTYPES:
                 problems.append(f"{name} is {header.get_dtype()}, expected F32, BF16 or F16")
-            found[matrix, match[2]] = name
+            if found.setdefault((matrix, match[2]), name) != name:
+                problems.append(f"{name} and {found[matrix, match[2]]} are one matrix")
     for matrix, side in found:
         if (matrix, "B" if side == "A" else "A") not in found:
             problems.append(f"{found[matrix, side]} stands alone: A and B come in pairs")
