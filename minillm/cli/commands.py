@@ -287,7 +287,7 @@ def finetune(options: argparse.Namespace) -> None:
     Stopped at any moment, the same command goes on where it was.
     """
     from minillm.measure.plot import picture
-    from minillm.train import finetune
+    from minillm.train.finetuning import finetune
 
     own = ("command", "model", "data", "out", "plot")
     asked = {name: value for name, value in vars(options).items() if name not in own and value is not None}

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-import minillm
+from minillm import __version__
 from minillm.errors import MinillmError, RequestError, first_line, shown
 from minillm.progress import progress_bar
 from minillm.tokenizer import Tokenizer
@@ -54,7 +54,7 @@ def tokenized(
     share, other = (0.0, held_out) if isinstance(held_out, Path) else (held_out, None)
     if not 0 <= share < 1:
         raise RequestError(f"the share that is held out must be from 0 to below 1, not {share}")
-    key = hashlib.sha256(json.dumps([minillm.__version__, share, seed, max_length, sorted(ends)]).encode())
+    key = hashlib.sha256(json.dumps([__version__, share, seed, max_length, sorted(ends)]).encode())
     for path in [*described_by, *_files(data), *(_files(other) if other else [])]:
         with _readable(path), path.open("rb") as file:
             key.update(path.suffix.encode() + hashlib.file_digest(file, "sha256").digest())

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-import minillm
+from minillm import __version__
 from minillm.errors import CheckpointError, RequestError, first_line
 from minillm.llm import choose_device, choose_dtype
 from minillm.load.checkpoint import load_decoder
@@ -301,7 +301,7 @@ def _card(done: Finetuned, base: str, library: str) -> str:
     """README.md of the result."""
     named = f"base_model: {json.dumps(base)}\n" if re.fullmatch(r"[\w.-]+/[\w.-]+", base) else ""
     head = f"{named}library_name: {library}\npipeline_tag: text-generation\ntags: [minillm, finetuned]"
-    made = f"Made by minillm {minillm.__version__} with\n\n    {done.command}\n\nwhich told:"
+    made = f"Made by minillm {__version__} with\n\n    {done.command}\n\nwhich told:"
     said = textwrap.indent(done.as_text(), "    ")
     rest = (
         f"Bits per byte are of text that was held out, by the weights in this folder. Conditions of use are those of "
