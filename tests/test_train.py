@@ -4,6 +4,7 @@ import copy
 import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -289,10 +290,12 @@ def test_autocast_is_taken_in_training_alone():
 # ---- compiled ----
 
 
-def test_one_graph_whatever_the_packing_and_nothing_crosses():
+def test_one_graph_whatever_the_packing(monkeypatch):
+    """Traced and differentiated as for the compiler; making its kernels takes most of a minute."""
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    one_layer = {"num_hidden_layers": 1}  # compiling takes seconds for each
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    one_layer = {"num_hidden_layers": 1}
     eager, model = tiny(one_layer), tiny(one_layer)
     ours, plain = ScoredLoss(model, ROW, compile=True), ScoredLoss(eager, ROW)
     ours.piece = plain.piece = 64
@@ -305,10 +308,19 @@ def test_one_graph_whatever_the_packing_and_nothing_crosses():
         for name, gradient in gradients(model).items():
             assert (gradient - expected[name]).abs().max() < 1e-4 * expected[name].abs().max() + 1e-7, name
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2  # the blocks, and the head
-    hidden = ours.hidden(batch).detach()
+
+
+@torch.no_grad()
+def test_compiled_nothing_crosses():
+    """Forward alone, compiled to the end: as it is without, and a changed token changes its own document only."""
+    torch._dynamo.reset()
+    model, batch = tiny({"num_hidden_layers": 1}), packed_batch(some_documents())
+    ours = ScoredLoss(model, ROW, compile=True)
+    hidden = ours.hidden(batch)
+    torch.testing.assert_close(hidden, ScoredLoss(model, ROW).hidden(batch), rtol=1e-5, atol=1e-5)
     row, column = next((r, c) for r, c in (batch.position == 1).nonzero().tolist() if c > 1)
     batch.ids[row, column] += 1
-    moved = (ours.hidden(batch).detach() != hidden).any(-1).view(batch.ids.shape)
+    moved = (ours.hidden(batch) != hidden).any(-1).view(batch.ids.shape)
     document = (batch.position == 0).cumsum(1)
     assert moved.any(1).nonzero().flatten().tolist() == [row]
     assert bool((document[moved.nonzero(as_tuple=True)] == document[row, column]).all())
