@@ -54,8 +54,10 @@ def tokenized(
     share, other = (0.0, held_out) if isinstance(held_out, Path) else (held_out, None)
     if not 0 <= share < 1:
         raise RequestError(f"the share that is held out must be from 0 to below 1, not {share}")
-    key = hashlib.sha256(json.dumps([__version__, share, seed, max_length, sorted(ends)]).encode())
-    for path in [*described_by, *_files(data), *(_files(other) if other else [])]:
+    files, others = _files(data), _files(other) if other else []
+    facts = [__version__, share, seed, max_length, sorted(ends), len(files), len(others)]
+    key = hashlib.sha256(json.dumps(facts).encode())
+    for path in [*described_by, *files, *others]:
         with _readable(path), path.open("rb") as file:
             key.update(path.suffix.encode() + hashlib.file_digest(file, "sha256").digest())
     paths = [folder / f"{part}-{key.hexdigest()[:16]}.safetensors" for part in ("learned", "held-out")]
