@@ -23,7 +23,7 @@ WINGS = {
     "cli": "flags ranks commands".split(),
     "faster": "compiled steps".split(),
     "serve": "engine".split(),
-    "train": "documents packing attention initialize loss optimizer loop lora".split(),
+    "train": "documents packing chat data attention initialize loss optimizer loop lora finetuning".split(),
     "measure": "plot memory bench perplexity describe".split(),
 }
 ENTRANCES = {"__init__", "__main__"}  # may import anything

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from minillm import __version__
 from minillm.cli import commands, ranks
-from minillm.cli.flags import count, counts, groups, text
+from minillm.cli.flags import amount, count, counts, groups, text
 from minillm.errors import MinillmError
 from minillm.options import QUANTIZED_FORMATS
 
@@ -101,6 +101,28 @@ def _parser() -> argparse.ArgumentParser:
     add("out", type=Path, metavar="OUT", help="a new folder")
     add("--to", required=True, metavar="FORMAT", help=", ".join(QUANTIZED_FORMATS))
     add("--head", action="store_true", help="the output head too, in int8")
+
+    add = command(commands.finetune, hub)
+    add("model", metavar="MODEL", help="demo, a folder or a Hub id")
+    add("data", type=Path, metavar="DATA", help="a text file, a .jsonl file of conversations, or a folder of them")
+    add("out", type=Path, metavar="OUT", help="a new folder; what is unfinished lies in OUT.partial")
+    add("--steps", type=count, metavar="N", help="optimizer steps; or")
+    add("--epochs", type=amount, metavar="E", help="how often to read the data (default: once); or")
+    add("--minutes", type=amount, metavar="M", help="about how long to train, by the speed of one step")
+    add("--lora", type=count, metavar="RANK", help="train an adapter of this rank, such as 16, and not all weights")
+    add("--quantize", metavar="FORMAT", help=f"what the adapter stands beside: {', '.join(QUANTIZED_FORMATS)}")
+    longest = "of a row and of a conversation (default: 2048, or the model's positions); longer text is cut"
+    add("--max-length", type=count, metavar="N", help=f"tokens {longest}")
+    add("--rows", type=count, metavar="N", help="rows of an optimizer step (default: 8, an epoch at most)")
+    add("--rows-at-once", type=count, metavar="N", help="rows of a forward pass (default: 1)")
+    add("--learning-rate", type=amount, metavar="X", help="after a warm-up (default: 2e-5; of an adapter 2e-4)")
+    add("--held-out", metavar="SHARE|FILE", help="scored before and after, never learned (default: 0.05 of the data)")
+    add("--seed", type=int, metavar="N", help="same seed, same weights (default: 0)")
+    add("--bf16", action=argparse.BooleanOptionalAction, help="matrix products in bfloat16 (default)")
+    add("--compile", action="store_true", default=None, help="torch.compile: minutes to start, then faster")
+    add("--recompute", action="store_true", default=None, help="activations on the way back: slower, less memory")
+    add("--device", help="cpu, cuda, ... (default: cuda if there is one)")
+    add("--plot", type=Path, metavar="PNG", help="draw the loss into this file")
 
     add = command(commands.merge, hub)
     add("model", metavar="MODEL", help="the adapter's base: demo, a folder or a Hub id")

@@ -13,6 +13,7 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 from minillm.cli.flags import COMPILE, OPTIONS
@@ -287,6 +288,26 @@ def quantize(options: argparse.Namespace) -> None:
 
     quantize_checkpoint(_find(options, weights=True), options.out, options.to, options.head)
     print(options.out)
+
+
+def finetune(options: argparse.Namespace) -> None:
+    """Train a checkpoint further on text or conversations.
+
+    Stopped at any moment, the same command goes on where it was.
+    """
+    from minillm.measure.plot import picture
+    from minillm.train.finetuning import finetune
+
+    own = ("command", "model", "data", "out", "plot")
+    asked = {name: value for name, value in vars(options).items() if name not in own and value is not None}
+    # Opened first: what the picture lacks is told before the training, not after it.
+    with nullcontext() if options.plot is None else picture(options.plot, 7, 4) as figure:
+        done = finetune(options.model, options.data, options.out, **asked)
+        print(done.as_text(), options.out, sep="\n", flush=True)
+        if figure is not None:
+            axes = figure.subplots()
+            axes.plot(range(1, done.steps + 1), done.losses, linewidth=1)
+            axes.set(xlabel="optimizer step", ylabel="nats per scored token", ylim=(0, None))
 
 
 def merge(options: argparse.Namespace) -> None:

@@ -71,5 +71,12 @@ def count(argument: str) -> int:
     return number
 
 
+def amount(argument: str) -> float:
+    number = _value(float, None, argument)
+    if not 0 < number <= _MOST:
+        raise argparse.ArgumentTypeError(f"{argument[:40]!r} is not above 0 and at most {_MOST}")
+    return number
+
+
 def counts(argument: str) -> list[int]:
     return [count(one) for one in argument.split(",")]

@@ -24,6 +24,12 @@ from minillm.model import Decoder
 _SHARD_BYTES = 2**30
 
 
+def check_new_folder(out: Path) -> None:
+    """Raise `CheckpointError` if `out` exists and is not an empty folder."""
+    if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()) or out == Path.cwd())):
+        raise CheckpointError(f"{out} exists already: give a new folder, nothing is overwritten")
+
+
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
     """A folder to write a checkpoint into, which becomes `out` when it is whole.
@@ -33,8 +39,7 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     """
     out = Path(os.path.abspath(out))
     try:
-        if out.is_symlink() or (out.exists() and (not out.is_dir() or any(out.iterdir()) or out == Path.cwd())):
-            raise CheckpointError(f"{out} exists already: give a new folder, nothing is overwritten")
+        check_new_folder(out)
         beside = next(folder for folder in out.parents if folder.exists())
         with TemporaryDirectory(prefix=".minillm-", dir=beside, ignore_cleanup_errors=True) as temporary:
             whole = Path(temporary) / "whole"  # which, unlike its parent, may have the usual permissions

@@ -91,6 +91,7 @@ class Training:
         )
         self.rows = Rows(documents, recipe.length, recipe.seed)
         self.step = 0  # optimizer steps done
+        self.log: list[tuple[float, float]] = []  # of each: loss, seconds
         self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._run = asdict(recipe) | {"documents": documents.digest}
         self._run["parameters"] = {name: list(parameter.shape) for name, parameter in self._trained.items()}
@@ -121,7 +122,9 @@ class Training:
         norm = self.optimizer.step(learning_rate_factor(self.step, recipe.steps, warmup))
         self.step += 1
         epoch = self.rows.epoch + self.rows.cursor / len(self.rows.plan)
-        return Step(self.step, epoch, nats / max(1, scored), scored, norm, time.perf_counter() - began)
+        step = Step(self.step, epoch, nats / max(1, scored), scored, norm, time.perf_counter() - began)
+        self.log.append((step.loss, step.seconds))
+        return step
 
     def save(self) -> None:
         """Write the state file: all of it, on the disk, or the one that was there stays."""
@@ -129,6 +132,7 @@ class Training:
         content = {
             "run": self._run,
             "step": self.step,
+            "log": self.log,
             "rows": (self.rows.epoch, self.rows.cursor),
             "weights": {name: parameter.detach() for name, parameter in self._trained.items()},
             "optimizer": self.optimizer.state_dict(),
@@ -163,4 +167,4 @@ class Training:
                 parameter.copy_(content["weights"][name])
         self.optimizer.load_state_dict(content["optimizer"])
         self.rows.start(*content["rows"])
-        self.step = content["step"]
+        self.step, self.log = content["step"], content["log"]

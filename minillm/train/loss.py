@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from minillm.model import Decoder
+from minillm.progress import progress_bar
 from minillm.train.attention import Packed
 from minillm.train.documents import Documents
 from minillm.train.packing import Batch, cut, fill, pack
@@ -132,6 +133,9 @@ class ScoredLoss:
         """
         plan = pack(cut(documents, self.length), self.length)
         plan += [[]] * (-len(plan) % rows)  # a compiled graph has one shape
-        batches = (fill(documents, plan[n : n + rows], self.length) for n in range(0, len(plan), rows))
-        nats = sum(self.total(batch.to(self.device)) for batch in batches)
+        nats = 0.0
+        with progress_bar(len(plan) // rows, "scoring", after=1.0) as advance:
+            for n in range(0, len(plan), rows):
+                nats += self.total(fill(documents, plan[n : n + rows], self.length).to(self.device))
+                advance()
         return nats / math.log(2) / documents.text_bytes
