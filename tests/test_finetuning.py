@@ -208,3 +208,18 @@ def test_the_command(base, chats, tmp_path, capsys, monkeypatch):
     assert main([*words[:3], str(tmp_path / "b"), "--plot", "x.png"]) == 1
     assert "needs matplotlib" in capsys.readouterr().err
     assert not (tmp_path / "b.partial").exists()
+
+
+def test_a_folder_of_somebody_elses_is_left_alone(tmp_path):
+    """OUT.partial is made by a run and removed by it: not where it is another's, nor what another put there."""
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.txt").write_text("all of it")
+    data = tmp_path / "tales.txt"
+    data.write_text("Once upon a time there was a fox.\n" * 4)
+    with pytest.raises(RequestError, match="holds no run of minillm"):
+        finetune("demo", data, tmp_path / "out", steps=1, rows=1, held_out=0)
+    assert (tmp_path / "out.partial" / "thesis.txt").read_text() == "all of it"
+    (tmp_path / "mine.partial").mkdir()
+    (tmp_path / "mine.partial" / "run.json.part").write_text("")  # killed in its first moment
+    finetune("demo", data, tmp_path / "mine", steps=1, rows=1, max_length=32, held_out=0)
+    assert not (tmp_path / "mine.partial").exists()

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shlex
-import shutil
 import textwrap
 import time
 from collections.abc import Iterator
@@ -149,7 +148,7 @@ class _Run:
         length = min(options.max_length or 2048, options.max_length or self.config.max_positions)
         if length > self.config.max_positions:
             raise RequestError(f"max_length {length} is over the model's {self.config.max_positions} positions")
-        self.partial = out.with_name(out.name + ".partial")
+        self.partial, self.notes = out.with_name(out.name + ".partial"), {}
         self.notes = self._begin()
 
         ends = generation_defaults(self.source, self.config, self.tokenizer.eos_token_id).eos_token_id
@@ -175,19 +174,33 @@ class _Run:
 
     def _begin(self) -> dict[str, Any]:
         """What is known of the run that began in the folder; {"command": ...} of a new one."""
-        path, notes = self.partial / "run.json", {"command": self.command}
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
+            empty = not {path.name for path in self.partial.iterdir()} - {"run.json.part"}
         except OSError as error:
             raise RequestError(f"{self.partial} cannot be made: {first_line(error)}") from None
-        if path.exists():
-            notes = read_json(path, RequestError)
-            if notes.get("command") != self.command:
-                raise RequestError(
-                    f"{self.partial} holds another run, {notes.get('command')!r}: give that command to go on, remove "
-                    "the folder, or name another place"
-                )
+        if empty:
+            self._note(command=self.command)
+            return self.notes
+        if not (self.partial / "run.json").exists():
+            raise RequestError(f"{self.partial} exists and holds no run of minillm: name another place")
+        notes = read_json(self.partial / "run.json", RequestError)
+        if "steps" not in notes:  # it has not begun to learn: nothing is lost
+            notes = {"command": self.command}
+        if notes.get("command") != self.command:
+            raise RequestError(
+                f"{self.partial} holds another run, {notes.get('command')!r}: give that command to go on, remove "
+                "the folder, or name another place"
+            )
         return notes
+
+    def _clear(self) -> None:
+        """Remove what a run needs, and nothing that somebody else put beside it."""
+        for pattern in ("run.json*", "state.pt*", "learned-*.safetensors*", "held-out-*.safetensors*"):
+            for path in self.partial.glob(pattern):
+                path.unlink()
+        if not any(self.partial.iterdir()):
+            self.partial.rmdir()
 
     def _note(self, **facts: Any) -> None:
         self.notes |= facts
@@ -234,7 +247,7 @@ class _Run:
                 save_adapter(model, folder, self.model_name)
             card = _card(done, self.model_name, "transformers" if self.options.lora is None else "peft")
             (folder / "README.md").write_text(card, encoding="utf-8")
-        shutil.rmtree(self.partial)
+        self._clear()
         return done
 
     def _model(self) -> Decoder:
