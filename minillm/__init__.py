@@ -18,6 +18,7 @@ from minillm.errors import (
     EngineFull,
     MinillmError,
     NumericalError,
+    RankError,
     RequestError,
     TokenizerError,
 )
@@ -40,6 +41,7 @@ __all__ = [
     "Handle",
     "MinillmError",
     "NumericalError",
+    "RankError",
     "RequestError",
     "Sampling",
     "StaticCache",

@@ -336,10 +336,12 @@ class Batch:
         seen = None if sampling.repetition_penalty is None else group.of(self._seen)  # [R, V]
         if draft.tokens.shape[1] == 0:
             token = next_token(logits[:, 0], sampling, place, seen)  # [R]
+            token = self.model.ranks.of_first(token)
             accepted, tokens = torch.zeros_like(token), token[:, None]  # [R], [R, 1]
             largest = logits.amax(dim=(1, 2))  # [R]
         else:
-            accepted, token = judge(logits, draft, place, sampling, seen)  # [R] each
+            judged = judge(logits, draft, place, sampling, seen)
+            accepted, token = map(self.model.ranks.of_first, judged)  # [R] each
             column = torch.arange(logits.shape[1], device=place.device)  # [k + 1]
             tokens = torch.where(column < accepted[:, None], F.pad(draft.tokens, (0, 1)), token[:, None])  # [R, k + 1]
             # Behind a rejected draft nobody reads.

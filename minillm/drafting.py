@@ -26,8 +26,8 @@ _MAX_NGRAM = 3  # the longest n-gram prompt lookup tries to match
 
 
 def pass_bytes(model: Decoder) -> float:
-    """What a pass over one token costs, as bytes that could be read meanwhile."""
-    return PASS_BYTES + model.weight_bytes
+    """What a pass over one token costs, as bytes that could be read meanwhile: the same to all ranks."""
+    return PASS_BYTES + model.ranks.agree(model.weight_bytes)
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class DraftModel:
     rest = 256  # after it all that was said meanwhile has to be read
 
     def __init__(self, model: Decoder, target: Decoder, cache: StaticCache):
-        self.model, self.cache = model, cache
+        self.model, self.cache, self.ranks = model, cache, target.ranks
         self.vocab_size = target.config.vocab_size
         self.cost = WIDER + pass_bytes(model) / pass_bytes(target)
         self._fed: dict[int, int] = {}  # per seat: tokens of text and drafts that the cache holds; a GPU is not asked
@@ -184,10 +184,11 @@ class DraftModel:
             q = distribution(logits[:, None, :common], sampling, shared)[:, 0]  # [R, common]
             tokens.append(sample(q, numbers[:, i]))  # [R]
             probs.append(q)
+        proposed = self.ranks.of_first(torch.stack(tokens, dim=1))  # [R, k]
         if greedy:
-            return Draft(torch.stack(tokens, dim=1), None, counts, wanted)  # tokens [R, k]
+            return Draft(proposed, None, counts, wanted)
         padded = F.pad(torch.stack(probs, dim=1), (0, self.vocab_size - common))  # [R, k, V]
-        return Draft(torch.stack(tokens, dim=1), padded, counts, wanted)  # tokens [R, k]
+        return Draft(proposed, padded, counts, wanted)
 
     def _feed(self, part: StaticCache, missing: dict[int, list[int]], held: dict[int, int]) -> Tensor:
         """Feed each seat what its row lacks; logits after it, `[n, V]`, for the n rows of `part`. One or two tokens are

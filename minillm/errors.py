@@ -35,6 +35,10 @@ class BackendError(MinillmError):
     """The chosen attention backend, dtype or device cannot run this model."""
 
 
+class RankError(MinillmError):
+    """The processes that share a model (`tensor_parallel=True`) were not started, or one of them is lost."""
+
+
 class EngineError(MinillmError):
     """The engine is closed, or its thread has failed."""
 

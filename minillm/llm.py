@@ -18,6 +18,7 @@ from minillm.load.lora import load_adapted
 from minillm.load.tokenizer import load_tokenizer
 from minillm.model import Decoder
 from minillm.options import DTYPES, GenerationConfig, merge_options
+from minillm.parallel import ALONE, join, local_device
 from minillm.progress import progress_bar
 from minillm.request import SEATS, Completion, Prompt, Request, check_drafting, completion
 from minillm.tokenizer import Tokenizer
@@ -78,6 +79,7 @@ class LLM:
         local_files_only: bool = False,
         strict: bool = True,
         check_finite: bool = True,
+        tensor_parallel: bool = False,
     ) -> "LLM":
         """Load "demo" (the embedded model), "demo-draft", a folder, or a Hugging Face Hub id.
 
@@ -94,6 +96,8 @@ class LLM:
             revision, token, local_files_only: for the Hub, as `huggingface_hub` understands them.
             strict: whether a key of config.json that is not understood is an error.
             check_finite: look for NaN and infinity in the weights while they stream in, 0.1 s per GB.
+            tensor_parallel: the processes that `torchrun` started share the model, and all make the same calls; see
+                parallel.py and docs/parallel.md.
 
         Raises a `MinillmError` that names the file or value at fault.
         """
@@ -104,7 +108,9 @@ class LLM:
         config = load_config(folder, strict=strict)
         tokenizer = load_tokenizer(folder)
         defaults = generation_defaults(folder, config, tokenizer.eos_token_id)
-        where = choose_device(device)
+        where = choose_device(local_device(device) if tensor_parallel else device)
+        ranks = join(where) if tensor_parallel else ALONE
+        ranks.agree(None, (config, quantize, quantize_head, compile))
         if compile is True and attention == "auto" and where.type == "cpu":
             # As a node of a graph a C kernel of ours costs more than what the compiler makes around the library's.
             attention = choose_backend("auto", config).name
@@ -118,8 +124,10 @@ class LLM:
             quantize,
             quantize_head,
             check_finite,
+            ranks,
         )
-        llm = cls(model, tokenizer, config, defaults, str(name), compile)
+        ranks.agree(None)  # some read faster than others
+        llm = cls(model, tokenizer, model.config, defaults, str(name), compile)
         if llm.steps.compiled is not None:
             llm.steps.compiled.warm_up()
         return llm

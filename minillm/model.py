@@ -9,6 +9,7 @@ F intermediate_size, V vocab_size, S cache slots.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -19,20 +20,32 @@ from minillm.cache import KeyView, StaticCache
 from minillm.config import LayerSpec, ModelConfig, NormSpec
 from minillm.errors import ConfigError
 from minillm.linear import Linear, QuantizedLinear, activate, make_linear, parse_quantize
+from minillm.parallel import ALONE, Ranks, TiedRows, narrow, vocabulary
 from minillm.rope import cos_sin
 
 # Builds an empty projection: (in_features, out_features, bias) -> layer.
 LinearFactory = Callable[[int, int, bool], Linear | QuantizedLinear]
 
 
+@dataclass(frozen=True)
+class Parts:
+    """What the modules of a decoder are made of."""
+
+    backend: Backend
+    linear: LinearFactory
+    head: LinearFactory
+    dtype: torch.dtype
+    ranks: Ranks = ALONE  # with whom the model is shared
+
+
 class Norm(nn.Module):
     """A norm over the last dimension, as the backend computes it; x as it is where a family has none."""
 
-    def __init__(self, size: int, spec: NormSpec, backend: Backend, dtype: torch.dtype, present: bool = True):
+    def __init__(self, size: int, spec: NormSpec, parts: Parts, present: bool = True, split: bool = False):
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(size, dtype=dtype)) if present else None
-        self.bias = nn.Parameter(torch.empty(size, dtype=dtype)) if present and spec.bias else None
-        self.spec, self.backend = spec, backend
+        self.weight = nn.Parameter(torch.empty(size, dtype=parts.dtype)) if present else None
+        self.bias = nn.Parameter(torch.empty(size, dtype=parts.dtype)) if present and spec.bias else None
+        self.spec, self.backend = spec, parts.ranks.across(parts.backend) if split else parts.backend
 
     def forward(self, x: Tensor) -> Tensor:
         return x if self.weight is None else self.backend.norm(x, self.weight, self.bias, self.spec)
@@ -45,33 +58,25 @@ class Norm(nn.Module):
 class Attention(nn.Module):
     """Project to queries, keys and values; rotate; remember; attend; project back."""
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        spec: LayerSpec,
-        index: int,
-        backend: Backend,
-        linear: LinearFactory,
-        dtype: torch.dtype,
-    ):
+    def __init__(self, config: ModelConfig, spec: LayerSpec, index: int, parts: Parts):
         super().__init__()
         self.num_heads, self.num_kv_heads, self.head_dim = (
             config.num_heads,
             config.num_kv_heads,
             config.head_dim,
         )
-        self.spec, self.index, self.backend, self.qk_norm = spec, index, backend, config.qk_norm
+        self.spec, self.index, self.backend, self.qk_norm = spec, index, parts.backend, config.qk_norm
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.split = (q_size, kv_size, kv_size)
         slopes = torch.tensor(config.alibi_slopes, dtype=torch.float32) if config.alibi_slopes else None  # [H]
         self.register_buffer("slopes", slopes, persistent=False)
         # One matrix for q, k and v: a decode step is bound by reading weights, and one read beats three.
-        self.qkv = linear(config.hidden_size, sum(self.split), config.qkv_bias)
-        self.output = linear(q_size, config.hidden_size, config.output_bias)
+        self.qkv = parts.linear(config.hidden_size, sum(self.split), config.qkv_bias)
+        self.output = parts.linear(q_size, config.hidden_size, config.output_bias and parts.ranks.first)  # added once
         if self.qk_norm is not None:
             whole = self.qk_norm == "full"
-            self.q_norm = Norm(q_size if whole else config.head_dim, config.norm, backend, dtype)
-            self.k_norm = Norm(kv_size if whole else config.head_dim, config.norm, backend, dtype)
+            self.q_norm = Norm(q_size if whole else config.head_dim, config.norm, parts, split=whole)
+            self.k_norm = Norm(kv_size if whole else config.head_dim, config.norm, parts, split=whole)
 
     def _apply(self, fn, recurse=True):
         """A cast like `.to(bfloat16)` leaves slopes alone, as integers: they multiply distances as long as the text."""
@@ -102,14 +107,14 @@ class MLP(nn.Module):
     """Feed-forward: down(activation(gate x) * up x) (Shazeer 2020, GLU variants, arXiv:2002.05202), or without a gate
     down(activation(up x))."""
 
-    def __init__(self, config: ModelConfig, linear: LinearFactory):
+    def __init__(self, config: ModelConfig, parts: Parts):
         super().__init__()
         self.gated, self.activation = config.gated, config.activation
         if self.gated:
-            self.gate_up = linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
+            self.gate_up = parts.linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias)
         else:
-            self.up = linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
-        self.down = linear(config.intermediate_size, config.hidden_size, config.mlp_bias)
+            self.up = parts.linear(config.hidden_size, config.intermediate_size, config.mlp_bias)
+        self.down = parts.linear(config.intermediate_size, config.hidden_size, config.mlp_bias and parts.ranks.first)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.gated:
@@ -121,32 +126,32 @@ class MLP(nn.Module):
 class Block(nn.Module):
     """One layer: attention and MLP, each added to the residual stream, with norms before and/or after."""
 
-    def __init__(self, config: ModelConfig, index: int, backend: Backend, linear: LinearFactory, dtype: torch.dtype):
+    def __init__(self, config: ModelConfig, index: int, parts: Parts):
         super().__init__()
-
-        norm = partial(Norm, config.hidden_size, config.norm, backend, dtype)
+        norm = partial(Norm, config.hidden_size, config.norm, parts)
         self.attention_norm = norm(config.pre_norm)
-        self.attention = Attention(config, config.layers[index], index, backend, linear, dtype)
+        self.attention = Attention(config, config.layers[index], index, parts)
         self.attention_post_norm = norm(config.post_norm)
         self.mlp_norm = norm(config.pre_norm and config.parallel != "shared")
-        self.mlp = MLP(config, linear)
+        self.mlp = MLP(config, parts)
         self.mlp_post_norm = norm(config.post_norm)
-        self.parallel = config.parallel
+        self.parallel, self.ranks = config.parallel, parts.ranks
 
     def forward(
         self, x: Tensor, update: Tensor | None, rotary: Rotary, view: KeyView, cache: StaticCache
     ) -> tuple[Tensor, Tensor]:
         """x is the residual stream, update what the sublayer before adds to it: both `[B, T, d]`, in and out.
 
-        The sum is left to the norm that follows, which has to read both anyway.
+        The sum is left to the norm that follows, which has to read both anyway. Where ranks share the model, each has
+        a part of what a sublayer adds, and `ranks.sum` makes it whole.
         """
         normed, x = (self.attention_norm(x), x) if update is None else self.attention_norm.add(update, x)
-        attended = self.attention_post_norm(self.attention(normed, rotary, view, cache))
-        if self.parallel is not None:  # both read the same stream, and their sum is added to it
+        attended = self.attention(normed, rotary, view, cache)
+        if self.parallel is not None:  # both read the same stream, and their sum is added to it; no post-norms
             normed = normed if self.parallel == "shared" else self.mlp_norm(x)
-            return x, self.mlp_post_norm.add(attended, self.mlp(normed))[0]
-        normed, x = self.mlp_norm.add(attended, x)
-        return x, self.mlp_post_norm(self.mlp(normed))
+            return x, self.ranks.sum(self.mlp_post_norm.add(attended, self.mlp(normed))[0])
+        normed, x = self.mlp_norm.add(self.attention_post_norm(self.ranks.sum(attended)), x)
+        return x, self.mlp_post_norm(self.ranks.sum(self.mlp(normed)))
 
 
 class Decoder(nn.Module):
@@ -155,16 +160,9 @@ class Decoder(nn.Module):
     Build it through `load.checkpoint.load_decoder`; built directly its weights are uninitialised.
     """
 
-    def __init__(
-        self,
-        config: ModelConfig,
-        backend: Backend,
-        linear: LinearFactory,
-        head: LinearFactory,
-        dtype: torch.dtype,
-    ):
+    def __init__(self, config: ModelConfig, parts: Parts):
         super().__init__()
-        self.config, self.backend = config, backend
+        self.config, self.backend, self.ranks, dtype = config, parts.backend, parts.ranks, parts.dtype
         self.moves = 0  # how often all weights were moved or cast at once
         # Gemma multiplies by sqrt(d) rounded to the model's dtype, and was trained with that rounding.
         scale = torch.tensor(config.embedding_scale, dtype=dtype, device="cpu").item()
@@ -176,12 +174,16 @@ class Decoder(nn.Module):
         if config.learned_positions:
             learned = torch.empty(config.max_positions, config.hidden_size, dtype=dtype)
             self.positions = nn.Embedding.from_pretrained(learned, freeze=False)
-        self.embedding_norm = Norm(config.hidden_size, config.norm, backend, dtype, config.embedding_norm)
-        self.blocks = nn.ModuleList(Block(config, i, backend, linear, dtype) for i in range(config.num_layers))
-        self.norm = Norm(config.hidden_size, config.norm, backend, dtype)
-        self.head = head(config.hidden_size, config.vocab_size, config.head_bias)
+        self.embedding_norm = Norm(config.hidden_size, config.norm, parts, config.embedding_norm)
+        self.blocks = nn.ModuleList(Block(config, i, parts) for i in range(config.num_layers))
+        self.norm = Norm(config.hidden_size, config.norm, parts)
+        ids = vocabulary(config, self.ranks)
+        self.head = parts.head(config.hidden_size, len(ids), config.head_bias)
         if config.tie_word_embeddings and isinstance(self.head, Linear):  # a quantized head has its own copy
-            self.head.weight = self.embedding.weight
+            if len(ids) < config.vocab_size:
+                self.head = TiedRows(self.embedding, ids, self.head.bias)
+            else:
+                self.head.weight = self.embedding.weight
 
     def forward(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
         """Logits of the next token after every input token.
@@ -227,7 +229,7 @@ class Decoder(nn.Module):
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Project hidden states `[..., d]` to logits `[..., V]` in float32."""
-        return self.finish(self.head(hidden).float())
+        return self.finish(self.ranks.gather(self.head(hidden), self.config.vocab_size).float())
 
     def finish(self, logits: Tensor) -> Tensor:
         """What a family does to its logits `[..., V]` float32 at the very end."""
@@ -273,11 +275,13 @@ def empty_decoder(
     quantize: str | None = None,
     quantize_head: bool = False,
     device: torch.device | str = "meta",
+    ranks: Ranks = ALONE,
 ) -> Decoder:
     """The decoder with uninitialised weights; on the "meta" device without any memory behind them at all.
 
     `quantize` ("int8", "int4-g64", ...) is for the linear layers, `quantize_head` takes the output head to
-    int8; embedding and norms stay in `dtype`. A checkpoint that is quantized already says both itself.
+    int8; embedding and norms stay in `dtype`. A checkpoint that is quantized already says both itself. `config` is the
+    whole model's, of which a rank holds its share.
     """
     if config.quantization is not None:
         if quantize is not None or quantize_head:
@@ -285,11 +289,7 @@ def empty_decoder(
         quantize, quantize_head = config.quantization, config.quantized_head
     spec = parse_quantize(quantize)
     head_spec = parse_quantize("int8" if quantize_head else None)
+    linear, head = (partial(make_linear, dtype=dtype, spec=one) for one in (spec, head_spec))
+    config = narrow(config, ranks)
     with torch.device(device):
-        return Decoder(
-            config,
-            choose_backend(attention, config, device),
-            linear=partial(make_linear, dtype=dtype, spec=spec),
-            head=partial(make_linear, dtype=dtype, spec=head_spec),
-            dtype=dtype,
-        )
+        return Decoder(config, Parts(choose_backend(attention, config, device), linear, head, dtype, ranks))

@@ -88,6 +88,9 @@ class Request:
         self._give_back = lambda _: None  # what happens to the cache in the end
         prompts, self.single = as_prompts(prompt)
         room = None if cache is None else _checked(cache, llm, len(prompts))
+        if llm.model.ranks.joined:  # steps of another shape on another rank would wait for each other, or add up wrong
+            held = None if cache is None else (cache.token_ids, cache.max_step)
+            llm.model.ranks.agree(None, (seats, assistant is None, held))
         self.rows, config = new_rows(llm, prompts, generation_config, options, room)
         if cache is None:
             longest = max(row.planned_length for row in self.rows)
@@ -157,7 +160,7 @@ def new_rows(
     else:
         limit = "the cache"
     budgets = [_budget(len(row), number, room, limit, asked, config) for number, row in enumerate(ids)]
-    eos, seeds = frozenset(as_list(config.eos_token_id)), _seeds(config, len(ids))
+    eos, seeds = frozenset(as_list(config.eos_token_id)), llm.model.ranks.agree(_seeds(config, len(ids)), (ids, config))
     rows = [
         Row(
             prompt=row,

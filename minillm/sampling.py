@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
-from minillm_kernels import cpu
+from minillm_kernels import sampling as kernels
+from minillm_kernels.launch import why_no_launch
+from minillm_kernels.sampling import sample, uniform
 from torch import Tensor
 
 from minillm.options import GenerationConfig
@@ -116,58 +117,15 @@ def probabilities(
         top_p, min_p: `[B]`; 1 and 0 keep all.
     """
     if temperature is None:
-        return _one_hot(logits)
-    if _in_c(logits):
-        return cpu.probabilities(logits, temperature, top_k, top_p, min_p)
-    greedy = temperature == 0  # [B]
-    scaled = logits / torch.where(greedy, 1.0, temperature)[:, None].to(logits.dtype)  # [B, V]
-    probs = scaled.softmax(dim=-1)
-    filters = (top_k, None if top_p is None else torch.where(top_p < 1, top_p, torch.inf), min_p)
-    if any(column is not None for column in filters):
-        probs = _filtered(scaled, probs, *filters)
-    return torch.where(greedy[:, None], _one_hot(logits), probs)
+        return kernels.one_hot(logits)
+    compute = kernels.probabilities if _in_kernels(logits) else kernels.filtered_softmax
+    return compute(logits, temperature, top_k, top_p, min_p)
 
 
-def _in_c(x: Tensor) -> bool:
-    """Whether C does it, in a tenth of the time (`kernels/minillm_kernels/cpu/sampling.c`)."""
-    return x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling() and cpu.available()
-
-
-def _filtered(scaled: Tensor, probs: Tensor, *filters: Tensor | None) -> Tensor:
-    """What the filters (`[B]` each) leave of `probs [B, V]`, the softmax of `scaled [B, V]`.
-
-    Sums run from the likeliest token down: beyond `probs` itself no bit depends on tokens that are dropped.
-    """
-    top_k, top_p, min_p = filters
-    order = scaled.argsort(dim=-1, descending=True, stable=True)  # [B, V]
-    if top_k is not None:
-        kth = order.gather(-1, (top_k.clamp(max=scaled.shape[-1]) - 1)[:, None])  # [B, 1]
-        probs = probs.masked_fill(scaled < scaled.gather(-1, kth), 0.0)
-    kept = probs.gather(-1, order)
-    if top_p is not None:
-        # Keep a token if the likelier ones together do not reach top_p: the first always stays.
-        mass = _running_sum(kept)
-        left = 1.0 if top_k is None else torch.where(top_k < kept.shape[-1], mass[:, -1], 1.0)[:, None]  # by top-k
-        kept = kept.masked_fill(mass - kept >= top_p[:, None] * left, 0.0)
-    if min_p is not None:
-        kept = kept.masked_fill(kept < min_p[:, None] * kept[:, :1], 0.0)
-    kept = kept / _running_sum(kept)[:, -1:]
-    return torch.zeros_like(probs).scatter(-1, order, kept.to(probs.dtype))
-
-
-def _running_sum(x: Tensor) -> Tensor:
-    """What each row of `x [B, V]`, from 0 to about 1, adds up to from its beginning, `[B, V]` float64.
-
-    A GPU scans a long row in one block, in an order that depends on the batch. There all is counted in units of 2^-44:
-    whole numbers add up to the same in any order, so pieces can be summed at once.
-    """
-    if not x.is_cuda:
-        return x.to(torch.float64, copy=True).cumsum_(dim=-1)
-    units = (x.double() * 2.0**44).round().long()  # [B, V]
-    pieces = F.pad(units, (0, -x.shape[-1] % 1024)).unflatten(-1, (-1, 1024)).cumsum(dim=-1)  # [B, P, 1024]
-    sums = pieces[:, :, -1]  # [B, P]
-    pieces = pieces + (sums.cumsum(dim=-1) - sums)[:, :, None]
-    return pieces.flatten(1)[:, : x.shape[-1]].double() * 2.0**-44
+def _in_kernels(x: Tensor) -> bool:
+    """Whether a kernel takes such logits or probabilities: a tenth of the time of the PyTorch code."""
+    served = x.dtype == torch.float32 and x.shape[-1] <= kernels.MAX_VOCABULARY
+    return served and (not x.is_cuda or why_no_launch(x.device) is None)
 
 
 def penalized(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
@@ -189,27 +147,6 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Ten
     return probabilities(flat, *map(per_place, filters)).view_as(logits)
 
 
-def _one_hot(logits: Tensor) -> Tensor:
-    return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)  # [B, V]
-
-
-def sample(probs: Tensor, u: Tensor) -> Tensor:
-    """The token at which the cumulative distribution passes `u`.
-
-    Args:
-        probs: `[B, V]`, need not be normalised; a token of probability 0 is never returned.
-        u: `[B]` float64 in [0, 1).
-
-    Returns `[B]` int64, an id even where `probs` are no numbers.
-    """
-    # float64: over 100,000 tokens a float32 running sum would lose the rare ones.
-    cumulative = _running_sum(probs)  # [B, V]
-    # u is at most 1 - 2^-53, so its share of the total stays below the total even after rounding, and the
-    # search ends on a token with mass.
-    found = torch.searchsorted(cumulative, u[:, None] * cumulative[:, -1:], right=True)[:, 0]  # [B]
-    return found.clamp_(max=probs.shape[-1] - 1)
-
-
 def next_token(logits: Tensor, sampling: Sampling, position: Tensor, seen: Tensor | None = None) -> Tensor:
     """Choose the token that will stand at `position [B]` from `logits [B, V]`; returns `[B]` int64.
 
@@ -220,31 +157,6 @@ def next_token(logits: Tensor, sampling: Sampling, position: Tensor, seen: Tenso
     if sampling.temperature is None:
         return logits.argmax(dim=-1)  # what the search below would find in a one-hot distribution
     probs = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-    if _in_c(probs):
-        return cpu.draw(probs, sampling.seed, position, 0)
+    if _in_kernels(probs):
+        return kernels.draw(probs, sampling.seed, position, 0)
     return sample(probs, uniform(sampling.seed, position))
-
-
-def uniform(seed: Tensor, position: Tensor, stream: int = 0) -> Tensor:
-    """A random number in [0, 1) that depends on (seed, position, stream) only, `[B]` float64.
-
-    A counter-based generator (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") with the
-    mixing function of SplitMix64 (Steele et al. 2014): no state to carry, so the n-th number of a row can
-    be had in any order, on any device, inside a compiled graph. `stream` separates several draws at the
-    same position.
-    """
-    bits = _mix(_mix(_mix(seed) ^ position) ^ stream)
-    return (_shift_right(bits, 11)).double() * 2.0**-53
-
-
-def _mix(z: Tensor) -> Tensor:
-    """SplitMix64's finaliser on int64 tensors, whose products wrap around as unsigned ones would."""
-    z = z + -7046029254386353131  # 0x9E3779B97F4A7C15
-    z = (z ^ _shift_right(z, 30)) * -4658895280553007687  # 0xBF58476D1CE4E5B9
-    z = (z ^ _shift_right(z, 27)) * -7723592293110705685  # 0x94D049BB133111EB
-    return z ^ _shift_right(z, 31)
-
-
-def _shift_right(z: Tensor, bits: int) -> Tensor:
-    """Shift in zeros: `>>` on signed integers shifts in the sign."""
-    return (z >> bits) & (2 ** (64 - bits) - 1)

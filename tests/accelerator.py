@@ -104,7 +104,7 @@ class Accelerator(TorchDispatchMode):
             (torch.cuda, "current_stream", Stream),
             (torch.cuda, "stream", lambda stream: contextlib.nullcontext()),
             (torch.cuda, "CUDAGraph", Graph),
-            (torch.cuda, "graph", lambda graph: graph.capturing()),
+            (torch.cuda, "graph", lambda graph, capture_error_mode: graph.capturing()),
             (torch.Tensor, "pin_memory", lambda tensor: tensor),
         ):
             self._patches.enter_context(mock.patch.object(target, name, value))

@@ -11,14 +11,14 @@ from dataclasses import replace
 
 import pytest
 import torch
-from catalog import CATALOG
+from catalog import CATALOG, SMALL_CASES
 from catalog_parity import check
 from minillm_kernels import launch
 from minillm_kernels.norm import add_rms_norm
+from minillm_kernels.sampling import draw, filtered_softmax, probabilities, sample, uniform
 
 assert launch.interpreting(), "run this file with TRITON_INTERPRET=1, or through test_kernels_interpreter.py"
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 CASES = [(name, case) for name, entry in CATALOG.items() for case in entry.small_cases]
 ROWS = [(name, index) for name, rows in launch.TABLE.items() for index in range(len(rows))]
 
@@ -52,10 +52,9 @@ def poisoned_outputs():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "case"), CASES)
+@pytest.mark.parametrize(("name", "case", "dtype"), SMALL_CASES)
 def test_parity(name, case, dtype):
-    check(name, CATALOG[name].small_cases[case], DTYPES[dtype])
+    check(name, CATALOG[name].small_cases[case], dtype)
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +90,34 @@ def test_what_is_normed_is_the_sum_that_is_stored():
     # float32 on the way moves a number across a border between two of float16 in one of some thousand cases.
     assert (normed == stored.half()).double().mean() > 0.99
     assert (normed == unrounded.half()).double().mean() < 0.8
+
+
+def test_a_token_in_the_interpreter_is_the_one_in_pytorch():
+    """Any filters, sure and flat rows, ties, a border near the end: the same tokens stay, and the same one is drawn."""
+    generator = torch.Generator().manual_seed(0)
+    columns = [[1.0, 0.7, 0.0, 2.0], [1, 3, 50, 10**6], [0.3, 0.9, 1.0, 0.999], [0.05, 0.0, 0.3, 0.9]]
+    temperature, top_k, top_p, min_p = (torch.tensor(column) for column in columns)
+    for size, scale in ((1, 1.0), (100, 0.3), (2500, 3.0), (2500, 0.0)):
+        logits = torch.randn(4, size, generator=generator) * scale
+        logits = logits if scale == 0.3 else (4 * logits).round() / 4
+        for filters in ((None, None, None), (top_k, None, None), (top_k, top_p, None), (None, top_p, min_p)):
+            ours, theirs = (find(logits, temperature, *filters) for find in (probabilities, filtered_softmax))
+            assert torch.equal(ours > 0, theirs > 0)
+            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-30)
+            seed, position = torch.randint(-(2**62), 2**62, (2, 4), generator=generator)
+            assert torch.equal(draw(ours, seed, position, 3), sample(ours, uniform(seed, position, 3)))
+
+
+def test_a_border_in_the_interpreter():
+    """Exact ties, and a border nine nats below the best token."""
+    deep = torch.zeros(1, 2500).index_fill(1, torch.tensor([7]), 9.0)  # which holds 0.7642
+    for logits, share, kept in (
+        *((torch.zeros(1, 4), share, count) for share, count in ((0.25, 1), (0.5, 2), (0.51, 3), (0.75, 3))),
+        *((deep, share, count) for share, count in ((0.76, 1), (0.77, 62), (0.999, 2490))),
+    ):
+        probs = probabilities(logits, torch.ones(1), None, torch.tensor([share]), None)
+        assert (probs > 0).sum() == kept
+        assert torch.equal(probs > 0, filtered_softmax(logits, torch.ones(1), None, torch.tensor([share]), None) > 0)
 
 
 def test_decode_attention_of_a_row_ignores_its_neighbours():

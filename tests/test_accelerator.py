@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerator import Accelerator
 from families import FAMILIES, prompt_ids
+from minillm_kernels.sampling import running_sum
 from rows import new_row
 
 from minillm.attention import choose_backend, why_no_kernels
@@ -28,7 +29,7 @@ from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig
 from minillm.request import Request, draft_with
 from minillm.rope import inverse_frequencies
-from minillm.sampling import Sampling, _running_sum, next_token, sample
+from minillm.sampling import Sampling, next_token, sample
 
 
 @pytest.fixture
@@ -295,11 +296,11 @@ def test_sums_over_a_long_vocabulary_do_not_depend_on_the_order(accelerator):
     generator = torch.Generator().manual_seed(0)
     for size in (1, 1023, 1024, 1025, 128_256):
         probs = (torch.randn(3, size, generator=generator) * 4).softmax(dim=-1)
-        found = _running_sum(accelerator.put(probs)).inner
+        found = running_sum(accelerator.put(probs)).inner
         exact = probs.double().cumsum(dim=-1)
         assert found.shape == exact.shape
         assert (found - exact).abs().max() < size * 2**-45 + 2**-50
-        backwards = _running_sum(accelerator.put(probs.flip(-1))).inner
+        backwards = running_sum(accelerator.put(probs.flip(-1))).inner
         assert torch.equal(found[:, -1], backwards[:, -1])  # whole numbers: in any order
     rare = torch.zeros(1, 5000).index_fill(1, torch.tensor([4321]), 1e-9)
     assert sample(accelerator.put(rare), accelerator.put(torch.tensor([0.7]).double())).inner.tolist() == [4321]
@@ -313,6 +314,14 @@ def test_a_long_vocabulary_is_sampled_as_on_a_cpu(accelerator):
         found = next_token(accelerator.put(logits), chosen[1], accelerator.put(place)).inner
         assert torch.equal(found, next_token(logits, chosen[0], place)), options
     assert accelerator.reads == []
+
+
+def test_a_token_is_two_launches(accelerator):
+    logits, place = accelerator.put(torch.randn(2, 999)), accelerator.put(torch.arange(2))
+    every = Sampling.uniform_rows([1, 2], "cuda", temperature=0.8, top_k=50, top_p=0.9, min_p=0.02)
+    accelerator.tape = []
+    next_token(logits, every, place)
+    assert [function.name() for function, *_ in accelerator.tape] == ["minillm::probabilities", "minillm::draw"]
 
 
 # ---- requests ----

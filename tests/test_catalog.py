@@ -2,33 +2,30 @@
 
 import pytest
 import torch
-from catalog import CATALOG
+from catalog import CATALOG, SMALL_CASES
 from catalog_parity import check
 from minillm_kernels import cpu
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Without C these multiply in the activations' dtype, which in 16 bits is coarser than the catalog's bound for a
 # kernel that sums in float32; test_cpu_kernels.py holds them to a bound of their own.
 COARSE = ("int8_linear", "int4_linear", "gated_mlp")
 
 
-def cases(dtypes_of):
-    return [
-        pytest.param(name, case, dtype, id=f"{name}, {case}, {dtype}")
-        for name, entry in CATALOG.items()
-        for case in entry.small_cases
-        for dtype in dtypes_of(name)
-    ]
+def named(cases):
+    return [pytest.param(*case, id=f"{case[0]}, {case[1]}, {str(case[2])[6:]}") for case in cases]
 
 
-@pytest.mark.parametrize(("name", "case", "dtype"), cases(lambda name: DTYPES))
+@pytest.mark.parametrize(("name", "case", "dtype"), named(SMALL_CASES))
 def test_the_c_kernels(name, case, dtype):
     if not cpu.available():
         pytest.skip("no C compiler")
-    check(name, CATALOG[name].small_cases[case], DTYPES[dtype])
+    check(name, CATALOG[name].small_cases[case], dtype)
 
 
-@pytest.mark.parametrize(("name", "case", "dtype"), cases(lambda name: ["float32"] if name in COARSE else DTYPES))
+@pytest.mark.parametrize(
+    ("name", "case", "dtype"),
+    named(case for case in SMALL_CASES if case[0] not in COARSE or case[2] == torch.float32),
+)
 def test_the_pytorch_code_without_a_compiler(name, case, dtype, monkeypatch):
     monkeypatch.setattr(cpu, "library", lambda: None)
-    check(name, CATALOG[name].small_cases[case], DTYPES[dtype])
+    check(name, CATALOG[name].small_cases[case], dtype)

@@ -85,7 +85,7 @@ def test_import_adds_little_to_torch(measured):
 
 PUBLIC = """
     LLM Completion Stats Conversation StaticCache GenerationConfig Sampling TextStream decode_one_token MinillmError
-    ConfigError CheckpointError TokenizerError RequestError CacheError BackendError NumericalError
+    ConfigError CheckpointError TokenizerError RequestError CacheError BackendError NumericalError RankError
     Engine EngineStats Handle EngineError EngineFull
 """.split()
 

@@ -102,6 +102,18 @@ def test_a_product_with_one_row_in_machine_code(op, case, most):
     assert found["BAR.SYNC.DEFER_BLOCKING"] <= 8  # for the sums at the end, four rows
 
 
+@pytest.mark.parametrize("op", ("rope_and_cache_write", "decode_attention", "flash_attention"))
+def test_where_a_row_begins_is_counted_in_64_bits(op):
+    """A cache can pass 2^31 elements: a product of two 32-bit numbers would reach into another row."""
+    crosscompile = pytest.importorskip("crosscompile", reason="Triton is not available for this platform")
+    entry = CATALOG[op]
+    for launch in crosscompile.recorded_launches(entry, next(iter(entry.model_cases.values())), torch.bfloat16, 90):
+        code = crosscompile.compiled(launch, 90).asm["ttir"].splitlines()
+        offsets = [line.split(":")[1] for line in code if "tt.addptr" in line and "tensor<" not in line]
+        assert offsets
+        assert all(", i64" in offset for offset in offsets)
+
+
 def test_a_pipelined_product_would_be_noticed():
     """The check above can fail: with stages Triton fetches ahead, around the L1 cache."""
     crosscompile = pytest.importorskip("crosscompile", reason="Triton is not available for this platform")

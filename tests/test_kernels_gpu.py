@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from catalog import CATALOG
+from catalog import CATALOG, SMALL_CASES
 from catalog_parity import check
 from minillm_kernels.decode_attention import decode_attention
 
@@ -10,8 +10,6 @@ pytestmark = pytest.mark.gpu
 if not torch.cuda.is_available():
     pytest.skip("needs a CUDA device; this machine has none", allow_module_level=True)
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SMALL = [(name, case) for name, entry in CATALOG.items() for case in entry.small_cases]
 MODEL = [(name, case) for name, entry in CATALOG.items() for case in entry.model_cases]
 
 
@@ -23,15 +21,16 @@ def poisoned_outputs():
     torch.use_deterministic_algorithms(False)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("name", "case"), SMALL)
+@pytest.mark.parametrize(("name", "case", "dtype"), SMALL_CASES)
 def test_parity(name, case, dtype):
-    check(name, CATALOG[name].small_cases[case], DTYPES[dtype], "cuda")
+    check(name, CATALOG[name].small_cases[case], dtype, "cuda")
 
 
 @pytest.mark.parametrize(("name", "case"), MODEL)
 def test_parity_at_model_sizes(name, case):
-    check(name, CATALOG[name].model_cases[case], torch.bfloat16, "cuda")
+    entry = CATALOG[name]
+    dtype = torch.bfloat16 if "bfloat16" in entry.dtypes else torch.float32
+    check(name, entry.model_cases[case], dtype, "cuda")
 
 
 def model_inputs(case: str) -> dict:

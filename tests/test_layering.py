@@ -12,15 +12,15 @@ ROOT = Path(__file__).parent.parent
 # the road, and knows no other wing. A room that is not built yet may be missing; a file that is not listed has no
 # place in the house.
 ROAD = """
-    errors options progress config rope hold cache attention linear model sampling tokenizer decode
+    errors options progress config rope hold cache attention linear parallel model sampling tokenizer decode
     drafting speculative row batch request llm
 """.split()
 WINGS = {
     "load": """
-        files families keys reader config_json tensors chat_template tokenizer hub quantize checkpoint writing
+        files families keys reader config_json tensors chat_template tokenizer hub quantize share checkpoint writing
         quantized_copy lora
     """.split(),
-    "cli": "flags commands".split(),
+    "cli": "flags ranks commands".split(),
     "faster": "compiled steps".split(),
     "serve": "engine".split(),
     "train": "documents packing chat data attention initialize loss optimizer loop lora finetuning".split(),
@@ -89,7 +89,7 @@ def test_no_room_is_too_large():
     """A room is read in one sitting; what the road is allowed to grow to is a decision, not an accident."""
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
     assert {name: count for name, count in lines.items() if count > 420} == {}
-    assert sum(count for name, count in lines.items() if "." not in name) <= 3880
+    assert sum(count for name, count in lines.items() if "." not in name) <= 4025
 
 
 def test_an_arrow_back_up_would_be_found(tmp_path):
@@ -110,6 +110,7 @@ def test_kernels_are_called_only_where_the_design_says():
         "linear",
         "sampling",
         "load.quantize",
+        "load.lora",
         "train.lora",
         "faster.steps",
         "parallel",

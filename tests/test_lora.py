@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from families import load_reference, prompt_ids, reference_logits
+from minillm_kernels import cpu
 from minillm_kernels.int4_linear import dequantize_int4
 from safetensors.torch import load_file, save_file
 from test_train import ROW, packed_batch, some_documents
@@ -16,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from minillm.cache import StaticCache
 from minillm.cli import main
 from minillm.errors import CheckpointError, ConfigError, RequestError
+from minillm.faster.steps import RecordedStep
 from minillm.linear import Linear, QuantizedLinear
 from minillm.llm import LLM
 from minillm.load.checkpoint import load_decoder
@@ -24,6 +26,7 @@ from minillm.load.lora import LoraLinear, load_adapted, merge_checkpoint, read_a
 from minillm.load.quantized_copy import quantize_checkpoint
 from minillm.load.writing import write_decoder
 from minillm.measure.bench import format_name
+from minillm.parallel import Ranks
 from minillm.train.attention import PACKED
 from minillm.train.loop import Recipe, Training
 from minillm.train.lora import add_lora, save_adapter
@@ -247,6 +250,10 @@ def test_every_way_of_generating(quantize, quantizable, text_adapter):
     asked = dict(max_new_tokens=16, eos_token_id=[])
     alone = [llm.generate(prompt, **asked).token_ids for prompt in prompts]
     assert alone != [base.generate(prompt, **asked).token_ids for prompt in prompts]
+    cache = StaticCache(llm.config, 1, 64)
+    assert llm.generate(prompts[0], cache=cache, **asked).token_ids == alone[0]
+    if cpu.available():
+        assert {type(step) for step in llm.steps._recorded[cache].values()} == {RecordedStep}
     assert [one.token_ids for one in eager.generate(prompts, **asked)] == alone
     assert [one.token_ids for one in llm.generate(prompts, **asked)] == alone
     assert [llm.generate(prompt, assistant_model=base, **asked).token_ids for prompt in prompts] == alone
@@ -373,3 +380,8 @@ def test_folders_that_are_no_adapter(quantizable, text_adapter, checkpoint, tmp_
     assert main([*arguments, str(text_adapter)]) == 0
     assert main(["inspect", *arguments[2:4], "--adapter", str(text_adapter)]) == 0
     assert "rank 8, scale 3, 14 matrices" in capsys.readouterr().out
+
+
+def test_ranks_that_share_a_model_take_no_adapter(tmp_path):
+    with pytest.raises(ConfigError, match="minillm merge"):
+        load_adapted(tmp_path, tmp_path, None, torch.float32, ranks=Ranks(0, 2, joined=True))

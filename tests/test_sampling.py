@@ -9,6 +9,7 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from minillm_kernels import cpu
+from minillm_kernels.sampling import draw
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -250,6 +251,19 @@ def test_equal_logits_in_a_long_vocabulary(vocabulary):
         assert torch.equal(probs.nonzero()[:, 0], torch.arange(int(kept * vocabulary)))
 
 
+def test_the_pytorch_code_at_its_borders(monkeypatch):
+    """The same where there is no C; and beside sums that are rounded up, all of a vocabulary is all there is."""
+    monkeypatch.setattr(cpu, "library", lambda: None)
+    test_exact_ties_at_the_border_of_top_p()
+    test_min_p_of_one_keeps_the_likeliest_and_its_equals()
+    test_equal_logits_in_a_long_vocabulary(4096)
+    test_a_look_at_the_borders()
+    logits = logits_of(0, 3, 250_000)
+    together = probabilities(logits, column(1.0, 3), column(200_000, 3))
+    for row in range(3):
+        assert torch.equal(probabilities(logits[row : row + 1], column(1.0), column(200_000))[0], together[row])
+
+
 @settings(max_examples=200, deadline=None)
 @given(st.data())
 def test_c_keeps_what_pytorch_keeps(data):
@@ -329,7 +343,7 @@ def test_the_draw_in_c_is_the_draw():
     probs[:, 3] += 0.1  # of any sum, with many zeros
     seed, position = torch.randint(-(2**63), 2**63 - 1, (2, 500), generator=generator)
     for stream in (0, 5):
-        token = cpu.draw(probs, seed, position, stream)
+        token = draw(probs, seed, position, stream)
         assert torch.equal(token, sample(probs, uniform(seed, position, stream)))
         assert (probs.gather(1, token[:, None]) > 0).all()
 

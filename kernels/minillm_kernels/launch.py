@@ -1,6 +1,6 @@
 """Which block sizes a kernel is launched with: one small table, looked up by chip and size.
 
-There is no autotuner: a table of at most three rows per kernel is enough, it can be read, every row
+There is no autotuner: a table of a few rows per kernel is enough, it can be read, every row
 of it is cross-compiled by `tools/crosscompile.py`, and the first call costs nothing but a lookup. The last
 row of every kernel serves every chip and every size: it has to fit the smallest shared memory
 (99 KiB: consumer Ampere, Ada and Blackwell). Rows above it name the data-centre chips they were made for.
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-DATACENTER = (80, 90, 100)  # A100, H100/H200, B100/B200: 163 KiB of shared memory per block and more
+HOPPER_AND_LATER = (90, 100)  # H100/H200, B100/B200, the data-centre chips: 227 KiB of shared memory per block
 
 
 @dataclass(frozen=True)
@@ -52,14 +52,18 @@ class Launch:
 TABLE: dict[str, tuple[Launch, ...]] = {
     # size: head_dim. At most BLOCK_M query rows (16 if that is enough) against tiles of BLOCK_N keys
     "decode_attention": (
-        Launch({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3, max_size=128, chips=DATACENTER, half_only=True),
-        Launch({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2, half_only=True),
+        Launch({"BLOCK_M": 64, "BLOCK_N": 64}, 4, 3, max_size=128, chips=HOPPER_AND_LATER, half_only=True),
+        Launch({"BLOCK_M": 64, "BLOCK_N": 32}, 4, 2, max_size=128, half_only=True),
+        Launch({"BLOCK_M": 32, "BLOCK_N": 32}, 4, 2, half_only=True),
+        Launch({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 1, chips=(80,)),
         Launch({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 2),
     ),
     # size: head_dim. BLOCK_M query rows against tiles of BLOCK_N keys
     "flash_attention": (
-        Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2, max_size=128, chips=(90, 100), half_only=True),
+        Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2, max_size=128, chips=HOPPER_AND_LATER, half_only=True),
+        Launch({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 2, chips=(100,), half_only=True),
         Launch({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2, half_only=True),
+        Launch({"BLOCK_M": 32, "BLOCK_N": 16}, 4, 2, max_size=128, chips=(80,)),
         Launch({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 2),
     ),
     # size: inputs K. Four rows of the weight, BLOCK_K inputs at a time: 8 a thread and row (int4: 32)
@@ -87,6 +91,11 @@ TABLE: dict[str, tuple[Launch, ...]] = {
     ),
     # size: head_dim
     "rope_and_cache_write": (Launch({}, 1, 1),),
+    # size: vocabulary; BLOCK tokens of it at a time
+    "sampling": (
+        Launch({"BLOCK": 2048}, 16, 1, chips=HOPPER_AND_LATER),
+        Launch({"BLOCK": 1024}, 16, 1),
+    ),
 }
 
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from minillm import __version__
-from minillm.cli import commands
+from minillm.cli import commands, ranks
 from minillm.cli.flags import amount, count, counts, groups, text
 from minillm.errors import MinillmError
 from minillm.options import QUANTIZED_FORMATS
@@ -20,21 +20,31 @@ from minillm.options import QUANTIZED_FORMATS
 def main(arguments: Sequence[str] | None = None) -> int:
     try:
         try:
+            ranks.be_silent()
             options = _parser().parse_args(arguments)
-            options.command(options)
+            if ranks.to_start(options):
+                return ranks.launch(options.ranks, sys.argv[1:] if arguments is None else arguments)
+            if ranks.take_part(options):
+                options.command(options)
         finally:
             sys.stdout.flush()
     except MinillmError as error:
-        return commands.complain(error)
+        return ranks.tell(error) if ranks.several() else ranks.complain(error)
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
     except BrokenPipeError:
+        if ranks.several():
+            ranks.claim()  # so that no other rank complains
         return 0  # whoever read our output (head, a pager) has enough
     except OSError as error:
         if error.filename is not None:
             raise  # a file's: what opens one answers for it
-        return commands.complain(f"standard input or output: {error.strerror}")
+        return ranks.complain(f"standard input or output: {error.strerror}")
+    except Exception as error:
+        if not ranks.several():
+            raise
+        return ranks.tell(error)
     return 0
 
 
@@ -50,8 +60,8 @@ def _parser() -> argparse.ArgumentParser:
         made.set_defaults(command=run)
         return made.add_argument
 
-    hub, dtype, model, generation, results = groups()
-    add = command(commands.generate, model, generation)
+    hub, dtype, model, generation, results, split = groups()
+    add = command(commands.generate, model, generation, split)
     add("prompt", nargs="?", type=text, help="the text; without it (or with -) it is read from stdin")
     add("--file", type=Path, metavar="F", help="read the prompt from this file instead")
     add("--each-line", action="store_true", help="each line that is not blank is a prompt of its own")
@@ -62,14 +72,14 @@ def _parser() -> argparse.ArgumentParser:
     marks = "mark the tokens that a draft guessed right: in colour on a terminal, else in [brackets]"
     add("--show-draft", action="store_true", help=marks)
 
-    add = command(commands.chat, model, generation)
+    add = command(commands.chat, model, generation, split)
     add("--system", type=text, metavar="TEXT", help="the system message")
     add("--max-cache-len", type=count, metavar="N", help="tokens the conversation may hold")
 
     add = command(commands.inspect, model)
     add("--trace", type=text, metavar="TEXT", help="also walk one forward pass over this text")
 
-    add = command(commands.bench, model, results)
+    add = command(commands.bench, model, results, split)
     add("--lengths", type=counts, metavar="N,N", help="prompt lengths (default: 64,256,1024)")
     sizes = "cache sizes to decode in (default: 128,1024,4096,16384)"
     add("--capacities", type=counts, metavar="N,N", help=sizes)
@@ -81,7 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     words = "with --perplexity: compare these, such as bf16,int8,int4-g32"
     add("--formats", type=lambda text: text.split(","), metavar="F,F", help=words)
 
-    add = command(commands.memory, dtype, hub, results)
+    add = command(commands.memory, dtype, hub, results, split)
     add("model", nargs="?", default="demo", metavar="M", help="demo, a folder or a Hub id")
     add("--batch", type=count, default=1, metavar="B", help="rows (default: 1)")
     add("--context", type=count, metavar="N", help="tokens per row (default: 4096, or all positions)")

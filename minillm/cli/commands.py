@@ -17,14 +17,9 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from minillm.cli.flags import COMPILE, OPTIONS
-from minillm.errors import MinillmError, RequestError
+from minillm.cli.ranks import complain, several, speaks
+from minillm.errors import RequestError
 from minillm.options import GenerationConfig
-
-
-def complain(error: MinillmError | str) -> int:
-    text = " ".join(str(error).split())
-    print("minillm:", text if len(text) <= 800 else f"{text[:400]} ... {text[-400:]}", file=sys.stderr)
-    return 1
 
 
 def _load(options: argparse.Namespace, **changes):
@@ -32,8 +27,8 @@ def _load(options: argparse.Namespace, **changes):
 
     _keep_freed_memory()
 
-    asked = vars(options) | changes
-    names = "dtype device attention quantize quantize_head adapter revision local_files_only".split()
+    asked = vars(options) | dict(tensor_parallel=several()) | changes
+    names = "dtype device attention quantize quantize_head adapter revision local_files_only tensor_parallel".split()
     return LLM.from_pretrained(asked["model"], compile=COMPILE[options.compile], **{n: asked[n] for n in names})
 
 
@@ -72,12 +67,14 @@ def _asked(options: argparse.Namespace) -> dict:
     return asked
 
 
-def _draft(options: argparse.Namespace):
-    """The `LLM` that guesses ahead, if one was named: as it is stored, where the other one is."""
+def _draft(options: argparse.Namespace, llm):
+    """The `LLM` that guesses ahead for another, if one was named: as it is stored, and whole on each rank."""
     if options.draft_model is None:
         return None
-    as_stored = dict(quantize=None, quantize_head=False, adapter=None, revision=None)
-    return _load(options, model=options.draft_model, **as_stored)
+    plain = dict(
+        quantize=None, quantize_head=False, adapter=None, revision=None, tensor_parallel=False, device=llm.device
+    )
+    return _load(options, model=options.draft_model, **plain)
 
 
 def generate(options: argparse.Namespace) -> None:
@@ -92,7 +89,7 @@ def generate(options: argparse.Namespace) -> None:
         raise RequestError("--jsonl and --seats are for many prompts: give them with --each-line")
     asked, prompt = _asked(options), _read_prompt(options)
     llm = _load(options)
-    asked["assistant_model"] = _draft(options)
+    asked["assistant_model"], prompt = _draft(options, llm), llm.model.ranks.agree(prompt)
     if options.each_line:
         _each_line(options, llm, prompt.splitlines(), asked)
         return
@@ -153,6 +150,8 @@ def _show_draft(llm, prompt: str, completion, stops: Sequence[str]) -> None:
 
 
 def _read_prompt(options: argparse.Namespace) -> str:
+    if not speaks():
+        return ""  # rank 0 reads it
     if options.file is not None:
         if options.prompt is not None:
             raise RequestError("give a prompt or --file, not both")
@@ -180,12 +179,11 @@ def chat(options: argparse.Namespace) -> None:
     """
     asked = _asked(options)
     llm = _load(options)
-    chat = llm.conversation(options.system, options.max_cache_len, assistant_model=_draft(options), **asked)
-    terminal = sys.stdin.isatty()
+    chat = llm.conversation(options.system, options.max_cache_len, assistant_model=_draft(options, llm), **asked)
+    ranks, terminal = llm.model.ranks, sys.stdin.isatty()
     while True:
-        try:
-            message = _read("stdin", lambda: input("> " if terminal else ""))
-        except EOFError:
+        message = ranks.agree(_next_message(terminal) if speaks() else None)
+        if message is None:
             return
         try:
             if message.strip():
@@ -195,8 +193,16 @@ def chat(options: argparse.Namespace) -> None:
                 raise
             complain(error)
         except KeyboardInterrupt:
-            if not terminal:
+            if not terminal or ranks.joined:  # no two ranks are interrupted at the same point
                 raise
+
+
+def _next_message(terminal: bool) -> str | None:
+    """A line from stdin, or None at its end."""
+    try:
+        return _read("stdin", lambda: input("> " if terminal else ""))
+    except EOFError:
+        return None
 
 
 def inspect(options: argparse.Namespace) -> None:
@@ -215,7 +221,8 @@ def inspect(options: argparse.Namespace) -> None:
     for name, value in rows:
         print(_fill(f"{name:<20}{value}", indent=20))
     if options.trace is not None:
-        print("", *map(_fill, trace(_load(options), options.trace).as_text().splitlines()), sep="\n")
+        llm = _load(options, tensor_parallel=False)
+        print("", *map(_fill, trace(llm, options.trace).as_text().splitlines()), sep="\n")
 
 
 def bench(options: argparse.Namespace) -> None:
@@ -224,6 +231,8 @@ def bench(options: argparse.Namespace) -> None:
         raise RequestError("--formats compares formats on a text: give it with --perplexity FILE")
     if options.plot is not None and options.perplexity is not None:
         raise RequestError("--plot draws speeds: leave out --perplexity")
+    if options.busy and several():
+        raise RequestError("--busy measures beside one process: leave out --ranks")
     if options.perplexity is not None:
         _score(options)
         return
@@ -261,14 +270,14 @@ def memory(options: argparse.Namespace) -> None:
     stored = stored_numbers(folder)
     if not stored and not Path(options.model).exists() and not options.local_files_only:  # a Hub id
         stored = hub_stored_numbers(options.model, options.revision)
-    sizes = model_sizes(config, dtype, options.batch, options.context, options.model, stored)
-    _tell(options, sizes, lambda path: save_plot(path, config, dtype, options.batch, sizes.context))
+    sizes = model_sizes(config, dtype, options.batch, options.context, options.model, stored, options.ranks or 1)
+    _tell(options, sizes, lambda path: save_plot(path, config, dtype, options.batch, sizes.context, sizes.ranks))
 
 
 def _tell(options: argparse.Namespace, results, draw: Callable[[Path], None] | None = None) -> None:
     """Print results as a table or as JSON, and draw them if a file was named."""
     print(json.dumps(results.as_dict(), indent=2) if options.json else results.as_text(), flush=True)
-    if options.plot is not None:
+    if options.plot is not None and speaks():
         draw(options.plot)
         print(f"wrote {options.plot}", file=sys.stderr)
 

@@ -13,8 +13,9 @@ _MOST = 10**6  # of anything that is counted here
 
 
 def groups() -> list[argparse.ArgumentParser]:
-    """Flags that commands share: where to find a model, its dtype, how to run it, what to ask, how to tell results."""
-    hub, dtype, generation, results = (argparse.ArgumentParser(add_help=False) for _ in range(4))
+    """Flags that commands share: where to find a model, its dtype, how to run it, what to ask, how to tell results, and
+    over how many processes the model is split."""
+    hub, dtype, generation, results, split = (argparse.ArgumentParser(add_help=False) for _ in range(5))
     hub.add_argument("--revision", help="branch, tag or commit of a Hub id")
     hub.add_argument("--local-files-only", action="store_true", help="do not ask the Hub for anything")
 
@@ -45,7 +46,9 @@ def groups() -> list[argparse.ArgumentParser]:
 
     results.add_argument("--json", action="store_true", help="print JSON instead of a table")
     results.add_argument("--plot", type=Path, metavar="PNG", help="draw it into this file")
-    return [hub, dtype, model, generation, results]
+
+    split.add_argument("--ranks", type=count, metavar="N", help="split the model over N processes (tensor parallel)")
+    return [hub, dtype, model, generation, results, split]
 
 
 def _value(kind: type, word: str | None, argument: str):

@@ -46,6 +46,7 @@ class Steps:
     def __init__(self, model: Decoder, compile: bool | str = "auto"):
         check_compile(compile)
         self.model, self.config, self.embedding, self.compile = model, model.config, model.embedding, compile
+        self.ranks = model.ranks
         self.compiled = CompiledWalk(model) if compile is True else None
         self.embed, self.logits, self.own_dtypes = model.embed, model.logits, model.own_dtypes
         self.walk: Callable[..., Tensor] = self.compiled or model.walk
@@ -54,7 +55,7 @@ class Steps:
         if device == "cuda" and compile is not False:
             self._make = CapturedStep
         elif device == "cpu" and compile == "auto" and model.backend.name == "kernels" and cpu.available():
-            self._make = RecordedStep
+            self._make = None if model.ranks.joined else RecordedStep  # a list of C calls waits for no other process
         # Per cache and (rows, tokens): the recorded step, or None where it cannot be recorded. A cache that is
         # dropped takes its steps along.
         self._recorded: WeakKeyDictionary[StaticCache, dict] = WeakKeyDictionary()
@@ -184,6 +185,8 @@ class CapturedStep:
             step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        # The thread that watches over NCCL's collectives asks the device about them all the while.
+        errors = "thread_local" if self.steps.ranks.joined else "global"
+        with torch.cuda.graph(graph, capture_error_mode=errors):
             self.out = step()
         self.graph = graph

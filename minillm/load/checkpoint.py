@@ -11,7 +11,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -24,27 +23,16 @@ from minillm.errors import BackendError, CheckpointError, first_line, shown
 from minillm.linear import Linear, QuantizedLinear
 from minillm.load.files import conversion, read_json
 from minillm.load.quantize import fill_rows
-from minillm.load.tensors import arrangement, file_names, file_shape, plain_name
+from minillm.load.share import Cut, share_plan
+from minillm.load.tensors import Destination, arrangement, file_names, file_shape, plain_name
 from minillm.model import Decoder, empty_decoder
+from minillm.parallel import ALONE, Ranks, vocabulary
 from minillm.progress import progress_bar
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 _HEADER_BYTES = 2**22  # describes some 30,000 tensors; a shard of the largest supported models describes some 1,000
 _REOPEN_BYTES = 2**24  # read through one mapping of a file before it is closed and opened again
-
-
-@dataclass(frozen=True)
-class Destination:
-    """Where one tensor of the file goes: a slice of a tensor of one of the decoder's modules."""
-
-    module: str
-    tensor: str  # "weight", "bias", or a part of a quantized matrix
-    dimension: int  # along which a fused matrix is put together
-    start: int
-    shape: tuple[int, ...]
-    dtype: torch.dtype | None  # exactly this one; None: any float, converted on the way
-    arrange: Callable[[Tensor], Tensor] | None  # what puts the file's rows in our order
 
 
 def load_decoder(
@@ -56,6 +44,7 @@ def load_decoder(
     quantize: str | None = None,
     quantize_head: bool = False,
     check_finite: bool = True,
+    ranks: Ranks = ALONE,
     change: Callable[[str, Tensor], Tensor] = lambda name, tensor: tensor,
 ) -> Decoder:
     """Build the decoder of `config` and fill it from the safetensors files in `folder`, each of whose tensors goes
@@ -63,32 +52,39 @@ def load_decoder(
 
     Raises `CheckpointError` listing missing, unexpected and mis-shaped tensors (the first twenty) before any weight is
     read, or naming one that holds NaN or infinity, unless `check_finite` is false (the look costs 0.1 s per GB);
-    `BackendError` if `attention` cannot serve the model. `quantize` and `quantize_head` as for `empty_decoder`.
+    `BackendError` if `attention` cannot serve the model. `quantize` and `quantize_head` as for `empty_decoder`. Of a
+    model that `ranks` share each reads its own part only.
     """
-    folder = Path(folder)
-    plan, files = plan_loading(folder, config, empty_decoder(config, dtype, attention, quantize, quantize_head))
+    folder, asked = Path(folder), (dtype, attention, quantize, quantize_head)
+    mine = empty_decoder(config, *asked, ranks=ranks)  # an error, if there is one, before anything is read
+    whole = mine if ranks.count == 1 else empty_decoder(config, *asked)
+    plan, files = plan_loading(folder, config, whole)
+    plan, cuts = (plan, {}) if ranks.count == 1 else share_plan(plan, whole, mine, config, ranks)
+    files = {name: file for name, file in files.items() if name in plan}
     try:
         # Uninitialised memory: a page is only really taken when a tensor is copied into it.
-        model = empty_decoder(config, dtype, attention, quantize, quantize_head, device)
+        model = empty_decoder(config, *asked, device, ranks)
     except (RuntimeError, AssertionError) as error:
         raise BackendError(f"device {str(device)!r}: {first_line(error)}") from error
     # A tied head that is quantized is a matrix of its own, made from the embedding.
     own_head = config.tie_word_embeddings and isinstance(model.head, QuantizedLinear) and config.quantization is None
     with torch.no_grad():
-        for name, tensor in stream_tensors(folder, files, f"loading {folder.name}", check_finite):
+        for name, tensor in stream_tensors(folder, files, f"loading {folder.name}", check_finite, cuts, ranks.first):
             with naming(name):
                 tensor = change(name, tensor)
-                _fill(model, plan[name], tensor)
+                _fill(model, plan[name], tensor, name in cuts and cuts[name].columns is not None)
                 if own_head and plan[name].module == "embedding":
-                    fill_rows(model.head, 0, tensor)
+                    ids = vocabulary(config, ranks)
+                    fill_rows(model.head, 0, tensor[ids.start : ids.stop])
     return model.eval().requires_grad_(False)
 
 
-def _fill(model: Decoder, place: Destination, tensor: Tensor) -> None:
+def _fill(model: Decoder, place: Destination, tensor: Tensor, shared_rows: bool) -> None:
+    """`shared_rows`: other ranks hold the rest of each row."""
     module = model.get_submodule(place.module)
     tensor = tensor if place.arrange is None else place.arrange(tensor)
     if place.tensor == "weight" and place.dtype is None and isinstance(module, Linear | QuantizedLinear):
-        fill_rows(module, place.start, tensor)
+        fill_rows(module, place.start, tensor, model.ranks.largest if shared_rows else None)
     else:
         whole = getattr(module, place.tensor)
         whole.narrow(place.dimension, place.start, tensor.shape[place.dimension]).copy_(tensor)
@@ -209,13 +205,20 @@ def stored_numbers(folder: Path) -> dict[str, int]:
 
 
 def stream_tensors(
-    folder: Path, files: dict[str, str], label: str, check_finite: bool = True
+    folder: Path,
+    files: dict[str, str],
+    label: str,
+    check_finite: bool = True,
+    cuts: dict[str, Cut] | None = None,
+    told: bool = True,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Yield every tensor once, in file order, with a progress bar on stderr if it takes over a second.
+    """Yield every tensor once, in file order, with a progress bar on stderr if it takes over a second and is `told`.
+
+    Of those that `cuts` names only that part is read.
 
     Raises `CheckpointError` for one that holds NaN or infinity, unless `check_finite` is false.
     """
-    with progress_bar(len(files), label, after=1.0) as advance:
+    with progress_bar(len(files), label, after=1.0 if told else math.inf) as advance:
         for shard in dict.fromkeys(files.values()):
             names = [name for name, file in files.items() if file == shard]
             while names:
@@ -224,7 +227,8 @@ def stream_tensors(
                 taken = 0
                 with open_tensors(folder / shard) as handle:
                     while names and taken < _REOPEN_BYTES:
-                        tensor = handle.get_tensor(names[0])
+                        cut = (cuts or {}).get(names[0])
+                        tensor = handle.get_tensor(names[0]) if cut is None else cut.read(handle.get_slice(names[0]))
                         taken += tensor.nbytes
                         if check_finite and not _is_finite(tensor):
                             raise CheckpointError(

@@ -12,11 +12,12 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
+from minillm_kernels.norm import add
 from torch import Tensor, nn
 
+from minillm.attention import Backend
 from minillm.config import ModelConfig
 from minillm.errors import CheckpointError, ConfigError, shown
 from minillm.linear import Linear, QuantizedLinear, activate
@@ -36,6 +37,7 @@ from minillm.load.reader import Reader
 from minillm.load.tensors import is_transposed, plain_name
 from minillm.load.writing import copy_small_files, new_folder, write_tensors
 from minillm.model import Decoder, empty_decoder
+from minillm.parallel import ALONE, Ranks
 
 CONFIG, TENSORS = ADAPTER_FILES
 
@@ -51,36 +53,18 @@ _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
 _DTYPES = {"F32", "BF16", "F16"}
 
 
-class LowRank(nn.Module):
-    """s B A x, for `rows` of a layer's outputs from `start` on. A `[r, K]` and B `[rows, r]` in `dtype`."""
-
-    def __init__(
-        self, name: str, inputs: int, start: int, rows: int, rank: int, alpha: float, dtype: torch.dtype, device=None
-    ):
-        super().__init__()
-        self.name, self.start, self.rows, self.alpha, self.scale = name, start, rows, alpha, alpha / rank
-        self.A = Linear(inputs, rank, False, dtype, device)
-        self.B = Linear(rank, rows, False, dtype, device)
-
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add to y `[..., N]`, the layer's outputs for x `[..., K]`."""
-        y.narrow(-1, self.start, self.rows).add_(self.B(self.A(x)), alpha=self.scale)
-
-
 class LoraLinear(nn.Module):
-    """A linear layer with low-rank matrices beside it."""
+    """base(x) + B A x. A `[R, K]` and B `[N, R]` in `dtype`; R is the sum of the ranks of all that are fused here."""
 
-    def __init__(self, base: nn.Module, parts: list[LowRank]):
+    def __init__(self, base: QuantizedLinear, rank: int, dtype: torch.dtype, device=None):
         super().__init__()
-        self.base, self.parts = base, nn.ModuleList(parts)
-        self.in_features, self.out_features = base.in_features, base.out_features
+        self.base = base
+        self.A = Linear(base.in_features, rank, False, dtype, device)
+        self.B = Linear(rank, base.out_features, False, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        y = self.base(x)
-        for part in self.parts:
-            part.add(x, y)
-        return y
+        return add(self.base(x), self.B(self.A(x)))
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
         """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
@@ -118,16 +102,16 @@ class Adapter:
             if not isinstance(base, QuantizedLinear):
                 continue
             # q, k and v at once, B with blocks of zeros: little more to read, and a third of the calls.
-            rank, weight = self.rank * len(names), model.embedding.weight
-            sizes = base.in_features, 0, base.out_features, rank
-            part = LowRank(module, *sizes, alpha=rank, dtype=weight.dtype, device=weight.device)
-            part.B.weight.zero_()
+            weight = model.embedding.weight
+            beside = LoraLinear(base, self.rank * len(names), weight.dtype, weight.device)
+            beside.B.weight.zero_()
             for number, name in enumerate(names):
                 (a, b), place = self.pairs[name], self.places[name]
                 columns = slice(number * self.rank, (number + 1) * self.rank)
-                part.A.weight[columns] = a
-                part.B.weight[place.start : place.start + len(b), columns] = in_our_order(b, self.config, place)
-            model.set_submodule(module, LoraLinear(base, [part]))
+                beside.A.weight[columns] = a
+                rows = slice(place.start, place.start + len(b))
+                beside.B.weight[rows, columns] = in_our_order(b, self.config, place)
+            model.set_submodule(module, beside)
         model.eval().requires_grad_(False)
 
 
@@ -235,16 +219,20 @@ def load_adapted(
     config: ModelConfig,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    attention: Any = "auto",
+    attention: str | Backend = "auto",
     quantize: str | None = None,
     quantize_head: bool = False,
     check_finite: bool = True,
+    ranks: Ranks = ALONE,
 ) -> Decoder:
     """`load_decoder` with the adapter in a folder, if there is one: in the matrices that are in full precision, and
-    beside those that are quantized. Raises what `load_decoder` and `read_adapter` raise."""
+    beside those that are quantized. Raises what `load_decoder` and `read_adapter` raise, and `ConfigError` where ranks
+    share the model."""
     options = dtype, device, attention, quantize, quantize_head, check_finite
     if adapter is None:
-        return load_decoder(folder, config, *options)
+        return load_decoder(folder, config, *options, ranks)
+    if ranks.joined:
+        raise ConfigError("ranks that share a model read their part of it, and no adapter: `minillm merge` it first")
     found = read_adapter(adapter, config)
     quantized = quantize is not None or config.quantization is not None
     quantized_head = quantize_head or config.quantized_head

@@ -1,6 +1,8 @@
 """From full precision to codes. Only weights are quantized, and only by their own values: no data is run
 through the model. The layouts are `linear.py`'s."""
 
+from collections.abc import Callable
+
 import torch
 from minillm_kernels import cpu
 from torch import Tensor
@@ -16,12 +18,20 @@ _WIDEST = 15 * torch.finfo(torch.float16).max  # 15 steps of the largest scale t
 _SMALLEST_SCALE = 2.0**-24  # of float16; keeps a group of zeros from dividing by zero
 
 
-def fill_rows(layer: Linear | QuantizedLinear, start_row: int, weight: Tensor) -> None:
-    """Fill rows start_row.. of an empty layer from weight [n, K] in any floating dtype, in the layer's format."""
+def fill_rows(
+    layer: Linear | QuantizedLinear,
+    start_row: int,
+    weight: Tensor,
+    across: Callable[[Tensor], Tensor] | None = None,
+) -> None:
+    """Fill rows start_row.. of an empty layer from weight [n, K] in any floating dtype, in the layer's format.
+
+    `across`: where the rows go on in other ranks' layers, what makes of each rank's largest `[n]` the largest of all.
+    """
     if isinstance(layer, QuantizedLinear) and layer.scale.is_cuda:
         weight = weight.to(layer.scale.device)  # a GPU is some hundred times faster at it
     if isinstance(layer, Int8Linear):
-        parts = quantize_int8(weight)
+        parts = quantize_int8(weight, across)
     elif isinstance(layer, Int4Linear):
         parts = quantize_int4(weight, layer.group_size)
     else:
@@ -30,17 +40,19 @@ def fill_rows(layer: Linear | QuantizedLinear, start_row: int, weight: Tensor) -
         getattr(layer, name).detach().narrow(dimension, start_row, weight.shape[0]).copy_(part)
 
 
-def quantize_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_int8(weight: Tensor, across: Callable[[Tensor], Tensor] | None = None) -> tuple[Tensor, Tensor]:
     """Symmetric int8, one scale per output: (codes [N, K] int8 in -127..127, scale [N] float32).
 
-    The largest weight of a row becomes +-127, so no weight moves by more than half a step, max|w| / 254.
+    The largest weight of a row becomes +-127, so no weight moves by more than half a step, max|w| / 254. `across` as
+    for `fill_rows`: a row that is spread over ranks has one scale.
     Raises CheckpointError when a weight is not finite.
     """
     codes = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)  # [N, K]
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)  # [N]
+    known = None if across is None else across(_finite(weight.abs().amax(dim=1)).float())  # [N]
     for rows in _pieces(weight):
         wide = weight[rows].float()
-        largest = _finite(wide.abs().amax(dim=1))
+        largest = _finite(wide.abs().amax(dim=1)) if known is None else known[rows]
         scale[rows] = largest / 127
         codes[rows] = (wide * (127 / largest.clamp(min=1e-35))[:, None]).round_()
     return codes, scale

@@ -6,6 +6,7 @@ put right once, while loading, costs the forward pass nothing: it knows one orde
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -35,6 +36,19 @@ _LLAMA = {
 _TOP = ("embedding", "positions", "embedding_norm", "norm", "head", "blocks.")
 # Buffers that old files carry; they follow from config.json.
 _BUFFERS = re.compile(r"(rotary_emb\.inv_freq|\.(attn|attention)\.(masked_)?bias)$")
+
+
+@dataclass(frozen=True)
+class Destination:
+    """Where one tensor of the file goes: a slice of a tensor of one of the decoder's modules."""
+
+    module: str
+    tensor: str  # "weight", "bias", or a part of a quantized matrix
+    dimension: int  # along which a fused matrix is put together
+    start: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype | None  # exactly this one; None: any float, converted on the way
+    arrange: Callable[[Tensor], Tensor] | None  # what puts the file's rows in our order
 
 
 def file_names(config: ModelConfig) -> dict[str, list[str]]:
@@ -93,6 +107,7 @@ def arrangement(config: ModelConfig, module: str, part: int) -> Callable[[Tensor
 
 
 def is_transposed(config: ModelConfig, module: str) -> bool:
+    """Whether a file holds the module's matrix as [inputs, outputs]."""
     matrix = module.endswith((".qkv", ".output", ".up", ".down"))
     return FAMILIES[config.family].transposed and matrix and config.quantization is None
 

@@ -102,10 +102,13 @@ def write_decoder(
         source: the checkpoint folder that the decoder was loaded from. Its names are kept, and what the decoder does
             not have (a vision tower, positions before 0) is copied. Without one, names are those of a text-only file.
 
-    Raises `CheckpointError` for a quantized decoder, and for one from a larger checkpoint without its `source`.
+    Raises `CheckpointError` for a quantized decoder, for one that ranks share, and for one from a larger checkpoint
+    without its `source`.
     """
     if any(isinstance(module, QuantizedLinear) for module in model.modules()):
         raise CheckpointError("quantized weights cannot be written in full precision: load without quantize")
+    if model.ranks.count > 1:
+        raise CheckpointError("this rank holds a share of the model: load it in one process to write it")
     if model.config.nested and source is None:
         raise CheckpointError("config.json has a text_config: what stands beside the decoder is copied from `source`")
     word = str(dtype).removeprefix("torch.")

@@ -28,6 +28,7 @@ from minillm.llm import LLM
 from minillm.measure.memory import format_bytes
 from minillm.measure.plot import picture
 from minillm.model import Decoder
+from minillm.parallel import TiedRows
 from minillm.progress import progress_bar
 
 LENGTHS = (64, 256, 1024)  # prompts, and so positions at which decoding is timed
@@ -273,12 +274,13 @@ def measure(
 def bytes_per_token(model: Decoder, position: int) -> int:
     """Bytes that decoding the token at `position` has to read: weights once, and the keys and values before it.
 
-    Of the embedding only one row is read, unless the head is the same matrix.
+    Of the embedding only one row is read, unless the head is the same matrix, or some rows of it.
     """
     config, embedding = model.config, model.embedding.weight
     size = model.weight_bytes
     if getattr(model.head, "weight", None) is not embedding:
         size -= embedding.nbytes - embedding[0].nbytes
+        size += model.head.weight.nbytes if isinstance(model.head, TiedRows) else 0
     per_key = 2 * config.num_kv_heads * config.head_dim * embedding.dtype.itemsize
     return size + sum(per_key * min(position + 1, layer.window or position + 1) for layer in config.layers)
 

@@ -17,6 +17,7 @@ from minillm.errors import CheckpointError, RequestError, shown
 from minillm.linear import QuantizedLinear
 from minillm.measure.plot import picture
 from minillm.model import Decoder, empty_decoder
+from minillm.parallel import Ranks, narrow
 
 # Sizes of memory people have, GiB: laptops and graphics cards.
 MEMORY_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 141, 192, 256, 384, 512, 768, 1024)
@@ -52,11 +53,16 @@ def estimate(
     quantize: str | None = None,
     quantize_head: bool = False,
     max_step: int = MAX_STEP,
+    ranks: int = 1,
 ) -> Estimate:
-    """What generating takes with `batch_size` rows of up to `context` tokens each, read `max_step` at a time."""
+    """What generating takes with `batch_size` rows of up to `context` tokens each, read `max_step` at a time.
+
+    Of several ranks that share the model it is what the first takes; the others take no more.
+    """
+    model = empty_decoder(config, dtype, quantize=quantize, quantize_head=quantize_head, ranks=Ranks(0, ranks))
+    config = model.config
     full, sliding = cache_bytes(config, batch_size, context, dtype, max_step)
     activations, logits = activation_bytes(config, batch_size, context, dtype, max_step)
-    model = empty_decoder(config, dtype, quantize=quantize, quantize_head=quantize_head)
     return Estimate(model.weight_bytes, full, sliding, activations, logits)
 
 
@@ -128,6 +134,7 @@ class Sizes:
     name: str
     batch_size: int
     context: int
+    ranks: int  # that share the model: all but `stored` and `sharing` is what each holds
     stored: dict[str, int]  # bytes in the checkpoint's files by dtype; empty if it has none here
     estimates: dict[str, Estimate]  # by format
     sharing: dict[str, int]  # KV cache of full attention at "MHA", "this model" and "MQA", bytes
@@ -144,7 +151,8 @@ class Sizes:
             [*map(format_bytes, (*astuple(one), one.total)), f"{one.fits_in} GiB" if one.fits_in else "none"]
             for one in self.estimates.values()
         ]
-        lines = [f"{self.name}: batch {self.batch_size}, context {self.context}", ""]
+        each = f", each of {self.ranks} ranks" if self.ranks > 1 else ""
+        lines = [f"{self.name}: batch {self.batch_size}, context {self.context}{each}", ""]
         for label, *cells in [("", *self.estimates), *zip(_ROWS, *columns, strict=True)]:
             lines.append(f"{label:<26}" + "".join(f"{cell:>13}" for cell in cells))
         sharing = ", ".join(f"{k} {format_bytes(v)}" for k, v in self.sharing.items())
@@ -161,6 +169,7 @@ def model_sizes(
     context: int | None,
     name: str,
     stored: dict[str, int],
+    ranks: int = 1,
 ) -> Sizes:
     """The estimates for `batch_size` rows. `context` None: 4096 tokens, or as many as the model has positions.
 
@@ -172,12 +181,13 @@ def model_sizes(
     if not 1 <= context <= config.max_positions:
         raise RequestError(f"context must be from 1 to the model's {config.max_positions} positions, not {context}")
     estimates = {
-        word: estimate(config, batch_size, context, dtype, quantize) for word, quantize in formats(config, dtype)
+        word: estimate(config, batch_size, context, dtype, quantize, ranks=ranks)
+        for word, quantize in formats(narrow(config, Ranks(0, ranks)), dtype)
     }
     per_head = kv_values(config.num_layers, 1, config.head_dim, batch_size * context) * dtype.itemsize
     sharing = {"MHA": config.num_heads, "this model": config.num_kv_heads, "MQA": 1}
     sharing = {word: heads * per_head for word, heads in sharing.items()}
-    return Sizes(name, batch_size, context, stored_bytes(name, stored), estimates, sharing)
+    return Sizes(name, batch_size, context, ranks, stored_bytes(name, stored), estimates, sharing)
 
 
 def formats(config: ModelConfig, dtype: torch.dtype) -> list[tuple[str, str | None]]:
@@ -192,14 +202,17 @@ def formats(config: ModelConfig, dtype: torch.dtype) -> list[tuple[str, str | No
     return words
 
 
-def save_plot(path: Path, config: ModelConfig, dtype: torch.dtype, batch_size: int, context: int) -> None:
+def save_plot(
+    path: Path, config: ModelConfig, dtype: torch.dtype, batch_size: int, context: int, ranks: int = 1
+) -> None:
     """Draw total memory against context, a line per format, into a PNG."""
     lengths = sorted({max(1, context * step // 32) for step in range(1, 33)})
     with picture(path, 7, 4) as figure:
         axes = figure.subplots()
         highest = 0.0
-        for name, quantize in formats(config, dtype):
-            totals = [estimate(config, batch_size, length, dtype, quantize).total / 2**30 for length in lengths]
+        for name, quantize in formats(narrow(config, Ranks(0, ranks)), dtype):
+            sizes = [estimate(config, batch_size, n, dtype, quantize, ranks=ranks) for n in lengths]
+            totals = [size.total / 2**30 for size in sizes]
             axes.plot(lengths, totals, label=name)
             highest = max(highest, totals[-1])
         for size in MEMORY_SIZES:

@@ -13,12 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minillm.errors import CheckpointError, RequestError, first_line
-from minillm.linear import Int4Linear, QuantizedLinear, activate
+from minillm.linear import Int4Linear, Linear, QuantizedLinear, activate
 from minillm.load.lora import (
     CONFIG,
     TENSORS,
     LoraLinear,
-    LowRank,
     adaptable,
     full_precision,
     in_our_order,
@@ -73,6 +72,36 @@ class DifferentiableLinear(nn.Module):
         return activate(self(x), activation, gated=True)
 
 
+class LowRank(nn.Module):
+    """s B A x, for some rows of a layer's outputs: A `[r, K]` and B `[N, r]` of one matrix of the file, float32."""
+
+    def __init__(self, name: str, inputs: int, start: int, rows: int, rank: int, alpha: float, device=None):
+        super().__init__()
+        self.name, self.start, self.rows, self.alpha, self.scale = name, start, rows, alpha, alpha / rank
+        self.A = Linear(inputs, rank, False, torch.float32, device)
+        self.B = Linear(rank, rows, False, torch.float32, device)
+
+
+class TrainedLinear(nn.Module):
+    """A frozen layer, and beside it what is trained."""
+
+    def __init__(self, base: nn.Module, parts: list[LowRank]):
+        super().__init__()
+        self.base, self.parts = base, nn.ModuleList(parts)
+        self.in_features, self.out_features = base.in_features, base.out_features
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x [..., K] -> [..., N]."""
+        y = self.base(x)
+        for part in self.parts:
+            y.narrow(-1, part.start, part.rows).add_(part.B(part.A(x)), alpha=part.scale)
+        return y
+
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
+        return activate(self(x), activation, gated=True)
+
+
 def add_lora(
     model: Decoder, rank: int, alpha: float | None = None, targets: Collection[str] | None = None, seed: int = 0
 ) -> None:
@@ -94,7 +123,7 @@ def add_lora(
     alpha = 2.0 * rank if alpha is None else alpha
     if type(rank) is not int or rank < 1 or not 0 < alpha < float("inf"):
         raise RequestError(f"rank must be a whole number from 1 and alpha positive, not {rank!r} and {alpha!r}")
-    if any(isinstance(module, LoraLinear) for module in model.modules()):
+    if any(isinstance(module, LoraLinear | TrainedLinear) for module in model.modules()):
         raise RequestError("the model has an adapter beside it already: merge it first (minillm merge)")
     places = {name: place for name, place in adaptable(model.config).items() if place.module.startswith("blocks.")}
     chosen = [] if targets is None else [name for name in places if any(_ends(name, end) for end in targets)]
@@ -108,7 +137,7 @@ def add_lora(
     for name in chosen if targets is not None else places:
         place = places[name]
         outputs, inputs = matrix_shape(model.config, place)
-        part = LowRank(name, inputs, place.start, outputs, rank, alpha, torch.float32, device)
+        part = LowRank(name, inputs, place.start, outputs, rank, alpha, device)
         drawn = torch.rand(rank, inputs, generator=generator)
         with torch.no_grad():
             part.A.weight.copy_((2 * drawn - 1) / inputs**0.5)
@@ -118,7 +147,7 @@ def add_lora(
         if isinstance(layer, QuantizedLinear):
             model.set_submodule(module, DifferentiableLinear(layer))
     for module, beside in parts.items():
-        model.set_submodule(module, LoraLinear(model.get_submodule(module), beside))
+        model.set_submodule(module, TrainedLinear(model.get_submodule(module), beside))
 
 
 def save_adapter(model: Decoder, folder: Path, base_name: str) -> None:
@@ -127,7 +156,7 @@ def save_adapter(model: Decoder, folder: Path, base_name: str) -> None:
     `base_name` is what the base was loaded as: a Hub id or a folder. PEFT loads the base by it, and minillm does not
     read it. Raises `CheckpointError` if the folder cannot be written.
     """
-    parts = [part for module in model.modules() if isinstance(module, LoraLinear) for part in module.parts]
+    parts = [part for module in model.modules() if isinstance(module, TrainedLinear) for part in module.parts]
     if not parts:
         raise RequestError("the model has no adapter: nothing to save")
     config, places = full_precision(model.config), adaptable(model.config)
@@ -144,13 +173,13 @@ def save_adapter(model: Decoder, folder: Path, base_name: str) -> None:
         targets.add(within)
         tensors[f"base_model.model.{name}.lora_A.weight"] = part.A.weight.detach().float().cpu().contiguous()
         tensors[f"base_model.model.{name}.lora_B.weight"] = torch.empty_like(b).index_copy_(0, origin, b)
-    rank = len(parts[0].A.weight)
+    rank, alpha = len(parts[0].A.weight), parts[0].alpha
     said = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base_name,
         "r": rank,
-        "lora_alpha": parts[0].alpha,
+        "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": 0.0,
         "target_modules": sorted(targets),
         "fan_in_fan_out": any(is_transposed(config, place.module) for place in places.values()),

@@ -16,6 +16,7 @@ from minillm_kernels.launch import interpreting
 from torch import Tensor
 
 Results = tuple[Tensor, ...]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}  # of activations
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,8 @@ class Entry:
     `bytes_moved(**inputs)` is what a kernel cannot avoid reading and writing: the numerator of its bandwidth;
     `flops(**inputs)` the multiplications and additions of the definition, by default a few per element of the first
     tensor. `library` is what PyTorch calls its operator for the same task, and a function of the inputs that returns a
-    call of it, or None where it has none. `small_cases` suit the interpreter (about 10 ms per program); `model_cases`
-    are shapes of real models, for cross-compiling and measuring.
+    call of it, or None where it has none. `dtypes` names those it takes. `small_cases` suit the interpreter (about 10
+    ms per program); `model_cases` are shapes of real models, for cross-compiling and measuring.
     """
 
     op: Callable
@@ -40,6 +41,7 @@ class Entry:
     small_cases: dict[str, dict]
     model_cases: dict[str, dict]
     writes: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = tuple(DTYPES)
     flops: Callable[..., int] = lambda **inputs: 4 * next(iter(inputs.values())).numel()
     library: tuple[str, Callable[..., Callable[[], object] | None]] | None = None
 

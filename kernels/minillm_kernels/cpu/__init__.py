@@ -235,30 +235,19 @@ def decode_attention(q, k, v, cache_position, scale, window, softcap, alibi_slop
 def probabilities(
     logits: Tensor, temperature: Tensor, top_k: Tensor | None, top_p: Tensor | None, min_p: Tensor | None
 ) -> Tensor:
-    """The distribution that is sampled from, [B, V] float32 like logits; each parameter is [B] or None."""
+    """minillm_kernels.sampling.probabilities; see there for the arguments."""
     logits, out = logits.contiguous(), torch.empty(logits.shape, dtype=torch.float32, device="cpu")
-    (rows, vocabulary), narrow = logits.shape, torch.float32
-    columns = [(temperature, narrow), (top_k, torch.int64), (top_p, narrow), (min_p, narrow)]
-    columns = [None if column is None else column.to(dtype).contiguous() for column, dtype in columns]
-    if logits.dtype != torch.float32 or any(column is not None and column.shape != (rows,) for column in columns):
-        raise ValueError(
-            f"logits must be [B, V] float32 and each parameter [B], got {tuple(logits.shape)} {logits.dtype}"
-        )
-    packed = PROBABILITIES.pack(logits.data_ptr(), out.data_ptr(), rows, vocabulary, *map(address, columns), threads())
+    columns = [None if column is None else column.contiguous() for column in (temperature, top_k, top_p, min_p)]
+    packed = PROBABILITIES.pack(logits.data_ptr(), out.data_ptr(), *logits.shape, *map(address, columns), threads())
     _call(PROBABILITIES, packed, logits, out, *columns)
     return out
 
 
 def draw(probs: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
-    """For each row of probs [B, V] float32 the token at which their sum passes the row's random number, [B] int64."""
+    """minillm_kernels.sampling.draw; see there for the arguments."""
     probs, seed, position = probs.contiguous(), seed.contiguous(), position.contiguous()
-    rows, vocabulary = probs.shape
-    if probs.dtype != torch.float32 or not vocabulary or seed.shape != (rows,) or position.shape != (rows,):
-        raise ValueError(f"probs must be [B, V] float32, seed and position [B], got {tuple(probs.shape)} {probs.dtype}")
-    if seed.dtype != torch.int64 or position.dtype != torch.int64:
-        raise ValueError(f"seed and position must be int64, got {seed.dtype}, {position.dtype}")
-    out = torch.empty(rows, dtype=torch.int64, device="cpu")
-    packed = DRAW.pack(probs.data_ptr(), out.data_ptr(), rows, vocabulary, seed.data_ptr(), position.data_ptr(), stream)
+    out = torch.empty(probs.shape[0], dtype=torch.int64, device="cpu")
+    packed = DRAW.pack(probs.data_ptr(), out.data_ptr(), *probs.shape, seed.data_ptr(), position.data_ptr(), stream)
     _call(DRAW, packed, probs, seed, position, out)
     return out
 
