@@ -131,8 +131,7 @@ def work(pipe, name: str, folder: Path, threads: int) -> None:
         Transformers(folder, how == "flattened") if kind == "transformers" else Minillm(folder, how == "compiled")
     )
     loss = float(contestant.check())
-    if kind == "minillm":  # what is learned from is compiled apart from what is scored
-        contestant.step()
+    contestant.step()  # the first one compiles, and makes the optimizer's moments
     pipe.send(loss)
     while pipe.recv():
         began = time.perf_counter()
