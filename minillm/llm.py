@@ -102,15 +102,17 @@ class LLM:
         Raises a `MinillmError` that names the file or value at fault.
         """
         check_compile(compile)  # now, not after the weights are read
+        where = choose_device(local_device(device) if tensor_parallel else device)
+        ranks = join(where) if tensor_parallel else ALONE  # before a download, which one may end long before another
         folder = find_checkpoint(name, revision=revision, token=token, local_files_only=local_files_only)
         if adapter is not None:
             adapter = find_checkpoint(adapter, None, token, local_files_only, ADAPTER_FILES)
         config = load_config(folder, strict=strict)
         tokenizer = load_tokenizer(folder)
         defaults = generation_defaults(folder, config, tokenizer.eos_token_id)
-        where = choose_device(local_device(device) if tensor_parallel else device)
-        ranks = join(where) if tensor_parallel else ALONE
-        ranks.agree(None, (config, quantize, quantize_head, compile))
+        dtype = choose_dtype(dtype, config)
+        ranks.meet()  # some download, and read, faster than others
+        ranks.agree(None, (config, dtype, quantize, quantize_head, compile))
         if compile is True and attention == "auto" and where.type == "cpu":
             # As a node of a graph a C kernel of ours costs more than what the compiler makes around the library's.
             attention = choose_backend("auto", config).name
@@ -118,7 +120,7 @@ class LLM:
             adapter,
             folder,
             config,
-            choose_dtype(dtype, config),
+            dtype,
             where,
             attention,
             quantize,
@@ -126,7 +128,7 @@ class LLM:
             check_finite,
             ranks,
         )
-        ranks.agree(None)  # some read faster than others
+        ranks.meet()
         llm = cls(model, tokenizer, model.config, defaults, str(name), compile)
         if llm.steps.compiled is not None:
             llm.steps.compiled.warm_up()

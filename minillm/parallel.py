@@ -15,10 +15,12 @@ Who sums is `torch.distributed` under `torchrun`: NCCL on GPUs, gloo on a CPU. d
 
 import atexit
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -86,16 +88,23 @@ class Ranks:
     def agree(self, value: Any, asked: Any = None) -> Any:
         """Rank 0's `value`, any object that can be pickled; waits for it as long as need be.
 
-        Raises `RequestError` where `asked` is not equal on all ranks.
+        Raises `RequestError`, on every rank, where `asked` is not equal on all of them.
         """
         if not self.joined:
             return value
         said = [(value, asked)]
         self._talk(dist.broadcast_object_list, said, src=0, group=self.waiting)
         value, wanted = said[0]
-        if wanted != asked:
-            raise RequestError(f"rank {self.rank} was asked for something else than rank 0: all make the same calls")
+        equal = torch.tensor([int(wanted == asked)])  # [1]
+        self._talk(self._least, equal)
+        if not equal:
+            raise RequestError("the ranks were asked for different things: all make the same calls, in the same order")
         return value
+
+    def meet(self) -> None:
+        """Wait for all ranks, as long as need be."""
+        if self.joined:
+            self._talk(dist.barrier, group=self.waiting)
 
     def across(self, backend: Backend) -> Backend:
         """The backend with a norm over what all ranks hold of a vector, equal shares of it."""
@@ -110,18 +119,24 @@ class Ranks:
             return (wide * (spec.offset + weight.float())).to(x.dtype)
         return wide.to(x.dtype) * weight
 
+    def _least(self, x: Tensor) -> None:
+        """The least of all ranks' `x`, on the CPU whatever the device of the model, and not waiting for long."""
+        work = dist.all_reduce(x, op=dist.ReduceOp.MIN, group=self.waiting, async_op=True)
+        work.wait(timedelta(seconds=TIMEOUT))
+
     def _talk(self, collective: Callable, *arguments, **options) -> None:
         if torch.compiler.is_compiling():  # becomes a functional collective of the graph
             collective(*arguments, **options)
             return
         try:
             collective(*arguments, **options)
-        except RuntimeError as error:
-            reason = first_line(error).removeprefix("[").rpartition("] ")[2].partition(". ")[0]  # without file and line
-            raise RankError(f"rank {self.rank} of {self.count} has lost another one: {reason}") from error
+        except (RuntimeError, ValueError) as error:  # ValueError: the program has ended the process group
+            raise RankError(f"rank {self.rank} of {self.count} has lost another one: {_reason(error)}") from error
 
 
 ALONE = Ranks()
+# Of each default process group the one in which its ranks wait: a group has threads and sockets of its own.
+_WAITING: WeakKeyDictionary = WeakKeyDictionary()
 
 
 def join(device: torch.device) -> Ranks:
@@ -129,21 +144,28 @@ def join(device: torch.device) -> Ranks:
 
     Raises `RankError` where nobody started any, or they do not find each other.
     """
-    if not dist.is_initialized():
-        if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
-            raise RankError(
-                "tensor_parallel=True needs a process for each share of the model: start the script with "
-                "`torchrun --nproc-per-node N`, or the command line with --ranks N"
-            )
-        try:
+    if not dist.is_initialized() and not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        raise RankError(
+            "tensor_parallel=True needs a process for each share of the model: start the script with "
+            "`torchrun --nproc-per-node N`, or the command line with --ranks N"
+        )
+    try:
+        if not dist.is_initialized():
             options = dict(device_id=device) if device.type == "cuda" else {}
             backend = "nccl" if device.type == "cuda" else "gloo"
             dist.init_process_group(backend, timeout=timedelta(seconds=TIMEOUT), **options)
             atexit.register(leave)
-        except (RuntimeError, ValueError) as error:
-            raise RankError(f"the ranks do not find each other: {first_line(error)}") from error
-    waiting = dist.new_group(backend="gloo", timeout=timedelta(days=365))
-    return Ranks(dist.get_rank(), dist.get_world_size(), True, waiting)
+        world = dist.group.WORLD
+        if world not in _WAITING:
+            _WAITING[world] = dist.new_group(backend="gloo", timeout=timedelta(days=365))
+    except (RuntimeError, ValueError) as error:
+        raise RankError(f"the ranks do not find each other: {_reason(error)}") from error
+    return Ranks(dist.get_rank(), dist.get_world_size(), True, _WAITING[world])
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error of PyTorch's, without the files and lines of C++ in it."""
+    return re.sub(r"\[\S+:\d+\] ", "", first_line(error)).partition(". ")[0]
 
 
 def leave() -> None:

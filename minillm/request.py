@@ -89,7 +89,7 @@ class Request:
         prompts, self.single = as_prompts(prompt)
         room = None if cache is None else _checked(cache, llm, len(prompts))
         if llm.model.ranks.joined:  # steps of another shape on another rank would wait for each other, or add up wrong
-            held = None if cache is None else (cache.token_ids, cache.max_step)
+            held = None if cache is None else (cache.max_cache_len, cache.max_step, cache.token_ids)
             llm.model.ranks.agree(None, (seats, assistant is None, held))
         self.rows, config = new_rows(llm, prompts, generation_config, options, room)
         if cache is None:
@@ -302,6 +302,8 @@ def check_drafting(target, assistant, config: GenerationConfig) -> None:
     if not hasattr(assistant, "steps"):
         raise RequestError(f"assistant_model must be an LLM (LLM.from_pretrained(...)), not {shown(assistant)}")
     _check_same_tokenizer(target.tokenizer, assistant.tokenizer)
+    if assistant.model.ranks.joined and not target.model.ranks.joined:  # whose texts need not be the same on each
+        raise RequestError("ranks share assistant_model, but not the model: load both with tensor_parallel=True")
     if assistant.device != target.device:
         raise RequestError(f"assistant_model is on {assistant.device}, the model on {target.device}: load both on one")
 

@@ -16,6 +16,7 @@ import torch
 from families import prompt_ids
 from minillm_kernels import cpu
 
+import minillm.llm
 import minillm.load.checkpoint
 import minillm.parallel
 import minillm.request
@@ -154,6 +155,45 @@ def bytes_read(folder: str, ranks: Ranks = ALONE) -> int:
 
 def engine(folder: str, ranks: Ranks):
     Engine(load(folder, ranks))
+
+
+def slow_disk(folder: str, ranks: Ranks) -> tuple[float, float]:
+    """Rank 1 reads for half a second: when this rank has read its share, and when it could be asked."""
+    read, load_decoder = [], minillm.llm.load_decoder
+
+    def slowly(*arguments):
+        time.sleep(0.5 * ranks.rank)
+        model = load_decoder(*arguments)
+        read.append(time.monotonic())
+        return model
+
+    minillm.llm.load_decoder = slowly
+    try:
+        load(folder, ranks)
+    finally:
+        minillm.llm.load_decoder = load_decoder
+    return read[0], time.monotonic()
+
+
+def again(folder: str, ranks: Ranks) -> tuple[int, int]:
+    """Threads of this process after one more model, and after another."""
+    load(folder, ranks)
+    before = len(os.listdir("/proc/self/task"))
+    load(folder, ranks)
+    return before, len(os.listdir("/proc/self/task"))
+
+
+def shared_draft_alone(folder: str, ranks: Ranks):
+    load(folder, ALONE).generate("A", assistant_model=load(folder, ranks))
+
+
+def different_dtypes(folder: str, ranks: Ranks):
+    LLM.from_pretrained(folder, dtype=("float32", "bfloat16")[ranks.rank], tensor_parallel=True)
+
+
+def different_caches(folder: str, ranks: Ranks):
+    llm = load(folder, ranks)
+    llm.generate("A", cache=StaticCache(llm.config, 1, (40, 20)[ranks.rank]))
 
 
 def different_prompts(folder: str, ranks: Ranks):

@@ -46,6 +46,7 @@ QUANTIZED = [
 FEWER = {name for name in FAMILIES if name not in ONE_OF_A_KIND} | {"text, full norms", "compiled"}
 FEWER |= {f"{base} {quantize} {head}" for base, quantize, head in QUANTIZED if base != "biased"}
 CODED = [*(f"{base} {quantize} {head}" for base, quantize, head in QUANTIZED), "int8 file", "int4-g32 file"]
+DIFFERENT = ["different prompts", "different dtypes", "different caches"]
 JOBS = [*FAMILIES, *CODED, "text", "text, full norms"]
 TWO_AND_FOUR = [(name, count) for count in COUNTS for name in JOBS if count == 2 or name not in FEWER]
 
@@ -106,7 +107,8 @@ def jobs(folders):
     jobs["bytes, tied"] = ("bytes_read", dict(folder=folders["llama3.2"]))
     jobs["compiled"] = ("compiled", dict(folder=folders["text"]))
     jobs["engine"] = ("engine", dict(folder=folders["text"]))
-    jobs["different prompts"] = ("different_prompts", dict(folder=folders["text"]))
+    for name in (*DIFFERENT, "slow disk", "again", "shared draft alone"):  # and the ranks are in step after each
+        jobs[name] = (name.replace(" ", "_"), dict(folder=folders["text"]))
     jobs["does not fit"] = ("forward", dict(folder=folders["plain"], quantize="int4-g128"))
     return jobs
 
@@ -306,9 +308,9 @@ def test_a_share_is_not_written_as_if_it_were_the_model(folders, tmp_path):
         write_decoder(share, tmp_path, raw, torch.float32)
 
 
-def test_what_needs_ranks_that_nobody_started_says_how(folders):
+def test_what_needs_ranks_that_nobody_started_says_how():
     with pytest.raises(RankError, match="torchrun --nproc-per-node"):
-        LLM.from_pretrained(folders["text"], tensor_parallel=True)
+        LLM.from_pretrained("nobody/downloads-this", tensor_parallel=True)
 
 
 def test_an_engine_is_refused_by_name(ranks_of):
@@ -316,10 +318,27 @@ def test_an_engine_is_refused_by_name(ranks_of):
         assert said.startswith("EngineError: an Engine")
 
 
-def test_ranks_that_are_asked_for_different_things_say_so(ranks_of):
-    first, second = ranks_of(2)["different prompts"]
-    assert second == "RequestError: rank 1 was asked for something else than rank 0: all make the same calls"
-    assert first is None or first.startswith("RankError")
+def test_a_draft_that_ranks_share_needs_a_model_that_they_share(ranks_of):
+    for said in ranks_of(2)["shared draft alone"]:
+        assert said.startswith("RequestError: ranks share assistant_model, but not the model")
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_ranks_that_are_asked_for_different_things_say_so(what, ranks_of):
+    for said in ranks_of(2)[what]:
+        assert said.startswith("RequestError: the ranks were asked for different things")
+
+
+def test_nobody_is_asked_before_all_have_read(ranks_of):
+    """Who waited in a request would do so for `TIMEOUT` only."""
+    shares = ranks_of(2)["slow disk"]
+    assert min(ready for _, ready in shares) >= max(read for read, _ in shares)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads in /proc")
+def test_another_model_needs_no_more_threads(ranks_of):
+    for before, after in ranks_of(2)["again"]:
+        assert after <= before
 
 
 # ---- the command line ----

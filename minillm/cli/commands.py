@@ -180,7 +180,8 @@ def chat(options: argparse.Namespace) -> None:
     asked = _asked(options)
     llm = _load(options)
     chat = llm.conversation(options.system, options.max_cache_len, assistant_model=_draft(options, llm), **asked)
-    ranks, terminal = llm.model.ranks, sys.stdin.isatty()
+    ranks = llm.model.ranks
+    terminal = ranks.agree(sys.stdin.isatty())  # rank 0's: it reads, and how an error ends is the same for all
     while True:
         message = ranks.agree(_next_message(terminal) if speaks() else None)
         if message is None:

@@ -190,7 +190,7 @@ class Engine:
         check_whole("max_cache_len", max_cache_len, 1)
         check_whole("max_waiting", max_waiting, 0)
         check_drafting(llm, assistant_model, GenerationConfig())
-        if any(one is not None and one.model.ranks.joined for one in (llm, assistant_model)):
+        if llm.model.ranks.joined:
             raise EngineError("an Engine serves callers of one process: ranks share a model for the same calls on each")
         length = min(max_cache_len, llm.config.max_positions)
         cache = StaticCache(llm.config, seats, length, device=llm.device, dtype=llm.dtype)
