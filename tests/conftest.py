@@ -135,7 +135,9 @@ BUILDS = {  # $CC for each instruction set this machine can run
 
 @pytest.fixture(scope="session")
 def build_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("kernels")
+    """One for all processes that run the tests: the second to ask for a build finds it."""
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "kernels"
 
 
 @pytest.fixture(params=BUILDS)
