@@ -42,11 +42,12 @@ QUANTIZED = [
     for base in ("plain", "tied", "biased")
     for quantize, head in (("int8", False), ("int8", True), ("int4-g32", False), ("int4-g32", True))
 ]
+DIFFERENT = ["different prompts", "different dtypes", "different caches"]
+IN_STEP = [*DIFFERENT, "slow disk", "again", "shared draft alone"]
 # What four ranks do not repeat: a recipe of each kind is enough, and a checkpoint with biases to quantize.
 FEWER = {name for name in FAMILIES if name not in ONE_OF_A_KIND} | {"text, full norms", "compiled"}
-FEWER |= {f"{base} {quantize} {head}" for base, quantize, head in QUANTIZED if base != "biased"}
+FEWER |= {*IN_STEP, *(f"{base} {quantize} {head}" for base, quantize, head in QUANTIZED if base != "biased")}
 CODED = [*(f"{base} {quantize} {head}" for base, quantize, head in QUANTIZED), "int8 file", "int4-g32 file"]
-DIFFERENT = ["different prompts", "different dtypes", "different caches"]
 JOBS = [*FAMILIES, *CODED, "text", "text, full norms"]
 TWO_AND_FOUR = [(name, count) for count in COUNTS for name in JOBS if count == 2 or name not in FEWER]
 
@@ -107,7 +108,7 @@ def jobs(folders):
     jobs["bytes, tied"] = ("bytes_read", dict(folder=folders["llama3.2"]))
     jobs["compiled"] = ("compiled", dict(folder=folders["text"]))
     jobs["engine"] = ("engine", dict(folder=folders["text"]))
-    for name in (*DIFFERENT, "slow disk", "again", "shared draft alone"):  # and the ranks are in step after each
+    for name in IN_STEP:  # after each the ranks can do the next
         jobs[name] = (name.replace(" ", "_"), dict(folder=folders["text"]))
     jobs["does not fit"] = ("forward", dict(folder=folders["plain"], quantize="int4-g128"))
     return jobs
