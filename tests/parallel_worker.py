@@ -159,19 +159,19 @@ def engine(folder: str, ranks: Ranks):
 
 def slow_disk(folder: str, ranks: Ranks) -> tuple[float, float]:
     """Rank 1 reads for half a second: when this rank has read its share, and when it could be asked."""
-    read, load_decoder = [], minillm.llm.load_decoder
+    read, load_adapted = [], minillm.llm.load_adapted
 
     def slowly(*arguments):
         time.sleep(0.5 * ranks.rank)
-        model = load_decoder(*arguments)
+        model = load_adapted(*arguments)
         read.append(time.monotonic())
         return model
 
-    minillm.llm.load_decoder = slowly
+    minillm.llm.load_adapted = slowly
     try:
         load(folder, ranks)
     finally:
-        minillm.llm.load_decoder = load_decoder
+        minillm.llm.load_adapted = load_adapted
     return read[0], time.monotonic()
 
 
