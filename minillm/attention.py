@@ -59,13 +59,18 @@ class Backend:
 # ---- in PyTorch ----
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor | None, spec: NormSpec) -> Tensor:
+mean = partial(torch.mean, dim=-1, keepdim=True)  # [..., N] -> [..., 1]
+
+
+def norm(
+    x: Tensor, weight: Tensor, bias: Tensor | None, spec: NormSpec, mean: Callable[[Tensor], Tensor] = mean
+) -> Tensor:
     """x / rms(x) * (offset + weight) over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467); with `center`
-    and bias LayerNorm (Ba et al. 2016, arXiv:1607.06450)."""
+    and bias LayerNorm (Ba et al. 2016, arXiv:1607.06450). Another `mean` is that of a vector of which x is a part."""
     wide = x.float()
     if spec.center:
-        wide = wide - wide.mean(-1, keepdim=True)
-    wide = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + spec.eps)
+        wide = wide - mean(wide)
+    wide = wide * torch.rsqrt(mean(wide.square()) + spec.eps)
     if spec.multiply_in_fp32:
         wide = wide * (spec.offset + weight.float())
         return (wide if bias is None else wide + bias.float()).to(x.dtype)

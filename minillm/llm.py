@@ -13,7 +13,7 @@ from minillm.drafting import Proposer
 from minillm.errors import BackendError, RequestError, first_line, shown
 from minillm.faster.steps import Steps, check_compile
 from minillm.load.config_json import generation_defaults, load_config
-from minillm.load.hub import ADAPTER_FILES, find_checkpoint
+from minillm.load.hub import find_adapter, find_checkpoint
 from minillm.load.lora import load_adapted
 from minillm.load.tokenizer import load_tokenizer
 from minillm.model import Decoder
@@ -106,7 +106,7 @@ class LLM:
         ranks = join(where) if tensor_parallel else ALONE  # before a download, which one may end long before another
         folder = find_checkpoint(name, revision=revision, token=token, local_files_only=local_files_only)
         if adapter is not None:
-            adapter = find_checkpoint(adapter, None, token, local_files_only, ADAPTER_FILES)
+            adapter = find_adapter(adapter, token, local_files_only)
         config = load_config(folder, strict=strict)
         tokenizer = load_tokenizer(folder)
         defaults = generation_defaults(folder, config, tokenizer.eos_token_id)
@@ -121,12 +121,12 @@ class LLM:
             folder,
             config,
             dtype,
-            where,
-            attention,
-            quantize,
-            quantize_head,
-            check_finite,
-            ranks,
+            device=where,
+            attention=attention,
+            quantize=quantize,
+            quantize_head=quantize_head,
+            check_finite=check_finite,
+            ranks=ranks,
         )
         ranks.meet()
         llm = cls(model, tokenizer, model.config, defaults, str(name), compile)

@@ -19,6 +19,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -27,8 +28,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from minillm.attention import Backend
-from minillm.config import ModelConfig, NormSpec
+from minillm.attention import Backend, mean, norm
+from minillm.config import ModelConfig
 from minillm.errors import ConfigError, RankError, RequestError, first_line
 from minillm.linear import Linear, parse_quantize
 
@@ -108,16 +109,11 @@ class Ranks:
 
     def across(self, backend: Backend) -> Backend:
         """The backend with a norm over what all ranks hold of a vector, equal shares of it."""
-        return replace(backend, norm=self._norm) if self.joined else backend
+        return replace(backend, norm=partial(norm, mean=self._mean)) if self.joined else backend
 
-    def _norm(self, x: Tensor, weight: Tensor, bias: Tensor | None, spec: NormSpec) -> Tensor:
-        """RMSNorm over the last dimension of all ranks' `x` together; each has its own share of the weight."""
-        wide = x.float()
-        mean = self.sum(wide.square().mean(-1, keepdim=True)) / self.count  # [..., 1], of equal shares the mean
-        wide = wide * torch.rsqrt(mean + spec.eps)
-        if spec.multiply_in_fp32:
-            return (wide * (spec.offset + weight.float())).to(x.dtype)
-        return wide.to(x.dtype) * weight
+    def _mean(self, x: Tensor) -> Tensor:
+        """The mean over the last dimension of all ranks' `x` together, `[..., 1]`: of equal shares."""
+        return self.sum(mean(x)) / self.count
 
     def _least(self, x: Tensor) -> None:
         """The least of all ranks' `x`, on the CPU whatever the device of the model, and not waiting for long."""

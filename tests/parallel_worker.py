@@ -161,9 +161,9 @@ def slow_disk(folder: str, ranks: Ranks) -> tuple[float, float]:
     """Rank 1 reads for half a second: when this rank has read its share, and when it could be asked."""
     read, load_adapted = [], minillm.llm.load_adapted
 
-    def slowly(*arguments):
+    def slowly(*arguments, **options):
         time.sleep(0.5 * ranks.rank)
-        model = load_adapted(*arguments)
+        model = load_adapted(*arguments, **options)
         read.append(time.monotonic())
         return model
 

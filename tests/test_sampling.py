@@ -6,6 +6,7 @@ from collections import Counter
 
 import pytest
 import torch
+from catalog.draw import splitmix64
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from minillm_kernels import cpu
@@ -394,14 +395,6 @@ def test_choosing_is_traced_whole_and_looks_at_no_value(filters):
 
 
 # -- random numbers --------------------------------------------------------------------------
-
-
-def splitmix64(z: int) -> int:
-    """The finaliser of SplitMix64 after one increment, on Python's own integers."""
-    z = (z + 0x9E3779B97F4A7C15) % 2**64
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
-    return z ^ (z >> 31)
 
 
 def test_mixing_is_splitmix64():

@@ -53,12 +53,6 @@ def _find(options: argparse.Namespace, weights: bool = False) -> Path:
     return find_checkpoint(options.model, options.revision, None, options.local_files_only, patterns)
 
 
-def _find_adapter(options: argparse.Namespace) -> Path:
-    from minillm.load.hub import ADAPTER_FILES, find_checkpoint
-
-    return find_checkpoint(options.adapter, None, None, options.local_files_only, ADAPTER_FILES)
-
-
 def _asked(options: argparse.Namespace) -> dict:
     """The generation options that were given; a `RequestError` for a wrong one before anything is loaded."""
     asked = {field.name: getattr(options, field.name) for field in OPTIONS}
@@ -210,6 +204,7 @@ def inspect(options: argparse.Namespace) -> None:
     """Show how a checkpoint's config is understood."""
     from minillm.llm import choose_device, choose_dtype
     from minillm.load.config_json import load_config
+    from minillm.load.hub import find_adapter
     from minillm.load.lora import read_adapter
     from minillm.measure.describe import facts, how_it_runs, trace
 
@@ -217,7 +212,7 @@ def inspect(options: argparse.Namespace) -> None:
     rows = facts(config, choose_dtype(options.dtype, config), options.quantize, options.quantize_head)
     rows += how_it_runs(config, choose_device(options.device), options.attention, COMPILE[options.compile])
     if options.adapter is not None:
-        adapter = read_adapter(_find_adapter(options), config)
+        adapter = read_adapter(find_adapter(options.adapter, local_files_only=options.local_files_only), config)
         rows.append(("adapter", f"rank {adapter.rank}, scale {adapter.scale:g}, {len(adapter.pairs)} matrices"))
     for name, value in rows:
         print(_fill(f"{name:<20}{value}", indent=20))
@@ -313,9 +308,11 @@ def finetune(options: argparse.Namespace) -> None:
 
 def merge(options: argparse.Namespace) -> None:
     """Write a checkpoint with a LoRA adapter in its weights."""
+    from minillm.load.hub import find_adapter
     from minillm.load.lora import merge_checkpoint
 
-    merge_checkpoint(_find(options, weights=True), _find_adapter(options), options.out)
+    adapter = find_adapter(options.adapter, local_files_only=options.local_files_only)
+    merge_checkpoint(_find(options, weights=True), adapter, options.out)
     print(options.out)
 
 

@@ -171,8 +171,7 @@ def plan_loading(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dic
             if _DTYPES.get(dtype) not in ((place.dtype,) if place.dtype else _FLOATS):
                 problems.append(f"{original} is {dtype}, expected {place.dtype or 'F32, BF16 or F16'}")
     if problems:
-        listed = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise CheckpointError(f"{folder}: tensors do not match config.json: {listed}")
+        raise CheckpointError(f"{folder}: tensors do not match config.json: {listed(problems)}")
     plan = {renamed[name]: place for name, place in places.items()}
     embedding = next(name for name, place in plan.items() if place.module == "embedding")
     if repeated is not None and not _equal_tensors(folder, files, repeated, embedding):
@@ -181,6 +180,11 @@ def plan_loading(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dic
             "embedding; set tie_word_embeddings to false there to use it, or remove the tensor"
         )
     return plan, {name: files[name] for name in plan}
+
+
+def listed(problems: list[str]) -> str:
+    """The first twenty."""
+    return "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
 
 
 def _equal_tensors(folder: Path, files: dict[str, str], one: str, other: str) -> bool:

@@ -17,6 +17,11 @@ HUB_PATTERNS = """
 ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]  # as PEFT calls them
 
 
+def find_adapter(name: str | Path, token: str | bool | None = None, local_files_only: bool = False) -> Path:
+    """The folder of a LoRA adapter; as `find_checkpoint`, whose `revision` is the base's."""
+    return find_checkpoint(name, None, token, local_files_only, ADAPTER_FILES)
+
+
 def find_checkpoint(
     name: str | Path,
     revision: str | None = None,

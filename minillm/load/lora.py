@@ -17,13 +17,13 @@ import torch
 from minillm_kernels.norm import add
 from torch import Tensor, nn
 
-from minillm.attention import Backend
 from minillm.config import ModelConfig
 from minillm.errors import CheckpointError, ConfigError, shown
 from minillm.linear import Linear, QuantizedLinear, activate
 from minillm.load.checkpoint import (
     Destination,
     destinations,
+    listed,
     load_decoder,
     open_tensors,
     plan_loading,
@@ -53,7 +53,15 @@ _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
 _DTYPES = {"F32", "BF16", "F16"}
 
 
-class LoraLinear(nn.Module):
+class Surrounding(nn.Module):
+    """What stands around a layer in its place: the product comes first, and gate and up of it are multiplied then."""
+
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
+        return activate(self(x), activation, gated=True)
+
+
+class LoraLinear(Surrounding):
     """base(x) + B A x. A `[R, K]` and B `[N, R]` in `dtype`; R is the sum of the ranks of all that are fused here."""
 
     def __init__(self, base: QuantizedLinear, rank: int, dtype: torch.dtype, device=None):
@@ -65,10 +73,6 @@ class LoraLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
         return add(self.base(x), self.B(self.A(x)))
-
-    def gated(self, x: Tensor, activation: str) -> Tensor:
-        """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
-        return activate(self(x), activation, gated=True)
 
 
 @dataclass(frozen=True)
@@ -179,8 +183,7 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     if not found:
         problems.append("it adapts nothing")
     if problems:
-        listed = "; ".join(problems[:20]) + (f"; and {len(problems) - 20} more" if len(problems) > 20 else "")
-        raise CheckpointError(f"{path} is no adapter for this model: {listed}")
+        raise CheckpointError(f"{path} is no adapter for this model: {listed(problems)}")
     files = dict.fromkeys(found.values(), TENSORS)
     read = {name: tensor.to(torch.float32, copy=True) for name, tensor in stream_tensors(folder, files, "adapter")}
     pairs = {
@@ -218,19 +221,18 @@ def load_adapted(
     folder: str | Path,
     config: ModelConfig,
     dtype: torch.dtype,
-    device: torch.device | str = "cpu",
-    attention: str | Backend = "auto",
+    *,
     quantize: str | None = None,
     quantize_head: bool = False,
-    check_finite: bool = True,
     ranks: Ranks = ALONE,
+    **options,
 ) -> Decoder:
-    """`load_decoder` with the adapter in a folder, if there is one: in the matrices that are in full precision, and
-    beside those that are quantized. Raises what `load_decoder` and `read_adapter` raise, and `ConfigError` where ranks
-    share the model."""
-    options = dtype, device, attention, quantize, quantize_head, check_finite
+    """`load_decoder`, with its options, and with the adapter in a folder if there is one: in the matrices that are in
+    full precision, and beside those that are quantized. Raises what `load_decoder` and `read_adapter` raise, and
+    `ConfigError` where ranks share the model."""
+    options |= dict(quantize=quantize, quantize_head=quantize_head, ranks=ranks)
     if adapter is None:
-        return load_decoder(folder, config, *options, ranks)
+        return load_decoder(folder, config, dtype, **options)
     if ranks.joined:
         raise ConfigError("ranks that share a model read their part of it, and no adapter: `minillm merge` it first")
     found = read_adapter(adapter, config)
@@ -241,7 +243,7 @@ def load_adapted(
         for name, pair in found.pairs.items()
         if not (quantized_head if found.places[name].module == "head" else quantized)
     }
-    model = load_decoder(folder, config, *options, change=replace(found, pairs=taken_in).merged)
+    model = load_decoder(folder, config, dtype, **options, change=replace(found, pairs=taken_in).merged)
     found.put_beside(model)
     return model
 

@@ -145,7 +145,7 @@ class _Run:
         if self.config.quantization is not None and options.lora is None:
             raise CheckpointError(f"{self.source} is quantized: fine-tune what it was made from, or give lora=16")
         self.tokenizer = load_tokenizer(self.source)
-        length = min(options.max_length or 2048, options.max_length or self.config.max_positions)
+        length = options.max_length or min(2048, self.config.max_positions)
         if length > self.config.max_positions:
             raise RequestError(f"max_length {length} is over the model's {self.config.max_positions} positions")
         self.partial, self.notes = out.with_name(out.name + ".partial"), {}

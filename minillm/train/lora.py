@@ -13,11 +13,12 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minillm.errors import CheckpointError, RequestError, first_line
-from minillm.linear import Int4Linear, Linear, QuantizedLinear, activate
+from minillm.linear import Int4Linear, Linear, QuantizedLinear
 from minillm.load.lora import (
     CONFIG,
     TENSORS,
     LoraLinear,
+    Surrounding,
     adaptable,
     full_precision,
     in_our_order,
@@ -49,7 +50,7 @@ def _widened(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int 
     return (codes.float() * scale[:, None]).to(dtype)
 
 
-class DifferentiableLinear(nn.Module):
+class DifferentiableLinear(Surrounding):
     """A frozen quantized layer through which gradients flow; the kernels have none."""
 
     def __init__(self, layer: QuantizedLinear):
@@ -67,10 +68,6 @@ class DifferentiableLinear(nn.Module):
             y = _Product.apply(x, layer.weight, layer.scale, None, None)
         return y if layer.bias is None else y + layer.bias.to(y.dtype)
 
-    def gated(self, x: Tensor, activation: str) -> Tensor:
-        """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
-        return activate(self(x), activation, gated=True)
-
 
 class LowRank(nn.Module):
     """s B A x, for some rows of a layer's outputs: A `[r, K]` and B `[N, r]` of one matrix of the file, float32."""
@@ -82,7 +79,7 @@ class LowRank(nn.Module):
         self.B = Linear(rank, rows, False, torch.float32, device)
 
 
-class TrainedLinear(nn.Module):
+class TrainedLinear(Surrounding):
     """A frozen layer, and beside it what is trained."""
 
     def __init__(self, base: nn.Module, parts: list[LowRank]):
@@ -96,10 +93,6 @@ class TrainedLinear(nn.Module):
         for part in self.parts:
             y.narrow(-1, part.start, part.rows).add_(part.B(part.A(x)), alpha=part.scale)
         return y
-
-    def gated(self, x: Tensor, activation: str) -> Tensor:
-        """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
-        return activate(self(x), activation, gated=True)
 
 
 def add_lora(

@@ -18,7 +18,7 @@ def draw_inputs(case: dict, dtype: torch.dtype, device, generator: torch.Generat
     return {"probs": probs, "seed": seed, "position": position, "stream": case.get("stream", 0)}
 
 
-def mixed(z: int) -> int:
+def splitmix64(z: int) -> int:
     """SplitMix64's finaliser after one increment, on Python's own integers."""
     z = (z + 0x9E3779B97F4A7C15) % 2**64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
@@ -29,7 +29,7 @@ def mixed(z: int) -> int:
 def draw_reference(probs, seed, position, stream) -> Results:
     tokens = []
     for row, s, p in zip(probs.double(), seed.tolist(), position.tolist(), strict=True):
-        u = (mixed(mixed(mixed(s % 2**64) ^ p % 2**64) ^ stream) >> 11) * 2.0**-53
+        u = (splitmix64(splitmix64(splitmix64(s % 2**64) ^ p % 2**64) ^ stream) >> 11) * 2.0**-53
         cumulative = row.cumsum(0)
         passed = (cumulative > u * cumulative[-1]).nonzero()
         tokens.append(int(passed[0]) if len(passed) else len(row) - 1)
