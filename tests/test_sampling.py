@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 import torch
 from catalog.draw import splitmix64
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from minillm_kernels import cpu
 from minillm_kernels.sampling import draw
@@ -193,13 +193,14 @@ def test_next_token_is_the_composition():
 # -- every border, and long vocabularies -----------------------------------------------------
 
 
-def law(logits, temperature, top_k, top_p, min_p):
+def law(scaled, top_k, top_p, min_p):
     """The ids that stay for sure and those that may where numbers are rounded: in float64, one token after the other.
+
+    `scaled` are the logits over the temperature in float32: the smallest numbers become equal there.
 
     float32 probabilities of V tokens are off by (V + 8) 2^-23 at most: each addition, exp and quotient by 2^-24 of
     itself, or 2^-23. Shares of the likeliest, which are not summed, by 2^-20: exp of a difference of up to 64.
     """
-    scaled = [x / temperature for x in logits]
     order = sorted(range(len(scaled)), key=lambda i: (-scaled[i], i))
     kth = scaled[order[min(top_k or len(scaled), len(scaled)) - 1]]
     weights = {i: math.exp(scaled[i] - scaled[order[0]]) for i in order if scaled[i] >= kth}
@@ -228,16 +229,18 @@ def law(logits, temperature, top_k, top_p, min_p):
     top_p=st.sampled_from([None, 1e-6, 0.25, 0.5, 0.9, 1 - 2.0**-20, 1.0]) | st.floats(2**-7, 1 - 2**-7, width=32),
     min_p=st.sampled_from([None, 0.0, 1e-5, 0.5, 1.0]) | st.floats(2**-7, 1 - 2**-7, width=32),
 )
+@example([-0.0, 1.401298464324817e-45], 2.0, None, 1e-6, None)  # equal, once divided
 def test_what_stays(logits, temperature, top_k, top_p, min_p):
     assume(max(logits) > -math.inf)
     row, arguments = torch.tensor([logits]), (temperature, top_k, top_p, min_p)
     ours = probabilities(row, *map(column, arguments))[0]
     kept = set(ours.nonzero()[:, 0].tolist())
-    surely, perhaps = law(logits, *arguments)
+    scaled = (row[0] / temperature).tolist()
+    surely, perhaps = law(scaled, *arguments[1:])
     assert surely <= kept <= perhaps
     if surely == perhaps:  # of equals transformers' top-p keeps others than the first, but as many
         them = theirs(row, *arguments)[0].nonzero()[:, 0].tolist()
-        assert Counter(logits[i] for i in them) == Counter(logits[i] for i in kept)
+        assert Counter(scaled[i] for i in them) == Counter(scaled[i] for i in kept)
         exact = (row[0].double() / temperature).masked_fill(
             torch.tensor([i not in kept for i in range(len(logits))]), -math.inf
         )
