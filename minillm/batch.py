@@ -186,7 +186,7 @@ class Batch:
         held = self._chunks[row.seat]
         if row.planned_length and len(held) + self.cache.max_step == row.read:
             held += chunk
-        if row.proposer is not None:
+        if row.proposer is not None and row.draft_length.choose():
             row.proposer.read(row.seat, row.prompt[: row.read])
         if row.read == len(row.prompt):
             self._begin(self._unread.popleft(), hidden)

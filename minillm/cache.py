@@ -322,9 +322,9 @@ class StaticCache:
         """Around all that a forward pass of `model` does: checks it, and notes which ids the cache holds after it.
 
         `input_ids` and `cache_position` are `[B, T]` int64. What stood at the positions, and all that followed it in
-        the row, stops to count before the pass; the new ids count only after it. Raises `CacheError` for a step that
-        does not fit or comes from somebody who may not write. Ids and positions are only looked at where that is free
-        (on the CPU, outside a compiled graph): on a GPU reading them back would stall the queue.
+        the row, stops to count before the pass; the new ids, as they are then, count only after it. Raises
+        `CacheError` for a step that does not fit or comes from somebody who may not write. Ids and positions are only
+        looked at where that is free (on the CPU, outside a compiled graph): on a GPU reading them would stall the queue.
         """
         self._check_step(model, input_ids, cache_position)
         if torch.compiler.is_compiling():  # a graph can keep the books, but asks nobody who may
@@ -336,18 +336,18 @@ class StaticCache:
             self.hold.bind(model.embedding)
             spans = []
             if self.device.type == "cpu":
-                spans = self._check_values(input_ids.tolist(), cache_position.tolist())
+                spans = self._check_values(input_ids, cache_position.tolist())
             else:
                 self._forget(cache_position)
-            for ids, first, new in spans:
-                if ids[first] >= 0:  # written anew without `truncate`: what follows was computed from the old
-                    ids[first:].clip(max=_LOST, out=ids[first:])
-                ids[first : first + len(new)] = _LOST
+            for ids, new, *_ in spans:
+                if ids[new.start] >= 0:  # written anew without `truncate`: what follows was computed from the old
+                    ids[new.start :].clip(max=_LOST, out=ids[new.start :])
+                ids[new] = _LOST
             yield
             if self.device.type != "cpu":
                 self._ids[self._rows, cache_position] = input_ids
-            for ids, first, new in spans:
-                ids[first : first + len(new)] = new
+            for ids, new, tokens, columns in spans:
+                ids[new] = tokens[columns]
 
     def _forget(self, cache_position: Tensor) -> None:
         """Before a pass, where the host does not look: what stands at these positions and after them stops to count."""
@@ -373,20 +373,22 @@ class StaticCache:
         if not 1 <= input_ids.shape[1] <= self.max_step:
             raise CacheError(f"a step of {input_ids.shape[1]} tokens exceeds the cache's max_step {self.max_step}")
 
-    def _check_values(self, input_ids: list[list[int]], cache_position: list[list[int]]) -> list[tuple]:
-        """For each row that a step feeds: where its ids are noted, the first position, and the new ids.
+    def _check_values(self, input_ids: Tensor, cache_position: list[list[int]]) -> list[tuple]:
+        """For each row that a step feeds: where its ids are noted, at which positions, its tokens, and which of them are
+        no padding.
 
         Raises `CacheError` for ids that the model does not have, and for positions that do not continue their row.
         """
-        spans = []
-        for row, (ids, tokens, places) in enumerate(zip(self._ids.numpy(), input_ids, cache_position, strict=True)):
-            if not (min(tokens) >= 0 and max(tokens) < self.config.vocab_size):
-                raise CacheError(f"input_ids must be from 0 to {self.config.vocab_size - 1}, the model's vocabulary")
+        spans, size = [], self.config.vocab_size
+        if not all(min(tokens) >= 0 and max(tokens) < size for tokens in input_ids.tolist()):
+            raise CacheError(f"input_ids must be from 0 to {size - 1}, the model's vocabulary")
+        for row, (tokens, places) in enumerate(zip(input_ids.numpy(), cache_position, strict=True)):
+            ids, columns = self._ids[row].numpy(), slice(None)
             if max(places) >= self.max_cache_len:
                 raise CacheError(f"position {max(places)} is beyond the cache: max_cache_len is {self.max_cache_len}")
             if min(places) < 0:  # padding
-                tokens = [token for token, place in zip(tokens, places, strict=True) if place != -1]
-                places = [place for place in places if place != -1]
+                columns = [column for column, place in enumerate(places) if place != -1]
+                places = [places[column] for column in columns]
                 if not places:
                     continue
             first = places[0]
@@ -396,7 +398,7 @@ class StaticCache:
                 raise CacheError(f"position {first} leaves a gap: row {row} holds {self.lengths[row]} tokens")
             if ids[first] != _NEVER and not self.can_truncate(row, first):
                 raise CacheError(f"row {row} cannot go back to {first}, keys before it are overwritten: reset() it")
-            spans.append((ids, first, tokens))
+            spans.append((ids, slice(first, first + len(places)), tokens, columns))
         return spans
 
     def view(

@@ -15,7 +15,7 @@ from torch import Tensor
 from minillm.cache import StaticCache, upload
 from minillm.decode import prefill, reuse_prefix
 from minillm.model import Decoder
-from minillm.sampling import Sampling, distribution, penalized, sample, uniform
+from minillm.sampling import Sampling
 
 DRAFT_STREAM = 1  # random numbers beside plain decoding's stream 0, see `sampling.uniform`
 # What a step costs beside reading weights, as bytes that could be read meanwhile (some 30 GB/s): the calls of a pass,
@@ -113,7 +113,7 @@ class DraftModel:
     """Propose what a smaller model with the same tokenizer would say.
 
     Args:
-        model: the draft.
+        model: the draft, as `faster.steps.Steps`.
         target: the model that will verify. Of its vocabulary and the draft's (both may be padded) the shorter
             one is what can be proposed; the sizes of their weights give `cost`.
         cache: the draft's own `StaticCache`, with the seats of the target's. What it holds of a prompt already is not
@@ -122,7 +122,7 @@ class DraftModel:
 
     rest = 256  # after it all that was said meanwhile has to be read
 
-    def __init__(self, model: Decoder, target: Decoder, cache: StaticCache):
+    def __init__(self, model, target: Decoder, cache: StaticCache):
         self.model, self.cache, self.ranks = model, cache, target.ranks
         self.vocab_size = target.config.vocab_size
         self.cost = WIDER + pass_bytes(model) / pass_bytes(target)
@@ -145,68 +145,43 @@ class DraftModel:
             self._fed[seat] = len(beginning)
 
     def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
-        # What the cache holds of a text is right up to where the last drafts were rejected; if all were
-        # accepted, the last of them was never fed. Either way the rest of the text is fed now.
-        # (What is fed at a position ends what stood there and behind it: nothing need be cut.)
-        held = {seat: min(self._fed.get(seat, 0), len(text) - 1) for seat, text in texts.items()}
         # A text that outgrows the draft's positions goes on without drafts.
-        room = self.cache.max_cache_len + 1
-        counts = [max(0, min(count, room - len(text))) for text, count in zip(texts.values(), counts, strict=True)]
-        device, seats, k = self.cache.device, [*texts], max(counts)
+        most, room = self.cache.max_step - 1, self.cache.max_cache_len + 1
+        counts = [max(0, min(count, most, room - len(text))) for text, count in zip(texts.values(), counts, strict=True)]
+        device, k = self.cache.device, max(counts)
         if k == 0:
             return no_draft(len(texts), device)
-        part = self.cache.first_rows(seats[-1] + 1)
-        missing = {b: self._known(text[held[b] :]) for (b, text), c in zip(texts.items(), counts, strict=True) if c}
+        part = self.cache.first_rows(max(texts) + 1)
+        # Per row: the newest two tokens, k places where tokens are fed, and k for which they are chosen.
+        table = [[0] * 2 + [-1] * (k + 1) + [0] * k for _ in range(part.batch_size)]
         for (seat, text), count in zip(texts.items(), counts, strict=True):
-            if count:  # the last draft is never fed
-                self._fed[seat] = len(text) + count - 1
-        packed = upload([[b, c, len(t)] for (b, t), c in zip(texts.items(), counts, strict=True)], device)  # [R, 3]
-        index, wanted = packed[:, 0], packed[:, 1]  # [R] each
-        place = packed[:, 2:] + torch.arange(k, device=device)  # [R, k]
-        logits = self._feed(part, missing, held).index_select(0, index)  # [R, V of the draft]
-        greedy = sampling.temperature is None
-        numbers = None if greedy else uniform(sampling.seed[:, None], place, DRAFT_STREAM)  # [R, k]
-        common = min(self.vocab_size, logits.shape[-1])
-        tokens, probs = [], []
-        for i in range(k):
-            if i > 0:
-                fed = torch.where(i < wanted, place[:, i - 1], -1)  # [R]
-                ids = index.new_zeros(part.batch_size).index_copy(0, index, tokens[-1])  # [n]
-                fed = index.new_full(ids.shape, -1).index_copy(0, index, fed)  # [n]
-                logits = self.model(ids[:, None], fed[:, None], part)[:, -1]  # [n, V of the draft]
-                logits = logits.index_select(0, index)  # [R, V of the draft]
-                if seen is not None:
-                    seen = seen.scatter(1, tokens[-1][:, None], True)
-            shared = None if seen is None else seen[:, None, :common]  # [R, 1, common]
-            if greedy:  # the target compares tokens and asks for no distribution
-                tokens.append(penalized(logits[:, None, :common], sampling, shared)[:, 0].argmax(dim=-1))  # [R]
-                continue
-            q = distribution(logits[:, None, :common], sampling, shared)[:, 0]  # [R, common]
-            tokens.append(sample(q, numbers[:, i]))  # [R]
-            probs.append(q)
-        proposed = self.ranks.of_first(torch.stack(tokens, dim=1))  # [R, k]
-        if greedy:
+            if count:
+                # What the cache holds of a text is right up to where the last drafts were rejected; if all were
+                # accepted, the last of them was never fed. Either way the rest of the text is fed now.
+                # (What is fed at a position ends what stood there and behind it: nothing need be cut.)
+                end, held = len(text), min(self._fed.get(seat, 0), len(text) - 1)
+                if held < end - 2:
+                    prefill(self.model, self.cache.rows(seat, seat + 1), [self._known(text[held : end - 2])], [held])
+                    held = end - 2
+                newest, places = self._known(text[held:]), [*range(held, end + count - 1)]  # the last is never fed
+                row = [0] * (2 - len(newest)) + newest, [-1] * (2 - len(newest)) + places + [-1] * (k - count)
+                table[seat] = [*row[0], *row[1], *range(end, end + k)]
+                self._fed[seat] = end + count - 1
+        ids, position, place = upload(table, device).split((2, k + 1, k), dim=1)  # [n, 2], [n, k + 1], [n, k]
+        index = upload([*texts], device)  # [R]
+        size = min(self.vocab_size, self.model.config.vocab_size)
+        rows = sampling.of_rows(index, part.batch_size)
+        if seen is not None:
+            seen = seen.new_zeros(part.batch_size, size).index_copy(0, index, seen[:, :size])  # [n, size]
+        tokens, probs, _ = self.model.ahead(ids, position, place, part, rows, DRAFT_STREAM, size, seen)
+        proposed = self.ranks.of_first(torch.stack(tokens, dim=1).index_select(0, index))  # [R, k]
+        wanted = upload(counts, device)  # [R]
+        if not probs:  # greedy: the target compares tokens and asks for no distribution
             return Draft(proposed, None, counts, wanted)
-        padded = F.pad(torch.stack(probs, dim=1), (0, self.vocab_size - common))  # [R, k, V]
-        return Draft(proposed, padded, counts, wanted)
-
-    def _feed(self, part: StaticCache, missing: dict[int, list[int]], held: dict[int, int]) -> Tensor:
-        """Feed each seat what its row lacks; logits after it, `[n, V]`, for the n rows of `part`. One or two tokens are
-        fed as a step, which is recorded, and not as a prompt."""
-        logits = torch.zeros(part.batch_size, self.model.config.vocab_size, device=part.device)  # [n, V]
-        for seat, ids in missing.items():
-            if len(ids) > 2:
-                logits[seat] = prefill(self.model, self.cache.rows(seat, seat + 1), [ids], [held[seat]])[0]
-        short = {seat: ids for seat, ids in missing.items() if len(ids) <= 2}
-        if short:
-            width = max(map(len, short.values()))
-            rows = [short.get(seat, []) for seat in range(part.batch_size)]
-            tokens = [row + [0] * (width - len(row)) for row in rows]
-            places = [[held[b] + i if i < len(row) else -1 for i in range(width)] for b, row in enumerate(rows)]
-            stepped = self.model(*upload([tokens, places], part.device), part)
-            for seat, ids in short.items():
-                logits[seat] = stepped[seat, len(ids) - 1]  # of [n, T, V]
-        return logits
+        drawn_from = torch.stack(probs, dim=1).index_select(0, index)  # [R, k, size]
+        if size < self.vocab_size:
+            drawn_from = F.pad(drawn_from, (0, self.vocab_size - size))  # [R, k, V]
+        return Draft(proposed, drawn_from, counts, wanted)
 
     def _known(self, ids: Sequence[int]) -> list[int]:
         """The ids as the draft can read them: one beyond its embedding becomes 0, which costs acceptance only."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from minillm_kernels.rope import angles
 from torch import Tensor
 
 from minillm.config import RopeSpec
@@ -105,8 +106,7 @@ def attention_scale(spec: RopeSpec) -> float:
 
 def cos_sin(table: RotaryTable, cache_position: Tensor) -> tuple[Tensor, Tensor]:
     """Cosine and sine of every angle at `cache_position [B, T]`: two `[B, T, dim / 2]` float32."""
-    angle = cache_position[:, :, None].float() * table.inverse_frequency[:, None, :]  # [B, T, dim / 2]
-    return angle.cos() * table.scale, angle.sin() * table.scale
+    return angles(cache_position, table.inverse_frequency, table.scale)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

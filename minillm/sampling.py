@@ -50,6 +50,11 @@ class Sampling:
         columns = zip(*(vars(part).values() for part in parts), strict=True)
         return Sampling(*(None if column[0] is None else torch.cat(column) for column in columns))
 
+    def of_rows(self, index: Tensor, rows: int) -> "Sampling":
+        """As the rows `index [B]` of so many; the others have ones."""
+        columns = (None if c is None else c.new_ones(rows).index_copy(0, index, c) for c in vars(self).values())
+        return Sampling(*columns)
+
     @property
     def filters(self) -> tuple[bool, ...]:
         """Which parameters are set. A filter that lets everything through still changes the rounding of its row."""
@@ -152,11 +157,19 @@ def next_token(logits: Tensor, sampling: Sampling, position: Tensor, seen: Tenso
 
     `seen [B, V]` is needed where a repetition penalty is set.
     """
+    return choose(logits, sampling, position, seen)[0]
+
+
+def choose(
+    logits: Tensor, sampling: Sampling, position: Tensor, seen: Tensor | None = None, stream: int = 0
+) -> tuple[Tensor, Tensor | None]:
+    """`next_token` with the random numbers of `stream`, and the distribution `[B, V]` it was drawn from; None if
+    greedy."""
     if sampling.repetition_penalty is not None:
         logits = penalize(logits, seen, sampling.repetition_penalty)
     if sampling.temperature is None:
-        return logits.argmax(dim=-1)  # what the search below would find in a one-hot distribution
+        return logits.argmax(dim=-1), None  # what the search below would find in a one-hot distribution
     probs = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     if _in_kernels(probs):
-        return kernels.draw(probs, sampling.seed, position, 0)
-    return sample(probs, uniform(sampling.seed, position))
+        return kernels.draw(probs, sampling.seed, position, stream), probs
+    return sample(probs, uniform(sampling.seed, position, stream)), probs

@@ -55,10 +55,10 @@ class DraftLength:
         self.lengths, self.cost, self.judging, self.shortest_rest = lengths, cost, judging, rest
         self.accepted, self.rejected = 2.0, 2.0  # before anything is known: one in two
         self.rested, self.rest = 0, rest  # steps since the last draft, and how many there shall be
+        self.best = self._best()
 
     def choose(self) -> int:
-        best = self._best()
-        return min(filter(None, self.lengths), default=0) if best == 0 and self.rested >= self.rest else best
+        return min(filter(None, self.lengths), default=0) if self.best == 0 and self.rested >= self.rest else self.best
 
     def _best(self) -> int:
         rate = self.accepted / (self.accepted + self.rejected)
@@ -75,7 +75,7 @@ class DraftLength:
         if drafted:
             self.accepted = _DECAY * self.accepted + accepted
             self.rejected = _DECAY * self.rejected + (accepted < drafted)
-            self.rested = 0
+            self.best, self.rested = self._best(), 0
             if accepted:
                 self.rest = self.shortest_rest
             elif tried:

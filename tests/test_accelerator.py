@@ -243,7 +243,7 @@ def test_drafts_say_what_the_cpu_says(accelerator, decoder, ours, text_tokenizer
     prompts = [(prompt_ids(6, seed=1) * 3)[:16], (prompt_ids(5, seed=2) * 3)[:13]]
     for model, device in ((decoder(), "cuda"), (ours("llama3"), "cpu")):
         cache = StaticCache(model.config, 2, 64, device)
-        proposer = DraftModel(model, model, StaticCache(model.config, 2, 64, device))
+        proposer = DraftModel(Steps(model), model, StaticCache(model.config, 2, 64, device))
         rows = [
             new_row(ids, GenerationConfig(), 20, frozenset([2]), tokenizer, device=device, seed=1) for ids in prompts
         ]

@@ -114,6 +114,7 @@ def test_kernels_are_called_only_where_the_design_says():
         "train.lora",
         "faster.steps",
         "parallel",
+        "rope",
     }
     for room, path in modules().items():
         if any(name.split(".")[0] == "minillm_kernels" for name, _ in imports(path)):

@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+import torch.nn.functional as F
 from families import FAMILIES, prompt_ids, save_checkpoint, seed_of
 from minillm_kernels import cpu
 from minillm_kernels.cpu.tape import NotRecordable
@@ -143,17 +144,69 @@ def test_what_pytorch_computes_is_not_recorded(inference):
             x[:, :2].reshape(4, 1, 2).transpose(0, 1)
             x.reshape(24).contiguous()
         for compute in (
-            lambda: x * 2,
+            lambda: x * y,
+            lambda: x + 1,
             lambda: x.copy_(y),
             lambda: x.mul_(1),
-            lambda: x.t().contiguous(),
-            lambda: x[:, :2].reshape(8),
+            lambda: x.bfloat16(),
+            lambda: x @ y.t(),
+            lambda: x.sum(),
+            lambda: x.argmax(dim=0),
             lambda: x[0, 0].item(),
             lambda: torch.zeros(2),
         ):
             with pytest.raises(NotRecordable), cpu.blank_tape().recording():
                 compute()
         assert (x * 2).sum() == 48  # and afterwards it computes as ever
+
+
+def glue_calls():
+    """What a decoder computes in PyTorch between its kernels, in every dtype and on every kind of number."""
+    torch.manual_seed(3)
+    odd = [0.0, -0.0, float("nan"), float("inf"), -float("inf"), 1e-41, -1e-41, 6e-8, 65504.0, 3e38, 1 / 3]
+    ids = torch.randint(-5, 7, (3, 4))
+    places = ids.abs()
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        table = torch.cat([torch.randn(96) * 100, torch.tensor(odd)])[:105].view(7, 15).to(dtype)
+        wide = torch.randn(2, 3, 5, 7).to(dtype)
+        yield f"embedding {dtype}", lambda table=table: F.embedding(places, table)
+        for factor in (2.5, 0.1, 27.712812921102035, 1e-3, 1e5):
+            yield f"times {factor} {dtype}", lambda table=table, factor=factor: table * factor
+        turned = table.flip(0)
+        yield f"sum {dtype}", lambda table=table, turned=turned: table + turned
+        if dtype != torch.float32:
+            yield f"float {dtype}", lambda table=table: table.float()
+        for name, view in (
+            ("a column", wide[:, -1]),
+            ("turned", wide.permute(3, 1, 0, 2)),
+            ("spread", wide[:1].expand(4, 3, 5, 7)),
+            ("every other", wide[:, :, ::2, 1:5]),
+        ):
+            yield f"{name} {dtype}", lambda view=view: view.contiguous()
+            yield f"{name} flat {dtype}", lambda view=view: view.reshape(-1)
+    yield "no less than 0", lambda: ids.clamp(min=0)
+    for width in (1, 15, 16, 17, 1000):
+        x = torch.randint(-3, 4, (9, width)).float()
+        x[1], x[2] = -float("inf"), float("nan")
+        x[3, width // 2] = x[3, -1] = float("nan")
+        x[4], x[5] = float("inf"), -0.0
+        x[5, -1] = 0.0
+        yield f"largest of {width}", lambda x=x: x.argmax(dim=-1)
+        yield f"largest of {width}, kept", lambda x=x: x[:, None].argmax(dim=-1)
+
+
+@needs_c
+@pytest.mark.parametrize("call", [pytest.param(call, id=name) for name, call in glue_calls()])
+def test_what_pytorch_computes_between_kernels_is_replayed_to_the_last_bit(call):
+    with torch.inference_mode():
+        tape = cpu.blank_tape()
+        with tape.recording():
+            result = call()
+        expected = result.clone()
+        result.view(torch.uint8).fill_(85)
+        tape.replay()
+        assert torch.equal(result.isnan(), expected.isnan())  # which NaN it is has no meaning
+        assert torch.equal(*(x.nan_to_num(7.0).view(torch.uint8) for x in (result, expected)))
 
 
 @needs_c

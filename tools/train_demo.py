@@ -7,8 +7,12 @@ come out, as two ordinary Hugging Face checkpoint folders (OUT and OUT/draft):
 
 1. a byte-level BPE tokenizer of 4,096 entries (or the one given by --tokenizer);
 2. the target: a Llama-architecture decoder of about 6 M parameters;
-3. the draft: a Llama of under 0.8 M parameters on the same tokenizer, trained on the target's soft
-   labels (distillation, https://arxiv.org/abs/1503.02531), for speculative decoding.
+3. the draft: a Llama of 1.3 M parameters on the same tokenizer, for speculative decoding: trained on the target's soft
+   labels (distillation, https://arxiv.org/abs/1503.02531), in the end for nothing but that its tokens are accepted
+   (https://arxiv.org/abs/2310.08461).
+
+Most of the training is in windows of 512 tokens, the end of it in windows of 2,048: what lies further apart than a model
+has seen, it cannot use.
 
 What makes an hour on one core of a CPU enough: bfloat16 matrix products with float32 masters, blocks and head
 compiled into a graph each, and Muon for the hidden matrices. The records follow one another in one stream, which is
@@ -22,6 +26,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -43,8 +48,9 @@ from minillm.train.packing import cut, fill
 
 END = "<|endoftext|>"  # token id 0: starts every record (bos) and ends it (eos)
 VOCAB = 4096
-WINDOW = 512  # tokens, in training and where it is scored
-ROWS = 8  # windows per optimizer step
+WINDOW, LONG_WINDOW = 512, 2048  # tokens, in training and where it is scored
+TOKENS = 4096  # per optimizer step
+LONG_RATE = 0.25  # of the learning rates, in long windows
 
 SHARED = {
     "architectures": ["LlamaForCausalLM"],
@@ -71,8 +77,8 @@ TARGET = SHARED | {
 }
 DRAFT = SHARED | {
     "hidden_size": 128,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
@@ -144,15 +150,13 @@ def prepare(args) -> tuple[Tokenizer, Documents, Documents]:
 # --- training ---------------------------------------------------------------------------------------------
 
 
-def train(name: str, config: dict, recipe: Recipe, data, args, objective: Objective = NEXT_TOKEN) -> Decoder:
-    """Train `name`, going on from its state in `work` where there is one."""
+def train(name: str, model: Decoder, recipe: Recipe, data, args, objective: Objective = NEXT_TOKEN) -> None:
+    """Train the model, going on from the state called `name` in `work` where there is one."""
     _, documents, held_out = data
-    model = empty_decoder(parse_config(config), torch.float32, PACKED, device="cpu")
-    initialize(model, recipe.seed)
     training = Training(model, documents, recipe, args.work / f"{name}.pt", save_every=120.0, objective=objective)
     size = sum(parameter.numel() for parameter in model.parameters())
     print(f"{name}: {size:,} parameters, {len(documents.ids):,} tokens, from step {training.step}", flush=True)
-    scoring = ScoredLoss(model, WINDOW, bfloat16=True, compile=True)  # of the text, whatever the objective
+    scoring = ScoredLoss(model, recipe.length, bfloat16=True, compile=True)  # of the text, whatever the objective
     tokens, seconds = recipe.rows * recipe.length, []
     for step in training:
         seconds = [*seconds[-19:], step.seconds]
@@ -162,19 +166,31 @@ def train(name: str, config: dict, recipe: Recipe, data, args, objective: Object
             place = f"step {step.number} epoch {step.epoch:.2f} loss {step.loss:.3f} gradient {step.gradient_norm:.2f}"
             print(f"{name}: {place} {speed:.0f} tok/s, {left:.1f} min left", flush=True)
         if step.number % args.valid_every == 0 or step.number == recipe.steps:
-            bits = scoring.bits_per_byte(held_out, ROWS)
+            bits = scoring.bits_per_byte(held_out, recipe.rows)
             print(f"{name}: step {step.number} valid {bits:.4f} bits/byte ({time.strftime('%H:%M')})", flush=True)
+
+
+def new_model(config: dict, seed: int) -> Decoder:
+    model = empty_decoder(parse_config(config), torch.float32, PACKED, device="cpu")
+    initialize(model, seed)
     return model
 
 
-def distillation(target: Decoder) -> Objective:
-    """Cross-entropy against the target's whole distribution, computed from its last hidden state."""
-    teacher = ScoredLoss(target.requires_grad_(False), WINDOW, bfloat16=True, compile=True)
+def of_target(target: Decoder, length: int, loss: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Objective:
+    """A loss between the draft's logits `[N, V]` and the distributions `[N, V]` of the target, which is not trained."""
+    teacher = ScoredLoss(target.requires_grad_(False), length, bfloat16=True, compile=True)
+    return Objective(
+        torch.no_grad()(teacher.hidden), lambda logits, hidden: loss(logits, target.logits(hidden).softmax(-1))
+    )
 
-    def loss(logits: torch.Tensor, hidden: torch.Tensor) -> torch.Tensor:
-        return -(target.logits(hidden).softmax(-1) * logits.log_softmax(-1)).sum(-1)
 
-    return Objective(torch.no_grad()(teacher.hidden), loss)
+def cross_entropy(logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    return -(p * logits.log_softmax(-1)).sum(-1)
+
+
+def rejection(logits: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """The chance that speculative sampling rejects a token: 1 - sum(min(p, q))."""
+    return 1 - torch.minimum(p, logits.softmax(-1)).sum(-1)
 
 
 # --- what comes out ---------------------------------------------------------------------------------------
@@ -200,10 +216,10 @@ def export(model: Decoder, config: dict, tokenizer: Tokenizer, folder: Path) -> 
 def agreement(target: Decoder, draft: Decoder, documents: Documents) -> tuple[float, float]:
     """How often the two argmaxes agree, and the mean of sum(min(p, q)): the chance that speculative
     sampling (https://arxiv.org/abs/2211.17192) at temperature 1 keeps a drafted token."""
-    scored = [ScoredLoss(model, WINDOW) for model in (target, draft)]
+    scored = [ScoredLoss(model, LONG_WINDOW) for model in (target, draft)]
     same, overlap, count = 0, 0.0, 0
-    for piece in cut(documents, WINDOW):
-        batch, length = fill(documents, [[piece]], WINDOW), piece[1] - piece[0]
+    for piece in cut(documents, LONG_WINDOW):
+        batch, length = fill(documents, [[piece]], LONG_WINDOW), piece[1] - piece[0]
         p, q = (one.model.logits(one.hidden(batch)[:length]).softmax(-1) for one in scored)  # [T, VOCAB] each
         same += (p.argmax(-1) == q.argmax(-1)).sum().item()
         overlap += torch.minimum(p, q).sum().item()
@@ -216,10 +232,12 @@ def figures(folder: Path, valid: Path, held_out: Documents) -> None:
     written = {}
     for name, place in (("target", folder), ("draft", folder / "draft")):
         written[name] = load_decoder(place, load_config(place), torch.float32, attention=PACKED)
-        bits = ScoredLoss(written[name], WINDOW).bits_per_byte(held_out)
+        for window in (WINDOW, LONG_WINDOW):
+            bits = ScoredLoss(written[name], window).bits_per_byte(held_out)
+            print(f"{name}: {bits:.4f} bits/byte in windows of {window}")
         score = score_text(LLM.from_pretrained(place, dtype="float32"), read_records(valid))
-        print(f"{name}: {bits:.4f} bits/byte in windows of {WINDOW}; {score.bits_per_byte:.4f}, "
-              f"{score.nats_per_token:.4f} nats/token in windows of 1,024, half of each context")  # fmt: skip
+        print(f"{name}: {score.bits_per_byte:.4f} bits/byte, {score.nats_per_token:.4f} nats/token in windows of 1,024, "
+              "half of each context")  # fmt: skip
     same, overlap = agreement(written["target"], written["draft"], held_out)
     print(f"draft: argmax agrees with the target {same:.1%}, expected acceptance {overlap:.1%}")
 
@@ -231,8 +249,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="new folder for the target; draft in OUT/draft")
     parser.add_argument("--work", type=Path, default=Path("train_demo_work"), help="tokens and states")
     parser.add_argument("--tokenizer", type=Path, help="a tokenizer.json to use; default: train one on the text")
-    parser.add_argument("--steps", type=int, default=4000, help=f"of the target, {ROWS * WINDOW} tokens each")
-    parser.add_argument("--draft-steps", type=int, default=2600)
+    parser.add_argument("--steps", type=int, default=4000, help=f"of the target, {TOKENS} tokens each")
+    parser.add_argument("--draft-steps", type=int, default=3000)
+    parser.add_argument("--long-steps", type=int, default=500, help="of each in long windows, after those")
     parser.add_argument("--muon-lr", type=float, default=0.02)
     parser.add_argument("--adam-lr", type=float, default=0.003)
     parser.add_argument("--weight-decay", type=float, default=0.1)
@@ -242,22 +261,30 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
 
     data = prepare(args)
-    recipe = Recipe(
-        steps=args.steps,
-        length=WINDOW,
-        rows=ROWS,
-        rows_at_once=ROWS,
-        learning_rate=args.adam_lr,
-        muon_learning_rate=args.muon_lr,
-        weight_decay=args.weight_decay,
-        warmup=0.02,
-        bfloat16=True,
-        compile=True,
-        seed=args.seed,
-    )
-    target = train("target", TARGET, recipe, data, args)
-    recipe = replace(recipe, steps=args.draft_steps, weight_decay=0.01)
-    draft = train("draft", DRAFT, recipe, data, args, distillation(target))
+
+    def recipe(steps: int, length: int = WINDOW, rate: float = 1.0, weight_decay: float = args.weight_decay) -> Recipe:
+        return Recipe(
+            steps=steps,
+            length=length,
+            rows=TOKENS // length,
+            rows_at_once=TOKENS // length,
+            learning_rate=rate * args.adam_lr,
+            muon_learning_rate=rate * args.muon_lr,
+            weight_decay=weight_decay,
+            warmup=0.02,
+            bfloat16=True,
+            compile=True,
+            seed=args.seed,
+        )
+
+    target, draft = new_model(TARGET, args.seed), new_model(DRAFT, args.seed)
+    train("target", target, recipe(args.steps), data, args)
+    objective = of_target(target, WINDOW, cross_entropy)
+    train("draft", draft, recipe(args.draft_steps, weight_decay=0.01), data, args, objective)
+    long = recipe(args.long_steps, LONG_WINDOW, LONG_RATE)
+    train("target-long", target.requires_grad_(True), long, data, args)
+    objective = of_target(target, LONG_WINDOW, rejection)
+    train("draft-long", draft, replace(long, weight_decay=0.01), data, args, objective)
     with new_folder(args.out) as folder:
         export(target, TARGET, data[0], folder)
         (folder / "draft").mkdir()

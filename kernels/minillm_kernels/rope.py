@@ -1,4 +1,4 @@
-"""Rotary embedding with the cache write: `minillm::rope_and_cache_write`.
+"""Rotary embedding: its `angles`, and the rotation with the cache write, `minillm::rope_and_cache_write`.
 
 What bounds it: launching, as for the norms: twelve operators in eager PyTorch, a few KB each. One launch rotates
 queries and keys and puts keys and values where attention will read them; see `gpu/rope.py`.
@@ -109,3 +109,23 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second, rest = x.float().split((half, half, x.shape[-1] - 2 * half), dim=-1)
     turned = (first * cos - second * sin, second * cos + first * sin, rest)
     return torch.cat(turned, dim=-1).to(x.dtype)  # [B, T, heads, D]
+
+
+def angles(position: Tensor, frequency: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * frequency, both times `scale`: position [B, T] int64, frequency [B | 1, R / 2]
+    float32; two [B, T, R / 2] float32.
+
+    No op: off the CPU it is PyTorch's own, which a compiler fuses; in C on a CPU, so that a pass can be recorded. Raises
+    ValueError when shapes or dtypes do not fit.
+    """
+    if position.dim() != 2 or position.dtype != torch.int64:
+        raise ValueError(f"angles: position must be [B, T] int64, got {tuple(position.shape)} {position.dtype}")
+    if frequency.dim() != 2 or frequency.dtype != torch.float32 or len(frequency) not in (1, len(position)):
+        raise ValueError(
+            f"angles: frequency must be [B | 1, R / 2] float32, got {tuple(frequency.shape)} {frequency.dtype}"
+        )
+    check_devices("angles", position, frequency)
+    if not torch.compiler.is_compiling() and type(position) is Tensor and position.is_cpu and cpu.available():
+        return cpu.angles(position, frequency, scale)
+    angle = position[:, :, None].float() * frequency[:, None, :]  # [B, T, R / 2]
+    return angle.cos() * scale, angle.sin() * scale

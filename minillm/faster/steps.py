@@ -17,11 +17,13 @@ k + 1 tokens of a verify step.
 
 import copy
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext
-from weakref import WeakKeyDictionary
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from minillm_kernels import cpu
 from minillm_kernels.cpu import FEW_ROWS
 from minillm_kernels.cpu.tape import NotRecordable, Tape
@@ -31,6 +33,7 @@ from minillm.cache import StaticCache
 from minillm.errors import BackendError, first_line
 from minillm.faster.compiled import CompiledWalk
 from minillm.model import Decoder
+from minillm.sampling import Sampling, choose
 
 
 class Steps:
@@ -56,9 +59,9 @@ class Steps:
             self._make = CapturedStep
         elif device == "cpu" and compile == "auto" and model.backend.name == "kernels" and cpu.available():
             self._make = None if model.ranks.joined else RecordedStep  # a list of C calls waits for no other process
-        # Per cache and (rows, tokens): the recorded step, or None where it cannot be recorded. A cache that is
+        # Per cache, by their shapes: the recorded steps, or None for one that cannot be recorded. A cache that is
         # dropped takes its steps along.
-        self._recorded: WeakKeyDictionary[StaticCache, dict] = WeakKeyDictionary()
+        self._recorded: weakref.WeakKeyDictionary[StaticCache, dict] = weakref.WeakKeyDictionary()
         self._weights: tuple = (False,)  # where and which they were when the steps were recorded
         self._moves = model.moves
 
@@ -77,25 +80,65 @@ class Steps:
 
     def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
         """Logits `[B, T, V]` float32; arguments as for `Decoder.forward`."""
-        # Not within another one: where an interrupt strikes, the inner would leave the mode to the caller.
-        inference = nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
-        # When the request, or a loop of one's own, began.
-        looked = (cache.hold.in_turn or cache.hold.stepped_by is self) and self._moves == self.model.moves
-        with inference, self.own_dtypes(), cache.writing(self, input_ids, cache_position):
+        looked = self._looked(cache)
+        with _inference(), self.own_dtypes(), cache.writing(self, input_ids, cache_position):
             if self._make is not None and input_ids.shape[1] <= FEW_ROWS:
-                if not looked:
-                    self.fingerprint()
-                cache.hold.stepped_by = self
-                steps, shape = self._recorded.setdefault(cache, {}), tuple(input_ids.shape)
-                if shape not in steps:
-                    steps[shape] = None if self._weights[-1] else self._make(self)  # a replay calls no hook
-                if steps[shape] is not None:
-                    try:
-                        return steps[shape](input_ids, cache_position, cache)
-                    except NotRecordable:  # where PyTorch computes something itself
-                        steps[shape] = None
+                with suppress(NotRecordable):  # where PyTorch computes something itself
+                    make = partial(self._make, self, cache)
+                    return self._recall(cache, looked, tuple(input_ids.shape), make, input_ids, cache_position)
             x, rotary = self.embed(input_ids, cache_position, cache)
             return self.logits(self.walk(x, rotary, cache_position, cache))
+
+    def ahead(
+        self,
+        ids: Tensor,
+        cache_position: Tensor,
+        place: Tensor,
+        cache: StaticCache,
+        sampling: Sampling,
+        stream: int,
+        vocabulary: int,
+        seen: Tensor | None = None,
+    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        """`decode_ahead` in this cache. Where steps are recorded it is one call, and what comes out is overwritten by the
+        next one."""
+        if self._make is RecordedStep and seen is None:
+            looked, T = self._looked(cache), ids.shape[1]
+            fed = F.pad(ids, (0, place.shape[1] - 1))  # [B, T + k - 1], to be filled in with what is drawn
+            with suppress(NotRecordable):
+                with _inference(), self.own_dtypes(), cache.writing(self, fed, cache_position):
+                    columns = {name: column for name, column in vars(sampling).items() if column is not None}
+                    key = (*ids.shape, place.shape[1], *columns, stream, vocabulary)
+                    make = partial(recorded_ahead, self, cache, tuple(columns), stream, vocabulary)
+                    inputs = (ids, cache_position, place, *columns.values())
+                    results = self._recall(cache, looked, key, make, *inputs)
+                    if place.shape[1] > 1:
+                        fed[:, T:] = torch.stack(results[0][:-1], dim=1)
+                    return results
+        with _inference():
+            options = (cache_position, place, sampling, stream, vocabulary, seen)
+            return decode_ahead(lambda *step: self(*step, cache)[:, -1], ids, *options)
+
+    def _looked(self, cache: StaticCache) -> bool:
+        """Whether the weights have been looked at since the request, or a loop of one's own, began."""
+        return (cache.hold.in_turn or cache.hold.stepped_by is self) and self._moves == self.model.moves
+
+    def _recall(self, cache: StaticCache, looked: bool, key: tuple, make: Callable[[], Callable], *inputs: Tensor):
+        """What the recorded step of this cache that is called `key` returns; the first time `make` makes it. Raises
+        `NotRecordable` where there can be none."""
+        if not looked:
+            self.fingerprint()
+        cache.hold.stepped_by = self
+        steps = self._recorded.setdefault(cache, {})
+        if key not in steps:
+            steps[key] = None if self._weights[-1] else make()  # a replay calls no hook
+        if steps[key] is None:
+            raise NotRecordable
+        try:
+            return steps[key](*inputs)
+        except NotRecordable:
+            steps[key] = None
+            raise
 
     def fingerprint(self) -> tuple:
         """As `Decoder.fingerprint`. What was recorded with other weights, or without hooks, is dropped: a replay reads
@@ -108,38 +151,108 @@ class Steps:
         return weights
 
 
+def _inference() -> AbstractContextManager:
+    """Not within another one: where an interrupt strikes, the inner would leave the mode to the caller."""
+    return nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
+
+
 def check_compile(compile: bool | str) -> None:
     """Raise `BackendError` for anything but "auto", True and False."""
     if type(compile) is not bool and not (isinstance(compile, str) and compile == "auto"):
         raise BackendError(f"compile={compile!r} is not one of True, False, 'auto'")
 
 
-class RecordedStep:
-    """A step on the CPU as the list of its C calls: the first call writes the list, the others work through it."""
+def decode_ahead(
+    step: Callable[[Tensor, Tensor], Tensor],
+    ids: Tensor,
+    cache_position: Tensor,
+    place: Tensor,
+    sampling: Sampling,
+    stream: int,
+    vocabulary: int,
+    seen: Tensor | None = None,
+) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Feed the newest tokens of every row, and then each token that is chosen but the last: k steps that need nobody.
 
-    def __init__(self, steps: Steps):
-        self.model = steps.model
+    Args:
+        step: feeds ids at positions, `[B, T]` int64 both, and returns the logits of what follows, a row each.
+        ids: `[B, T]` int64.
+        cache_position: `[B, T + k - 1]` int64, where they stand, and then where the chosen ones are fed; -1 for padding.
+        place: `[B, k]` int64, for which places tokens are chosen.
+        sampling, stream: how, and with which random numbers, see `sampling.uniform`.
+        vocabulary: V, how many tokens there are to choose from: the first ones.
+        seen: `[B, V]`, with a repetition penalty.
+
+    Returns k tokens `[B]`; unless greedy, the k distributions `[B, V]` they were drawn from; and k times the logits
+    `[B, V]`.
+    """
+    tokens, probs, said, T = [], [], [], ids.shape[1]
+    where = cache_position[:, :T]
+    for i in range(place.shape[1]):
+        if i > 0:
+            ids, where = tokens[-1][:, None], cache_position[:, T + i - 1, None]  # [B, 1] each
+            seen = None if seen is None else seen.scatter(1, ids, True)
+        logits = step(ids, where.contiguous())[:, :vocabulary]
+        token, drawn_from = choose(logits, sampling, place[:, i].contiguous(), seen, stream)
+        tokens.append(token)
+        probs += [] if drawn_from is None else [drawn_from]
+        said.append(logits)
+    return tokens, probs, said
+
+
+class Recorded:
+    """What a function of tensors computes, as the list of its C calls: the first call writes the list, the others work
+    through it. What it returns is overwritten by the next call."""
+
+    def __init__(self, function: Callable):
+        self.function: Callable | None = function
         self.tape: Tape | None = None
 
-    def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
-        x, rotary = self.model.embed(input_ids, cache_position, cache)
+    def __call__(self, *inputs: Tensor):
         if self.tape is None:
-            # Where the calls read from now on.
-            self.x, self.rotary, self.position = x, rotary, cache_position.clone()
+            self.inputs = [value.clone() for value in inputs]  # where the calls read from now on
             tape = cpu.blank_tape()
             with tape.recording():
-                # No kernel asks how far to read: each looks at the positions.
-                self.out = self.model.head(self.model.walk(x, rotary, self.position, cache, bound=1))
-            self.tape = tape
+                self.result = self.function(*self.inputs)
+            self.tape, self.function = tape, None  # which knows the cache, and would keep it
         else:
-            self.x.copy_(x)
-            self.position.copy_(cache_position)
-            for kept, new in zip(self.rotary, rotary, strict=True):
-                kept[0].copy_(new[0])
-                kept[1].copy_(new[1])
+            for kept, new in zip(self.inputs, inputs, strict=True):
+                kept.copy_(new)
             self.tape.replay()
-        # A copy, even of float32: the next step overwrites what this one returned.
-        return self.model.finish(self.out.to(torch.float32, copy=True))  # [B, T, V]
+        return self.result
+
+
+class RecordedStep:
+    """A step on the CPU as the list of its C calls."""
+
+    def __init__(self, steps: Steps, cache: StaticCache):
+        model = self.model = steps.model
+
+        def step(input_ids: Tensor, cache_position: Tensor) -> Tensor:
+            x, rotary = model.embed(input_ids, cache_position, cache)
+            # No kernel asks how far to read: each looks at the positions.
+            return model.head(model.walk(x, rotary, cache_position, cache, bound=1)).float()  # [B, T, V]
+
+        self.recorded = Recorded(step)
+
+    def __call__(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
+        logits = self.recorded(input_ids, cache_position)
+        return self.model.finish(logits.clone())  # [B, T, V]; a copy: the next step overwrites what this one returned
+
+
+def recorded_ahead(steps: Steps, cache: StaticCache, filters: Sequence[str], stream: int, vocabulary: int) -> Recorded:
+    """`decode_ahead` on the CPU as one list of C calls: each step reads the token that the one before chose."""
+    model = steps.model
+
+    def step(ids: Tensor, cache_position: Tensor) -> Tensor:
+        x, rotary = model.embed(ids, cache_position, cache)
+        return model.logits(model.walk(x, rotary, cache_position, cache, bound=1)[:, -1])  # [B, V]
+
+    def ahead(ids: Tensor, cache_position: Tensor, place: Tensor, *columns: Tensor) -> tuple[list[Tensor], ...]:
+        sampling = Sampling(**dict(zip(filters, columns, strict=True)))
+        return decode_ahead(step, ids, cache_position, place, sampling, stream, vocabulary)
+
+    return Recorded(ahead)
 
 
 class CapturedStep:
@@ -149,18 +262,18 @@ class CapturedStep:
     the step runs as it is written.
     """
 
-    def __init__(self, steps: Steps):
-        self.steps = steps
+    def __init__(self, steps: Steps, cache: StaticCache):
+        self.steps, self.cache = steps, weakref.proxy(cache)
         # What the graph reads stays where it is, whoever gives a parameter new memory.
         self.weights = [tensor.detach() for tensor in (*steps.model.parameters(), *steps.model.buffers())]
         self.graph: torch.cuda.CUDAGraph | None = None
 
-    def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
+    def __call__(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
         # Streams and graphs belong to the current device, which need not be the model's.
         with torch.cuda.device(input_ids.device):
             if self.graph is None:
                 try:
-                    self._capture(input_ids, cache_position, cache)
+                    self._capture(input_ids, cache_position)
                 except RuntimeError as error:
                     reason = f"a step of {list(input_ids.shape)} tokens cannot be captured: {first_line(error)}"
                     warnings.warn(f"{reason}; it runs as it is written", stacklevel=2)
@@ -170,12 +283,12 @@ class CapturedStep:
             self.graph.replay()
             return self.out.clone()
 
-    def _capture(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> None:
+    def _capture(self, input_ids: Tensor, cache_position: Tensor) -> None:
         self.input_ids, self.position = input_ids.clone(), cache_position.clone()  # [B, T] each
 
         def step() -> Tensor:
-            x, rotary = self.steps.embed(self.input_ids, self.position, cache)
-            return self.steps.logits(self.steps.walk(x, rotary, self.position, cache))  # [B, T, V]
+            x, rotary = self.steps.embed(self.input_ids, self.position, self.cache)
+            return self.steps.logits(self.steps.walk(x, rotary, self.position, self.cache))  # [B, T, V]
 
         # Once before capturing, on a stream of its own: kernels are compiled and libraries wake up. A step may
         # run twice: it writes the same keys to the same slots.

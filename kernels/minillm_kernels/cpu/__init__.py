@@ -9,43 +9,19 @@ import functools
 import itertools
 import math
 import os
-import struct
 import warnings
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from minillm_kernels.cpu import build, tape
+from minillm_kernels.cpu import build, glue, tape
+from minillm_kernels.cpu.call import FORMATS, Call, address
 
-FORMATS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 3, torch.uint8: 4}
 GROUP_SIZES = (32, 64, 128)  # inputs that share a scale in int4
 FEW_ROWS = 16  # up to which the time is that of reading the weights: other code than for many rows
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 ACTIVATIONS = GATES | {"gelu": 3, "relu": 4, "relu2": 5}
-
-
-class Call:
-    """A C function and the struct through which it takes its arguments.
-
-    `members` are declared as in the C file, and compared with it when the library is loaded; `pack(...)` makes the
-    struct of their values, in that order.
-    """
-
-    all: "list[Call]" = []  # noqa: RUF012
-
-    def __init__(self, name: str, members: str):
-        self.name, self.symbol, self.members = name, f"minillm_{name}", " ".join(members.split())
-        codes = {"int64_t": "q", "double": "d"}
-        declarations = [part.split(maxsplit=1) for part in self.members.split(";") if part]
-        self.pack = struct.Struct("".join(codes[kind] * len(names.split(",")) for kind, names in declarations)).pack
-        self.all.append(self)
-
-    def check_layout(self, loaded: ctypes.CDLL) -> None:
-        declared = ctypes.string_at(ctypes.addressof(ctypes.c_char.in_dll(loaded, f"{self.symbol}_layout"))).decode()
-        if " ".join(declared.split()) != self.members:
-            raise ImportError(f"{self.symbol} takes {declared!r}, and cpu/__init__.py packs {self.members!r}")
-
 
 LINEAR = Call(
     "linear",
@@ -57,8 +33,10 @@ RMS_NORM = Call(
     """int64_t x, residual, weight, bias, out, sum, rows, width, dtype, multiply_in_fp32, center, threads, group,
     group_stride; double eps, offset;""",
 )
-ADD = Call("add", "int64_t x, y, out, count, dtype, threads;")
 ACTIVATE = Call("activate", "int64_t x, out, rows, width, kind, gated, dtype, threads;")
+ANGLES = Call(
+    "angles", "int64_t position, frequency, cos, sin, batch, tokens, half, shared, threads; double scale;"
+)
 ROPE = Call(
     "rope_and_cache_write",
     """int64_t q, k, v, cos, sin, k_cache, v_cache, position, out, batch, tokens, heads, kv_heads, head_dim, half,
@@ -181,8 +159,8 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, two tensors of one shape and dtype."""
     x, y = x.contiguous(), y.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype, device="cpu")
-    packed = ADD.pack(address(x), address(y), out.data_ptr(), out.numel(), FORMATS[x.dtype], threads())
-    _call(ADD, packed, x, y, out)
+    packed = glue.ADD.pack(address(x), address(y), out.data_ptr(), out.numel(), FORMATS[x.dtype], threads())
+    _call(glue.ADD, packed, x, y, out)
     return out
 
 
@@ -197,6 +175,18 @@ def activate(x: Tensor, activation: str, gated: bool) -> Tensor:
     )  # fmt: skip
     _call(ACTIVATE, packed, x, out)
     return out
+
+
+def angles(position: Tensor, frequency: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As `rope.angles`."""
+    position, frequency = position.contiguous(), frequency.contiguous()
+    cos, sin = (torch.empty((*position.shape, frequency.shape[1]), dtype=torch.float32, device="cpu") for _ in range(2))
+    packed = ANGLES.pack(
+        position.data_ptr(), frequency.data_ptr(), cos.data_ptr(), sin.data_ptr(), *position.shape, frequency.shape[1],
+        len(frequency) == 1, threads(), scale,
+    )  # fmt: skip
+    _call(ANGLES, packed, position, frequency, cos, sin)
+    return cos, sin
 
 
 def rope_and_cache_write(q, k, v, cos, sin, k_cache, v_cache, cache_position) -> Tensor:
@@ -257,12 +247,12 @@ def _call(call: Call, packed: bytes, *tensors: Tensor | None) -> None:
     function = getattr(library(), call.symbol)
     if function(packed):
         raise MemoryError(f"no memory for a {call.name} of {[tuple(t.shape) for t in tensors if t is not None]}")
-    tape.note(function, packed, tensors)
+    tape.note(call, packed, tensors)
 
 
 def blank_tape() -> tape.Tape:
     """A tape to record C calls on; only where they are `available`."""
-    return tape.Tape(library(), REPLAY.pack)
+    return tape.Tape(library(), REPLAY.pack, glue.TWINS)
 
 
 def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor, zero: Tensor) -> None:
@@ -285,14 +275,6 @@ def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor
         address(zero), threads(),
     )  # fmt: skip
     _call(QUANTIZE, arguments, weight, packed, scale, zero)
-
-
-def address(tensor: Tensor | None) -> int:
-    if tensor is None:
-        return 0
-    if not tensor.is_contiguous():
-        raise ValueError("weights, scales, biases and caches must be contiguous")
-    return tensor.data_ptr()
 
 
 @functools.cache

@@ -52,6 +52,25 @@ static float largest_of(const float *x, long count) {
     return all;
 }
 
+/* The first largest, or the first that is no number */
+static long first_largest(const float *x, long count) {
+    const float best = largest_of(x, count);
+    int unordered = 0;
+    for (long i = 0; i < count; i++) unordered |= isnan(x[i]);
+    for (long i = 0; i < count; i++)
+        if (unordered ? isnan(x[i]) : x[i] == best) return i;
+    return 0;
+}
+
+/* x float [rows, width], out int64 [rows] */
+CALL(argmax, int64_t x, out, rows, width;);
+
+int minillm_argmax(const struct argmax_call *c) {
+    for (long row = 0; row < c->rows; row++)
+        ((int64_t *)(uintptr_t)c->out)[row] = first_largest((const float *)(uintptr_t)c->x + row * c->width, c->width);
+    return 0;
+}
+
 /* Larger for likelier tokens, and among equals for lower ids: no two are equal. */
 static uint64_t rank_of(float value, long id) {
     uint32_t bits;
@@ -102,12 +121,9 @@ static int row_probabilities(const void *call, long row, int thread) {
     const float min_p = c->min_p ? ((const float *)(uintptr_t)c->min_p)[row] : 0;
     const int64_t top_k = c->top_k ? ((const int64_t *)(uintptr_t)c->top_k)[row] : V;
     (void)thread;
-    if (temperature == 0) { /* the first largest, or what is no number */
-        long chosen = 0;
-        for (long i = 1; i < V && !isnan(logits[chosen]); i++)
-            if (logits[i] > logits[chosen] || isnan(logits[i])) chosen = i;
+    if (temperature == 0) {
         memset(out, 0, V * sizeof(float));
-        return out[chosen] = 1, 0;
+        return out[first_largest(logits, V)] = 1, 0;
     }
     int unbounded = 0;
     for (long i = 0; i < V; i++) unbounded |= !(logits[i] < INFINITY);

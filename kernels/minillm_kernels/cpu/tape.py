@@ -8,12 +8,14 @@ on the whole step is one call, whose loop over the list is in C. CUDA graphs are
 
 import ctypes
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from minillm_kernels.cpu.call import Call
 
 
 class NotRecordable(RuntimeError):
@@ -34,15 +36,17 @@ class Tape:
     that went in, replay, read the tensors that came out.
     """
 
-    def __init__(self, library: ctypes.CDLL, pack: Callable[[int, int], bytes]):
+    def __init__(self, library: ctypes.CDLL, pack: Callable[[int, int], bytes], twins: Mapping[Callable, Callable]):
         self._library, self._pack = library, pack  # threads.c, and an entry of the list that `minillm_replay` takes
+        self._twins = twins  # of PyTorch's operators, see `glue.py`
         self._calls: list[tuple[int, bytes]] = []  # address of the function, its packed arguments
         self._kept: list = []
         self._list = b""
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Note the calls that this thread makes; raises NotRecordable where PyTorch computes anything in between."""
+        """Note the calls that this thread makes, and the twins of what PyTorch computes in between; raises NotRecordable
+        where that has none."""
         _thread.tape = self
         try:
             with _OnlyShapes():
@@ -56,10 +60,19 @@ class Tape:
         )
         self._kept += arguments
 
-    def add(self, function: int, packed: bytes, tensors: tuple[Tensor | None, ...]) -> None:
+    def add(self, call: Call, packed: bytes, tensors: tuple[Tensor | None, ...]) -> None:
+        function = ctypes.cast(getattr(self._library, call.symbol), ctypes.c_void_p).value
         self._calls.append((function, packed))
         # The memory, not the tensors: `parameter.data = other` leaves a tensor without the memory that was recorded.
         self._kept += [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+
+    def add_twin(self, operator: Callable, result: object, arguments: tuple, keywords: dict) -> bool:
+        """Note the twin of what PyTorch has just computed; False where it has none."""
+        twin = self._twins.get(operator)
+        noted = twin(result, *arguments, **keywords) if twin is not None else None
+        if noted is not None:
+            self.add(*noted)
+        return noted is not None
 
     def replay(self) -> None:
         """Make the calls again, in their order, on what now stands at their addresses."""
@@ -68,7 +81,8 @@ class Tape:
 
 
 class _OnlyShapes(TorchDispatchMode):
-    """Lets tensors be made and looked at differently; whatever would compute or copy is refused."""
+    """Lets tensors be made and looked at differently; of whatever computes or copies the twin is noted, or it is
+    refused."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
@@ -85,12 +99,13 @@ class _OnlyShapes(TorchDispatchMode):
         known = {tensor.untyped_storage().data_ptr() for tensor in arguments if isinstance(tensor, Tensor)}
         results = result if isinstance(result, list | tuple) else [result]
         looks = all(isinstance(view, Tensor) and view.untyped_storage().data_ptr() in known for view in results)
-        if not looks or any(value.alias_info and value.alias_info.is_write for value in function._schema.arguments):
+        writes = any(value.alias_info and value.alias_info.is_write for value in function._schema.arguments)
+        if writes or (not looks and not _thread.tape.add_twin(function, result, arguments, keywords or {})):
             raise NotRecordable(f"{function} is computed by PyTorch")
         return result
 
 
-def note(function, packed: bytes, tensors: tuple[Tensor | None, ...]) -> None:
+def note(call: Call, packed: bytes, tensors: tuple[Tensor | None, ...]) -> None:
     """Write a call on the tape that this thread records on, if it does."""
     if _thread.tape is not None:
-        _thread.tape.add(ctypes.cast(function, ctypes.c_void_p).value, packed, tensors)
+        _thread.tape.add(call, packed, tensors)
