@@ -20,6 +20,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 import torch.nn.functional as F
@@ -27,32 +28,15 @@ from torch import Tensor
 
 from minillm.cache import StaticCache
 from minillm.decode import read_chunk, reuse_prefix
-from minillm.drafting import Draft, Proposer, no_draft
+from minillm.drafting import Draft, no_draft
 from minillm.errors import NumericalError
 from minillm.model import Decoder
-from minillm.row import Row
+from minillm.row import Group, Row
 from minillm.sampling import Sampling, next_token
-from minillm.speculative import judge
+from minillm.speculative import judge, with_drafts
 
 FEW_TOKENS = 16  # of a step: so many are added up one by one, whatever stands beside them (the kernels' FEW_ROWS)
 _LOOK_EVERY = 8  # decode steps between two looks at an accelerator's tokens
-
-
-@dataclass
-class _Group:
-    """Rows that are judged together: they use the same filters, and the same proposer drafts for them."""
-
-    rows: list[Row]
-    index: slice | Tensor  # [R], their seats
-    sampling: Sampling
-    undrafted: Draft
-    proposer: Proposer | None
-    eos: Tensor  # [R, E], padded with -1
-    last: Tensor  # [R], where the last token of each row's budget stands
-
-    def of(self, x: Tensor) -> Tensor:
-        """These rows of `x [B, ...]`. Not x[index]: for that PyTorch wakes its threads, and waits for busy cores."""
-        return x[self.index] if isinstance(self.index, slice) else x.index_select(0, self.index)
 
 
 @dataclass
@@ -61,10 +45,10 @@ class _Result:
 
     rows: list[Row]
     proposed: list[int]  # drafts per row
-    tokens: Tensor  # [R, k + 1]
+    tokens: Tensor  # [R, k + 1], or of n steps [R, n]
     accepted: Tensor  # [R], how many of the drafts
-    largest: Tensor  # [R] the largest logit: NaN if any logit is
-    logprobs: Tensor | None  # [R, k + 1]
+    largest: Tensor  # [R, 1 | n], the largest logit of each step: NaN if any logit is
+    logprobs: Tensor | None  # [R, k + 1 | n]
 
 
 class Batch:
@@ -102,7 +86,7 @@ class Batch:
         self._position = torch.zeros_like(self._token)  # [B], of the next token
         self._idle = torch.ones_like(self._token, dtype=torch.bool)  # [B], seats of nobody who talks
         self._seen: Tensor | None = None  # [B, V] bool, for repetition penalties
-        self._groups: list[_Group] | None = []  # of the rows that talk; None when they have changed
+        self._groups: list[Group] | None = []  # of the rows that talk; None when they have changed
         self._results: list[_Result] = []
 
     def run(self) -> Iterator[list[Row]]:
@@ -236,13 +220,13 @@ class Batch:
 
     # ---- a step ----
 
-    def _group(self, rows: list[Row]) -> _Group:
+    def _group(self, rows: list[Row]) -> Group:
         device, seats = self.cache.device, [row.seat for row in rows]
         neighbours = seats == [*range(seats[0], seats[0] + len(seats))]
         index = slice(seats[0], seats[-1] + 1) if neighbours else torch.tensor(seats, device=device)  # [R]
         widest = max(len(row.eos_token_ids) for row in rows)
         eos = [[*row.eos_token_ids, *[-1] * (widest - len(row.eos_token_ids))] for row in rows]
-        return _Group(
+        return Group(
             rows,
             index,
             Sampling.together([row.sampling for row in rows]),
@@ -274,7 +258,12 @@ class Batch:
         # A stop string is only seen at the look, after the row has gone on: the cache must be able to forget that.
         rows = [row for group in self._groups for row in group.rows]
         left = max(row.max_new_tokens - len(row.token_ids) for row in rows)
-        steps = 1 if any(row.proposer for row in rows) else min(self.look_every, left, self.cache.max_step)
+        plain, most = not any(row.proposer for row in rows), min(left, self.cache.max_step)
+        several = self.one_request and self.model.at_once > 1 and len(self._groups) == 1
+        if plain and several and rows[0].sampling.repetition_penalty is None:
+            self._ahead(self._groups[0], min(self.model.at_once, most))
+            return
+        steps = min(self.look_every, most) if plain else 1
         for _ in range(steps):
             for some in filter(None, passes):
                 self._pass(some)
@@ -284,7 +273,22 @@ class Batch:
                     done = (group.of(self._token)[:, None] == group.eos).any(dim=1)  # [R]
                     self._idle[group.index] |= done | (group.of(self._position) > group.last)
 
-    def _pass(self, pairs: list[tuple[_Group, Draft]]) -> None:
+    def _ahead(self, group: Group, steps: int) -> None:
+        """Several steps as one call, for the rows that talk: past the end of one it says what nobody hears."""
+        n, R = self._part.batch_size, len(group.rows)
+        place = self._position[:n, None] + torch.arange(steps, device=self._position.device)  # [n, k]
+        last = torch.full_like(place[:, :1], -1)  # [n, 1]
+        last[group.index, 0] = group.last
+        fed = torch.where(place > last, -1, place - 1)  # [n, k]
+        sampling = group.sampling if n == R else group.sampling.of_rows(group.index, n)
+        size = self.model.config.vocab_size
+        tokens, _, logits = self.model.ahead(self._token[:n, None], fed, place, self._part, sampling, 0, size)
+        tokens, logits = group.of(tokens.t()), group.of(logits.transpose(0, 1))  # [R, k], [R, k, V]
+        self._token[group.index] = tokens[:, -1]
+        self._position[group.index] = group.of(place)[:, -1] + 1
+        self._note(group, group.undrafted, tokens, torch.zeros_like(tokens[:, 0]), logits, logits.amax(dim=2))
+
+    def _pass(self, pairs: list[tuple[Group, Draft]]) -> None:
         """One pass of the model for these groups and their drafts; everybody else's seat is padding."""
         n = self._part.batch_size
         token, position, idle = self._token[:n], self._position[:n], self._idle[:n]  # [n] each, n <= B
@@ -296,12 +300,12 @@ class Batch:
         ids, fed = token[:, None], torch.where(idle, -1, position - 1)[:, None]  # [n, 1]
         width = self._width(pairs)
         if width > 1:
-            ids, fed = self._with_drafts(pairs, width, ids, fed)  # [n, T]
+            ids, fed = with_drafts([(group.index, draft) for group, draft in pairs], width, ids, fed)  # [n, T]
         logits = self.model(ids, fed, self._part)  # [n, T, V]
         for group, draft in pairs:
             self._choose(group, draft, group.of(logits)[:, : draft.tokens.shape[1] + 1])
 
-    def _propose(self, group: _Group) -> Draft:
+    def _propose(self, group: Group) -> Draft:
         if group.proposer is None:
             return group.undrafted
         # The last token of a row's budget needs no draft: every step yields one token of its own.
@@ -311,26 +315,14 @@ class Batch:
         seen = None if group.sampling.repetition_penalty is None else group.of(self._seen)  # [R, V]
         return group.proposer.propose({row.seat: row.ids for row in group.rows}, counts, group.sampling, seen)
 
-    def _width(self, pairs: list[tuple[_Group, Draft]]) -> int:
+    def _width(self, pairs: list[tuple[Group, Draft]]) -> int:
         """T of a pass: what the rows wanted to draft, whatever was found, so that its shape does not follow their luck;
         where nothing was found at all it is a plain step."""
         if not any(draft.tokens.shape[1] for _, draft in pairs):
             return 1
         return 1 + max(row.draft_length.choose() for group, _ in pairs if group.proposer for row in group.rows)
 
-    def _with_drafts(
-        self, pairs: list[tuple[_Group, Draft]], width: int, ids: Tensor, fed: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Ids and positions `[n, 1]` of a pass, with the drafts behind them: `[n, T]` each, T the width."""
-        drafted = F.pad(ids, (0, width - 1))  # [n, T]
-        count = torch.zeros_like(ids)  # [n, 1], drafts of each row
-        for group, draft in pairs:
-            drafted[group.index, 1 : 1 + draft.tokens.shape[1]] = draft.tokens
-            count[group.index, 0] = draft.counts
-        place = torch.arange(drafted.shape[1], device=ids.device)  # [T]
-        return drafted, torch.where((fed < 0) | (place > count), -1, fed + place)
-
-    def _choose(self, group: _Group, draft: Draft, logits: Tensor) -> None:
+    def _choose(self, group: Group, draft: Draft, logits: Tensor) -> None:
         """Judge what a pass says, `logits [R, k + 1, V]`, of drafts `[R, k]` and what follows them."""
         index, sampling, place = group.index, group.sampling, group.of(self._position)  # place [R]
         seen = None if sampling.repetition_penalty is None else group.of(self._seen)  # [R, V]
@@ -338,21 +330,29 @@ class Batch:
             token = next_token(logits[:, 0], sampling, place, seen)  # [R]
             token = self.model.ranks.of_first(token)
             accepted, tokens = torch.zeros_like(token), token[:, None]  # [R], [R, 1]
-            largest = logits.amax(dim=(1, 2))  # [R]
+            largest = logits.amax(dim=2)  # [R, 1]
         else:
             judged = judge(logits, draft, place, sampling, seen)
             accepted, token = map(self.model.ranks.of_first, judged)  # [R] each
             column = torch.arange(logits.shape[1], device=place.device)  # [k + 1]
             tokens = torch.where(column < accepted[:, None], F.pad(draft.tokens, (0, 1)), token[:, None])  # [R, k + 1]
             # Behind a rejected draft nobody reads.
-            largest = logits.amax(dim=2).masked_fill(column > accepted[:, None], 0.0).amax(dim=1)  # [R]
+            largest = (
+                logits.amax(dim=2).masked_fill(column > accepted[:, None], 0.0).amax(dim=1, keepdim=True)
+            )  # [R, 1]
         if seen is not None:
             self._seen[index] = seen.scatter(1, tokens, True)
         self._token[index] = token
         self._position[index] = place + accepted + 1
+        self._note(group, draft, tokens, accepted, logits, largest)
+
+    def _note(
+        self, group: Group, draft: Draft, tokens: Tensor, accepted: Tensor, logits: Tensor, largest: Tensor
+    ) -> None:
+        """Keep for the next look what it says of a group: see `_Result`; logits are `[R, k + 1 | n, V]`."""
         logprobs = None
         if any(row.wants_logprobs for row in group.rows):
-            logprobs = logits.log_softmax(dim=-1).gather(2, tokens[:, :, None])[:, :, 0]  # [R, k + 1]
+            logprobs = logits.log_softmax(dim=-1).gather(2, tokens[:, :, None])[:, :, 0]  # [R, k + 1 | n]
         self._results.append(_Result(group.rows, draft.lengths, tokens, accepted, largest, logprobs))
 
     # ---- looking at it ----
@@ -370,19 +370,22 @@ class Batch:
                 rows[row] = None
                 if row.finish_reason is not None:  # it has gone on unseen
                     past = True
-                elif not math.isfinite(largest[i]):
-                    self._spoilt(row)
                 else:
-                    kept = accepted[i]
+                    kept, steps = accepted[i], len(largest[i])
+                    sound = sum(1 for _ in takewhile(math.isfinite, largest[i]))  # steps whose logits are numbers
+                    said = tokens[i][: kept + sound] if sound else []
                     try:
-                        count = row.commit(tokens[i][: kept + 1], logprobs[i] if row.wants_logprobs else (), kept)
+                        count = row.commit(said, logprobs[i] if row.wants_logprobs else (), kept)
                     except Exception as error:
                         self._fail(row, error)
+                        continue
+                    if sound < steps and row.finish_reason is None:
+                        self._spoilt(row)
                         continue
                     row.drafted += result.proposed[i]
                     if row.draft_length is not None:
                         row.draft_length.learn(result.proposed[i], kept)
-                    past = past or count <= result.proposed[i]
+                    past = past or count < result.proposed[i] + steps
         if past:
             # Forget rejected drafts and what came after a row's end. The newest token is not in the cache yet.
             self.cache.cut({row.seat: len(row.ids) - 1 for row in rows})

@@ -324,7 +324,7 @@ class StaticCache:
         `input_ids` and `cache_position` are `[B, T]` int64. What stood at the positions, and all that followed it in
         the row, stops to count before the pass; the new ids, as they are then, count only after it. Raises
         `CacheError` for a step that does not fit or comes from somebody who may not write. Ids and positions are only
-        looked at where that is free (on the CPU, outside a compiled graph): on a GPU reading them would stall the queue.
+        looked at where that is free (on the CPU, outside a compiled graph): on a GPU that would stall the queue.
         """
         self._check_step(model, input_ids, cache_position)
         if torch.compiler.is_compiling():  # a graph can keep the books, but asks nobody who may
@@ -374,8 +374,8 @@ class StaticCache:
             raise CacheError(f"a step of {input_ids.shape[1]} tokens exceeds the cache's max_step {self.max_step}")
 
     def _check_values(self, input_ids: Tensor, cache_position: list[list[int]]) -> list[tuple]:
-        """For each row that a step feeds: where its ids are noted, at which positions, its tokens, and which of them are
-        no padding.
+        """For each row that a step feeds: where its ids are noted, at which positions, its tokens, and which of them
+        are no padding.
 
         Raises `CacheError` for ids that the model does not have, and for positions that do not continue their row.
         """

@@ -147,7 +147,9 @@ class DraftModel:
     def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
         # A text that outgrows the draft's positions goes on without drafts.
         most, room = self.cache.max_step - 1, self.cache.max_cache_len + 1
-        counts = [max(0, min(count, most, room - len(text))) for text, count in zip(texts.values(), counts, strict=True)]
+        counts = [
+            max(0, min(count, most, room - len(text))) for text, count in zip(texts.values(), counts, strict=True)
+        ]
         device, k = self.cache.device, max(counts)
         if k == 0:
             return no_draft(len(texts), device)
@@ -174,14 +176,10 @@ class DraftModel:
         if seen is not None:
             seen = seen.new_zeros(part.batch_size, size).index_copy(0, index, seen[:, :size])  # [n, size]
         tokens, probs, _ = self.model.ahead(ids, position, place, part, rows, DRAFT_STREAM, size, seen)
-        proposed = self.ranks.of_first(torch.stack(tokens, dim=1).index_select(0, index))  # [R, k]
-        wanted = upload(counts, device)  # [R]
-        if not probs:  # greedy: the target compares tokens and asks for no distribution
-            return Draft(proposed, None, counts, wanted)
-        drawn_from = torch.stack(probs, dim=1).index_select(0, index)  # [R, k, size]
-        if size < self.vocab_size:
-            drawn_from = F.pad(drawn_from, (0, self.vocab_size - size))  # [R, k, V]
-        return Draft(proposed, drawn_from, counts, wanted)
+        proposed = self.ranks.of_first(tokens.t().index_select(0, index))  # [R, k]
+        if probs is not None:  # where greedy the target compares tokens and asks for no distribution
+            probs = F.pad(probs.transpose(0, 1).index_select(0, index), (0, self.vocab_size - size))  # [R, k, V]
+        return Draft(proposed, probs, counts, upload(counts, device))
 
     def _known(self, ids: Sequence[int]) -> list[int]:
         """The ids as the draft can read them: one beyond its embedding becomes 0, which costs acceptance only."""

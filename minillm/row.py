@@ -1,10 +1,12 @@
-"""Row: one prompt on its way to an answer, and when it has arrived."""
+"""Row: one prompt on its way to an answer, and when it has arrived. Group: rows that are alike."""
 
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from minillm.drafting import Proposer
+from torch import Tensor
+
+from minillm.drafting import Draft, Proposer
 from minillm.sampling import Sampling
 from minillm.speculative import DraftLength
 from minillm.tokenizer import TextStream
@@ -45,18 +47,18 @@ class Row:
         self.ids = list(self.prompt)  # prompt and answer
 
     def commit(self, tokens: Sequence[int], logprobs: Sequence[float] = (), drafts: int = 0) -> int:
-        """Accept what one forward pass gave, token by token, until the row is finished; returns how many.
+        """Accept what forward passes gave, token by token, until the row is finished; returns how many.
 
         Every way of generating ends here, so that none can differ about when to stop. The EOS token is
         counted among `token_ids` but is no text; text ends before a stop string. The first `drafts` of the
-        tokens were proposed by a draft.
+        tokens were proposed by a draft, and one pass gave them and the next; each other token took a pass.
         """
-        self.target_steps += 1
         self.last_at = time.perf_counter()
         self.first_at = self.first_at or self.last_at
         for count, token in enumerate(tokens):
             if self.finish_reason is not None:
                 return count
+            self.target_steps += count == 0 or count > drafts
             self.ids.append(token)
             self.token_ids.append(token)
             self.from_draft.append(count < drafts)
@@ -75,3 +77,20 @@ class Row:
         self.text += self.stream.finish()
         # What was held back may have completed one.
         self.finish_reason = "stop_string" if self.stream.stopped else reason
+
+
+@dataclass
+class Group:
+    """Rows that are judged together: they use the same filters, and the same proposer drafts for them."""
+
+    rows: list[Row]
+    index: slice | Tensor  # [R], their seats
+    sampling: Sampling
+    undrafted: Draft
+    proposer: Proposer | None
+    eos: Tensor  # [R, E], padded with -1
+    last: Tensor  # [R], where the last token of each row's budget stands
+
+    def of(self, x: Tensor) -> Tensor:
+        """These rows of `x [B, ...]`. Not x[index]: for that PyTorch wakes its threads, and waits for busy cores."""
+        return x[self.index] if isinstance(self.index, slice) else x.index_select(0, self.index)

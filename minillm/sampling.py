@@ -50,9 +50,12 @@ class Sampling:
         columns = zip(*(vars(part).values() for part in parts), strict=True)
         return Sampling(*(None if column[0] is None else torch.cat(column) for column in columns))
 
-    def of_rows(self, index: Tensor, rows: int) -> "Sampling":
+    def of_rows(self, index: slice | Tensor, rows: int) -> "Sampling":
         """As the rows `index [B]` of so many; the others have ones."""
-        columns = (None if c is None else c.new_ones(rows).index_copy(0, index, c) for c in vars(self).values())
+        columns = [None if column is None else column.new_ones(rows) for column in vars(self).values()]
+        for column, own in zip(columns, vars(self).values(), strict=True):
+            if own is not None:
+                column[index] = own
         return Sampling(*columns)
 
     @property

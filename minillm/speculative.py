@@ -140,6 +140,19 @@ def _leading(keep: Tensor) -> Tensor:
     return keep.long().cumprod(dim=1).sum(dim=1)
 
 
+def with_drafts(
+    drafts: Sequence[tuple[slice | Tensor, Draft]], width: int, ids: Tensor, fed: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Ids and positions `[n, 1]` of a pass, with the drafts of these rows behind them: `[n, width]` each."""
+    drafted = F.pad(ids, (0, width - 1))  # [n, T]
+    count = torch.zeros_like(ids)  # [n, 1], drafts of each row
+    for index, draft in drafts:
+        drafted[index, 1 : 1 + draft.tokens.shape[1]] = draft.tokens
+        count[index, 0] = draft.counts
+    place = torch.arange(width, device=ids.device)  # [T]
+    return drafted, torch.where((fed < 0) | (place > count), -1, fed + place)
+
+
 def judge(
     logits: Tensor, draft: Draft, start: Tensor, sampling: Sampling, seen: Tensor | None
 ) -> tuple[Tensor, Tensor]:

@@ -129,7 +129,7 @@ def test_an_interrupted_chat_goes_on_as_if_nothing_had_been(llm):
 def test_a_stream_closed_early_leaves_a_true_cache(llm):
     cache = StaticCache(llm.config, 1, 64, dtype=llm.dtype)
     for pieces in range(1, 6):
-        stream = llm.stream(PROMPT, cache=cache, max_new_tokens=12, **GREEDY)
+        stream = llm.stream(PROMPT, cache=cache, max_new_tokens=32, **GREEDY)
         for _ in range(pieces):
             next(stream)
         stream.close()

@@ -146,7 +146,7 @@ def test_what_pytorch_computes_is_not_recorded(inference):
         for compute in (
             lambda: x * y,
             lambda: x + 1,
-            lambda: x.copy_(y),
+            lambda: x.copy_(y.double()),
             lambda: x.mul_(1),
             lambda: x.bfloat16(),
             lambda: x @ y.t(),
@@ -184,6 +184,8 @@ def glue_calls():
         ):
             yield f"{name} {dtype}", lambda view=view: view.contiguous()
             yield f"{name} flat {dtype}", lambda view=view: view.reshape(-1)
+    to, source = torch.zeros(4, 3, dtype=torch.int64), ids.clone().t()
+    yield "a copy", lambda: to.copy_(source)
     yield "no less than 0", lambda: ids.clamp(min=0)
     for width in (1, 15, 16, 17, 1000):
         x = torch.randint(-3, 4, (9, width)).float()

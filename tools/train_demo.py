@@ -11,8 +11,8 @@ come out, as two ordinary Hugging Face checkpoint folders (OUT and OUT/draft):
    labels (distillation, https://arxiv.org/abs/1503.02531), in the end for nothing but that its tokens are accepted
    (https://arxiv.org/abs/2310.08461).
 
-Most of the training is in windows of 512 tokens, the end of it in windows of 2,048: what lies further apart than a model
-has seen, it cannot use.
+Most of the training is in windows of 512 tokens, the end of it in windows of 2,048: what lies further apart than a
+model has seen, it cannot use.
 
 What makes an hour on one core of a CPU enough: bfloat16 matrix products with float32 masters, blocks and head
 compiled into a graph each, and Muon for the hidden matrices. The records follow one another in one stream, which is
@@ -236,8 +236,8 @@ def figures(folder: Path, valid: Path, held_out: Documents) -> None:
             bits = ScoredLoss(written[name], window).bits_per_byte(held_out)
             print(f"{name}: {bits:.4f} bits/byte in windows of {window}")
         score = score_text(LLM.from_pretrained(place, dtype="float32"), read_records(valid))
-        print(f"{name}: {score.bits_per_byte:.4f} bits/byte, {score.nats_per_token:.4f} nats/token in windows of 1,024, "
-              "half of each context")  # fmt: skip
+        per_token = f"{score.nats_per_token:.4f} nats/token"
+        print(f"{name}: {score.bits_per_byte:.4f} bits/byte, {per_token} in windows of 1,024, half of each context")
     same, overlap = agreement(written["target"], written["draft"], held_out)
     print(f"draft: argmax agrees with the target {same:.1%}, expected acceptance {overlap:.1%}")
 

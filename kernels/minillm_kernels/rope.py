@@ -115,8 +115,8 @@ def angles(position: Tensor, frequency: Tensor, scale: float) -> tuple[Tensor, T
     """Cosine and sine of position * frequency, both times `scale`: position [B, T] int64, frequency [B | 1, R / 2]
     float32; two [B, T, R / 2] float32.
 
-    No op: off the CPU it is PyTorch's own, which a compiler fuses; in C on a CPU, so that a pass can be recorded. Raises
-    ValueError when shapes or dtypes do not fit.
+    No op: off the CPU it is PyTorch's own, which a compiler fuses; in C on a CPU, so that a pass can be recorded.
+    Raises ValueError when shapes or dtypes do not fit.
     """
     if position.dim() != 2 or position.dtype != torch.int64:
         raise ValueError(f"angles: position must be [B, T] int64, got {tuple(position.shape)} {position.dtype}")

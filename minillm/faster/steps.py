@@ -18,7 +18,7 @@ k + 1 tokens of a verify step.
 import copy
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 
@@ -34,6 +34,11 @@ from minillm.errors import BackendError, first_line
 from minillm.faster.compiled import CompiledWalk
 from minillm.model import Decoder
 from minillm.sampling import Sampling, choose
+
+Chosen = tuple[Tensor, Tensor | None, Tensor]  # a token of each row, what it was drawn from, the logits
+Ahead = Chosen  # the same of k steps, with a dimension k in front
+_SMALL = 2**25  # bytes of weights, below which reading them takes less than ten times what Python does
+_STEPS_OF_SMALL = 4
 
 
 class Steps:
@@ -59,6 +64,8 @@ class Steps:
             self._make = CapturedStep
         elif device == "cpu" and compile == "auto" and model.backend.name == "kernels" and cpu.available():
             self._make = None if model.ranks.joined else RecordedStep  # a list of C calls waits for no other process
+        # How many decode steps are worth making one call: several where Python takes a good part of each.
+        self.at_once = _STEPS_OF_SMALL if self._make is RecordedStep and model.weight_bytes < _SMALL else 1
         # Per cache, by their shapes: the recorded steps, or None for one that cannot be recorded. A cache that is
         # dropped takes its steps along.
         self._recorded: weakref.WeakKeyDictionary[StaticCache, dict] = weakref.WeakKeyDictionary()
@@ -99,25 +106,30 @@ class Steps:
         stream: int,
         vocabulary: int,
         seen: Tensor | None = None,
-    ) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        """`decode_ahead` in this cache. Where steps are recorded it is one call, and what comes out is overwritten by the
-        next one."""
+    ) -> Ahead:
+        """Feed tokens and go on with those that are chosen, as `decode_ahead` in this cache: the arguments as there,
+        and how to choose, with which stream of random numbers, among the first `vocabulary` tokens, and which ones a
+        repetition penalty knows. Where steps are recorded it is one call; what comes out is overwritten by the next."""
         if self._make is RecordedStep and seen is None:
             looked, T = self._looked(cache), ids.shape[1]
-            fed = F.pad(ids, (0, place.shape[1] - 1))  # [B, T + k - 1], to be filled in with what is drawn
-            with suppress(NotRecordable):
-                with _inference(), self.own_dtypes(), cache.writing(self, fed, cache_position):
-                    columns = {name: column for name, column in vars(sampling).items() if column is not None}
-                    key = (*ids.shape, place.shape[1], *columns, stream, vocabulary)
-                    make = partial(recorded_ahead, self, cache, tuple(columns), stream, vocabulary)
-                    inputs = (ids, cache_position, place, *columns.values())
-                    results = self._recall(cache, looked, key, make, *inputs)
-                    if place.shape[1] > 1:
-                        fed[:, T:] = torch.stack(results[0][:-1], dim=1)
-                    return results
+            fed = F.pad(ids, (0, place.shape[1] - 1))  # [B, T + k - 1], to be filled in with what is chosen
+            with suppress(NotRecordable), _inference(), self.own_dtypes(), cache.writing(self, fed, cache_position):
+                key = (len(ids), sampling.filters, stream, vocabulary)
+                make = partial(RecordedAhead, self, cache, sampling, stream, vocabulary)
+                results = self._recall(cache, looked, key, make, ids, cache_position, place, sampling)
+                if place.shape[1] > 1:
+                    fed[:, T:] = results[0][:-1].t()
+                return results
+
+        def step(ids: Tensor, cache_position: Tensor, place: Tensor) -> Chosen:
+            nonlocal seen
+            logits = self(ids, cache_position, cache)[:, -1, :vocabulary]  # [B, V]
+            token, drawn_from = choose(logits, sampling, place, seen, stream)
+            seen = None if seen is None else seen.scatter(1, token[:, None], True)
+            return token, drawn_from, logits
+
         with _inference():
-            options = (cache_position, place, sampling, stream, vocabulary, seen)
-            return decode_ahead(lambda *step: self(*step, cache)[:, -1], ids, *options)
+            return decode_ahead(step, ids, cache_position, place)
 
     def _looked(self, cache: StaticCache) -> bool:
         """Whether the weights have been looked at since the request, or a loop of one's own, began."""
@@ -163,41 +175,25 @@ def check_compile(compile: bool | str) -> None:
 
 
 def decode_ahead(
-    step: Callable[[Tensor, Tensor], Tensor],
-    ids: Tensor,
-    cache_position: Tensor,
-    place: Tensor,
-    sampling: Sampling,
-    stream: int,
-    vocabulary: int,
-    seen: Tensor | None = None,
-) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    step: Callable[[Tensor, Tensor, Tensor], Chosen], ids: Tensor, cache_position: Tensor, place: Tensor
+) -> Ahead:
     """Feed the newest tokens of every row, and then each token that is chosen but the last: k steps that need nobody.
 
     Args:
-        step: feeds ids at positions, `[B, T]` int64 both, and returns the logits of what follows, a row each.
+        step: feeds ids at positions, `[B, T]` int64 both, and chooses the tokens that will stand at `place [B]`.
+            Returns them, `[B]`, the distributions `[B, V]` they were drawn from, or None, and the logits `[B, V]`.
         ids: `[B, T]` int64.
-        cache_position: `[B, T + k - 1]` int64, where they stand, and then where the chosen ones are fed; -1 for padding.
+        cache_position: `[B, T + k - 1]` int64, where they stand, and then where the chosen ones are fed; -1: padding.
         place: `[B, k]` int64, for which places tokens are chosen.
-        sampling, stream: how, and with which random numbers, see `sampling.uniform`.
-        vocabulary: V, how many tokens there are to choose from: the first ones.
-        seen: `[B, V]`, with a repetition penalty.
 
-    Returns k tokens `[B]`; unless greedy, the k distributions `[B, V]` they were drawn from; and k times the logits
-    `[B, V]`.
+    Returns what the steps did: tokens `[k, B]`, distributions `[k, B, V]` unless greedy, and logits `[k, B, V]`.
     """
-    tokens, probs, said, T = [], [], [], ids.shape[1]
-    where = cache_position[:, :T]
-    for i in range(place.shape[1]):
-        if i > 0:
-            ids, where = tokens[-1][:, None], cache_position[:, T + i - 1, None]  # [B, 1] each
-            seen = None if seen is None else seen.scatter(1, ids, True)
-        logits = step(ids, where.contiguous())[:, :vocabulary]
-        token, drawn_from = choose(logits, sampling, place[:, i].contiguous(), seen, stream)
-        tokens.append(token)
-        probs += [] if drawn_from is None else [drawn_from]
-        said.append(logits)
-    return tokens, probs, said
+    T, k = ids.shape[1], place.shape[1]
+    chosen = [step(ids, cache_position[:, :T].contiguous(), place[:, 0].contiguous())]
+    for i in range(1, k):
+        fed = cache_position[:, T + i - 1, None].contiguous()  # [B, 1]
+        chosen.append(step(chosen[-1][0][:, None], fed, place[:, i].contiguous()))
+    return tuple(None if parts[0] is None else torch.stack(parts) for parts in zip(*chosen, strict=True))
 
 
 class Recorded:
@@ -214,7 +210,7 @@ class Recorded:
             tape = cpu.blank_tape()
             with tape.recording():
                 self.result = self.function(*self.inputs)
-            self.tape, self.function = tape, None  # which knows the cache, and would keep it
+            self.tape, self.function = tape, None
         else:
             for kept, new in zip(self.inputs, inputs, strict=True):
                 kept.copy_(new)
@@ -226,9 +222,11 @@ class RecordedStep:
     """A step on the CPU as the list of its C calls."""
 
     def __init__(self, steps: Steps, cache: StaticCache):
-        model = self.model = steps.model
+        model, held = steps.model, weakref.ref(cache)
+        self.model = model
 
         def step(input_ids: Tensor, cache_position: Tensor) -> Tensor:
+            cache = held()
             x, rotary = model.embed(input_ids, cache_position, cache)
             # No kernel asks how far to read: each looks at the positions.
             return model.head(model.walk(x, rotary, cache_position, cache, bound=1)).float()  # [B, T, V]
@@ -240,19 +238,75 @@ class RecordedStep:
         return self.model.finish(logits.clone())  # [B, T, V]; a copy: the next step overwrites what this one returned
 
 
-def recorded_ahead(steps: Steps, cache: StaticCache, filters: Sequence[str], stream: int, vocabulary: int) -> Recorded:
-    """`decode_ahead` on the CPU as one list of C calls: each step reads the token that the one before chose."""
-    model = steps.model
+class RecordedAhead:
+    """`decode_ahead` on the CPU: the list of one step's C calls, and k times that list, with copies in between, as one.
 
-    def step(ids: Tensor, cache_position: Tensor) -> Tensor:
-        x, rotary = model.embed(ids, cache_position, cache)
-        return model.logits(model.walk(x, rotary, cache_position, cache, bound=1)[:, -1])  # [B, V]
+    A step is written down once, whatever k is: the first k steps of a kind are made one by one.
+    """
 
-    def ahead(ids: Tensor, cache_position: Tensor, place: Tensor, *columns: Tensor) -> tuple[list[Tensor], ...]:
-        sampling = Sampling(**dict(zip(filters, columns, strict=True)))
-        return decode_ahead(step, ids, cache_position, place, sampling, stream, vocabulary)
+    def __init__(self, steps: Steps, cache: StaticCache, sampling: Sampling, stream: int, vocabulary: int):
+        self.model, self.cache, self.stream, self.vocabulary = steps.model, weakref.ref(cache), stream, vocabulary
+        self.given: Sampling | None = None
+        # Where the calls read it.
+        self.sampling = Sampling(*(None if column is None else column.clone() for column in vars(sampling).values()))
+        self.steps: dict[int, Recorded] = {}  # by T
+        self.lists: dict[tuple[int, int], Chain] = {}  # by T and k
 
-    return Recorded(ahead)
+    def __call__(self, ids: Tensor, cache_position: Tensor, place: Tensor, sampling: Sampling) -> Ahead:
+        if sampling is not self.given:
+            self.given = None  # until it is copied whole
+            for kept, new in zip(vars(self.sampling).values(), vars(sampling).values(), strict=True):
+                if kept is not None:
+                    kept.copy_(new)
+            self.given = sampling
+        T, k = ids.shape[1], place.shape[1]
+        if (T, k) in self.lists:
+            return self.lists[T, k](ids, cache_position, place)
+        results = decode_ahead(self._step, ids, cache_position, place)
+        self.lists[T, k] = Chain(self.steps[T], self.steps[1 if k > 1 else T], k)
+        return results
+
+    def _step(self, ids: Tensor, cache_position: Tensor, place: Tensor) -> Chosen:
+        recorded = self.steps.setdefault(ids.shape[1], Recorded(self._choose))
+        return tuple(None if x is None else x.clone() for x in recorded(ids, cache_position, place))
+
+    def _choose(self, ids: Tensor, cache_position: Tensor, place: Tensor) -> Chosen:
+        cache = self.cache()
+        x, rotary = self.model.embed(ids, cache_position, cache)
+        hidden = self.model.walk(x, rotary, cache_position, cache, bound=1)[:, -1]  # [B, d]
+        logits = self.model.logits(hidden)[:, : self.vocabulary].contiguous()  # [B, V]
+        return *choose(logits, self.sampling, place, stream=self.stream), logits
+
+
+class Chain:
+    """k steps as one list of C calls: a first one, and k - 1 times another that feeds the token before."""
+
+    def __init__(self, first: Recorded, other: Recorded, k: int):
+        self.first, (ids, position, place) = first, other.inputs  # [B, 1], [B, 1], [B]
+        self.position = position.new_empty(k - 1, *position.shape)  # [k - 1, B, 1]
+        self.place = place.new_empty(k, *place.shape)  # [k, B]
+        self.results = tuple(None if x is None else x.new_empty(k, *x.shape) for x in first.result)
+        self.tape = cpu.blank_tape()
+        with self.tape.recording():
+            for i in range(k):
+                step = other if i > 0 else first
+                if i > 0:
+                    ids.copy_(self.results[0][i - 1][:, None])
+                    position.copy_(self.position[i - 1])
+                step.inputs[2].copy_(self.place[i])
+                self.tape.extend(step.tape)
+                for kept, result in zip(self.results, step.result, strict=True):
+                    if kept is not None:
+                        kept[i].copy_(result)
+
+    def __call__(self, ids: Tensor, cache_position: Tensor, place: Tensor) -> Ahead:
+        T = ids.shape[1]
+        self.first.inputs[0].copy_(ids)
+        self.first.inputs[1].copy_(cache_position[:, :T])
+        self.position.copy_(cache_position[:, T:].t()[:, :, None])
+        self.place.copy_(place.t())
+        self.tape.replay()
+        return self.results
 
 
 class CapturedStep:
@@ -263,7 +317,7 @@ class CapturedStep:
     """
 
     def __init__(self, steps: Steps, cache: StaticCache):
-        self.steps, self.cache = steps, weakref.proxy(cache)
+        self.steps, self.cache = steps, weakref.ref(cache)
         # What the graph reads stays where it is, whoever gives a parameter new memory.
         self.weights = [tensor.detach() for tensor in (*steps.model.parameters(), *steps.model.buffers())]
         self.graph: torch.cuda.CUDAGraph | None = None
@@ -285,10 +339,11 @@ class CapturedStep:
 
     def _capture(self, input_ids: Tensor, cache_position: Tensor) -> None:
         self.input_ids, self.position = input_ids.clone(), cache_position.clone()  # [B, T] each
+        cache = self.cache()
 
         def step() -> Tensor:
-            x, rotary = self.steps.embed(self.input_ids, self.position, self.cache)
-            return self.steps.logits(self.steps.walk(x, rotary, self.position, self.cache))  # [B, T, V]
+            x, rotary = self.steps.embed(self.input_ids, self.position, cache)
+            return self.steps.logits(self.steps.walk(x, rotary, self.position, cache))  # [B, T, V]
 
         # Once before capturing, on a stream of its own: kernels are compiled and libraries wake up. A step may
         # run twice: it writes the same keys to the same slots.

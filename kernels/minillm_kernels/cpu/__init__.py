@@ -34,9 +34,7 @@ RMS_NORM = Call(
     group_stride; double eps, offset;""",
 )
 ACTIVATE = Call("activate", "int64_t x, out, rows, width, kind, gated, dtype, threads;")
-ANGLES = Call(
-    "angles", "int64_t position, frequency, cos, sin, batch, tokens, half, shared, threads; double scale;"
-)
+ANGLES = Call("angles", "int64_t position, frequency, cos, sin, batch, tokens, half, shared, threads; double scale;")
 ROPE = Call(
     "rope_and_cache_write",
     """int64_t q, k, v, cos, sin, k_cache, v_cache, position, out, batch, tokens, heads, kv_heads, head_dim, half,

@@ -68,6 +68,11 @@ def arrange(out: Tensor, x: Tensor, *_, **__) -> Noted:
     return ARRANGE, packed, (x, out)
 
 
+def copy(out: Tensor, to: Tensor, source: Tensor, *_) -> Noted:
+    same = to.shape == source.shape and to.dtype == source.dtype and to.is_contiguous()
+    return arrange(to, source) if same else None
+
+
 def argmax(out: Tensor, x: Tensor, dim: int | None = None, keepdim: bool = False) -> Noted:
     if x.dtype != torch.float32 or dim not in (-1, x.dim() - 1) or not x.is_contiguous():
         return None
@@ -82,5 +87,6 @@ TWINS = {
     _aten.to.dtype: widen,
     _aten.clamp.default: at_least,
     _aten.argmax.default: argmax,
+    _aten.copy_.default: copy,
     **dict.fromkeys((_aten.contiguous.default, _aten.reshape.default, _aten.clone.default), arrange),
 }

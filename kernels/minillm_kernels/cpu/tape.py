@@ -45,8 +45,8 @@ class Tape:
 
     @contextmanager
     def recording(self) -> Iterator[None]:
-        """Note the calls that this thread makes, and the twins of what PyTorch computes in between; raises NotRecordable
-        where that has none."""
+        """Note the calls that this thread makes, and the twins of what PyTorch computes in between; raises
+        NotRecordable where that has none."""
         _thread.tape = self
         try:
             with _OnlyShapes():
@@ -65,6 +65,11 @@ class Tape:
         self._calls.append((function, packed))
         # The memory, not the tensors: `parameter.data = other` leaves a tensor without the memory that was recorded.
         self._kept += [tensor.untyped_storage() for tensor in tensors if tensor is not None]
+
+    def extend(self, other: "Tape") -> None:
+        """Note all calls of another tape, which is not replayed by that."""
+        self._calls += other._calls
+        self._kept.append(other)
 
     def add_twin(self, operator: Callable, result: object, arguments: tuple, keywords: dict) -> bool:
         """Note the twin of what PyTorch has just computed; False where it has none."""
@@ -100,7 +105,7 @@ class _OnlyShapes(TorchDispatchMode):
         results = result if isinstance(result, list | tuple) else [result]
         looks = all(isinstance(view, Tensor) and view.untyped_storage().data_ptr() in known for view in results)
         writes = any(value.alias_info and value.alias_info.is_write for value in function._schema.arguments)
-        if writes or (not looks and not _thread.tape.add_twin(function, result, arguments, keywords or {})):
+        if (writes or not looks) and not _thread.tape.add_twin(function, result, arguments, keywords or {}):
             raise NotRecordable(f"{function} is computed by PyTorch")
         return result
 
