@@ -17,12 +17,14 @@ from rows import new_row
 from minillm import LLM, StaticCache, decode_one_token
 from minillm.batch import Batch
 from minillm.decode import prefill
-from minillm.errors import BackendError
+from minillm.errors import BackendError, NumericalError
 from minillm.faster.steps import RecordedStep, Steps
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
 from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig
+from minillm.request import new_rows
+from minillm.sampling import Sampling
 
 needs_c = pytest.mark.skipif(not cpu.available(), reason="steps are recorded from C calls: needs a C compiler")
 
@@ -67,6 +69,131 @@ def test_recorded_steps_are_the_decoder_to_the_last_bit(name, dtype, checkpoint)
     # It was not the decoder itself that ran.
     kinds = {shape: type(step) for shape, step in recorded(steps, caches[1]).items()}
     assert kinds == {(3, 1): RecordedStep, (3, 3): RecordedStep}
+
+
+FILTERS = {
+    "greedy": {},
+    "sampled": dict(temperature=0.9),
+    "filtered": dict(temperature=1.1, top_k=9, top_p=0.8, min_p=0.02),
+}
+
+
+@needs_c
+@pytest.mark.parametrize("filters", FILTERS)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_steps_made_at_once_are_the_decoder_to_the_last_bit(name, filters, checkpoint):
+    """k tokens, each fed to the next step: ragged rows, one of which wants fewer, one none; one newest token and two;
+    more than once, since the first ones are recorded; with a cut vocabulary."""
+    model = load_decoder(checkpoint(name), load_config(checkpoint(name)), torch.bfloat16, "cpu", attention="kernels")
+    steps, rows = Steps(model), [prompt_ids(n, seed=n) for n in (3, 14, 9)]
+    eager = Steps(model, compile=False)
+    caches = [StaticCache(model.config, 3, 64, dtype=torch.bfloat16) for _ in range(2)]
+    for cache in caches:
+        prefill(model, cache, rows, [0] * 3)
+    at, V = torch.tensor([[3], [14], [9]]), model.config.vocab_size - 5  # [B, 1]
+    newest = torch.tensor([[5], [6], [7]])  # [B, 1]
+    for number, (T, k) in enumerate([(1, 3), (2, 3), (2, 3), (1, 3), (1, 4), (1, 1), (2, 1), (1, 4), (2, 3)]):
+        sampling = Sampling.uniform_rows([number, 8, 9], "cpu", **FILTERS[filters])
+        place = at + 1 + torch.arange(k)  # [B, k]
+        position = at + torch.arange(k)
+        position[0, 2:], position[2] = -1, -1
+        ids = newest
+        if T == 2:  # the token before the newest, which is in the cache already, or padding
+            ids, position = F.pad(newest, (1, 0), value=4), F.pad(position, (1, 0), value=-1)
+            position[1, 0] = at[1, 0] - 1
+        expected = eager.ahead(ids, position, place, caches[0], sampling, 1, V)
+        result = steps.ahead(ids, position, place, caches[1], sampling, 1, V)
+        for ours, theirs in zip(result, expected, strict=True):
+            if theirs is None:
+                assert ours is None and filters == "greedy"
+                continue
+            assert torch.equal(ours[:, 1], theirs[:, 1]) and torch.equal(ours[:3, 0], theirs[:3, 0])
+        assert result[2].shape == (k, 3, V)
+        assert caches[1].token_ids == caches[0].token_ids
+        newest = expected[0][-1][:, None].clone()
+        newest[0] = expected[0][min(k, 2) - 1, 0]
+        at = at + torch.tensor([[min(k, 2)], [k], [0]])
+    kept = [step for key, step in recorded(steps, caches[1]).items() if len(key) > 2]
+    assert len(kept) == 1 and (kept == [None]) == (model.config.final_softcap is not None)  # its tanh is PyTorch's
+
+
+@needs_c
+def test_a_request_is_the_same_in_steps_of_four(llm):
+    """Tokens, logprobs, counts and the cache: however many steps are one call, and wherever a row ends."""
+    prompts = [prompt_ids(4 + n, seed=n) for n in range(3)]
+    told = llm.generate(prompts, temperature=0, max_new_tokens=40, eos_token_id=[])
+    ends = [out.token_ids[7 + 3 * n] for n, out in enumerate(told)]
+    outcomes = []
+    for at_once in (1, 2, 4, 7):
+        steps, said = Steps(llm.model), []
+        steps.at_once = at_once
+        for options in (
+            dict(temperature=0, eos_token_id=ends),
+            dict(temperature=0.9, top_p=0.9, seed=[3, 4, 5], logprobs=True, eos_token_id=ends[:1]),
+            dict(temperature=0, repetition_penalty=1.3, eos_token_id=[]),
+            dict(temperature=0, eos_token_id=[], stop_strings=[told[0].text[11:13] or "x"]),
+        ):
+            cache = StaticCache(llm.config, 3, 64)
+            rows = rows_of(llm, prompts, GenerationConfig(max_new_tokens=37, **options))
+            for _ in Batch(steps, cache, rows).run():
+                pass
+            said += [
+                (row.token_ids, row.text, row.finish_reason, row.logprobs, row.target_steps, row.from_draft)
+                for row in rows
+            ]
+            said.append(cache.token_ids)
+            assert cache.token_ids == [row.ids[:-1] for row in rows]
+        outcomes.append(said)
+    assert all(said == outcomes[0] for said in outcomes)
+
+
+@needs_c
+@pytest.mark.parametrize("bad", [9, 10, 11, 12])
+def test_numbers_that_are_none_between_steps_made_at_once(llm, bad):
+    """What was said before them stands, and the error names the token; behind a row's end nobody minds."""
+    (row,) = rows_of(llm, [prompt_ids(4, seed=1)], GenerationConfig(max_new_tokens=30, temperature=0, eos_token_id=[]))
+    steps = Steps(llm.model)
+    steps.at_once = 4
+    original = Steps.ahead
+
+    def spoilt(self, ids, cache_position, place, *rest):
+        tokens, probs, logits = original(self, ids, cache_position, place, *rest)
+        spoil = (place == 4 + bad - 1).t()[:, :, None]  # [k, B, 1]
+        return tokens, probs, logits.masked_fill(spoil, float("nan"))
+
+    steps.ahead = spoilt.__get__(steps)
+    with pytest.raises(NumericalError, match=f"new token {bad}:"):
+        for _ in Batch(steps, StaticCache(llm.config, 1, 64), [row]).run():
+            pass
+    assert len(row.token_ids) == bad - 1
+    told = list(row.token_ids)
+    config = GenerationConfig(max_new_tokens=30, temperature=0, eos_token_id=[told[-1]])
+    if told.index(told[-1]) == len(told) - 1:
+        (row,) = rows_of(llm, [prompt_ids(4, seed=1)], config)
+        for _ in Batch(steps, StaticCache(llm.config, 1, 64), [row]).run():
+            pass
+        assert (row.finish_reason, row.token_ids) == ("eos", told)
+
+
+@needs_c
+def test_steps_made_at_once_go_with_their_cache(llm):
+    steps = Steps(llm.model)
+    cache = StaticCache(llm.config, 1, 16)
+    sampling = Sampling.uniform_rows([1], "cpu")
+    for start in (0, 3):
+        position = torch.arange(start, start + 3)[None]
+        steps.ahead(torch.tensor([[5]]), position, position + 1, cache, sampling, 0, 64)
+    assert len(steps._recorded) == 1
+    del cache
+    gc.collect()
+    assert len(steps._recorded) == 0
+
+
+def rows_of(llm, prompts, config):
+    rows, _ = new_rows(llm, prompts, config, {}, 64)
+    for row in rows:
+        row.planned_length = None
+    return rows
 
 
 @needs_c

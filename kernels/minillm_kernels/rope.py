@@ -118,6 +118,11 @@ def angles(position: Tensor, frequency: Tensor, scale: float) -> tuple[Tensor, T
     No op: off the CPU it is PyTorch's own, which a compiler fuses; in C on a CPU, so that a pass can be recorded.
     Raises ValueError when shapes or dtypes do not fit.
     """
+    for name, value in (("position", position), ("frequency", frequency)):
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            raise TypeError(f"angles: {name} must be a dense tensor, got {type(value).__name__}")
+    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < 2**64:
+        raise ValueError(f"angles: scale must be a finite number, got {scale!r}")
     if position.dim() != 2 or position.dtype != torch.int64:
         raise ValueError(f"angles: position must be [B, T] int64, got {tuple(position.shape)} {position.dtype}")
     if frequency.dim() != 2 or frequency.dtype != torch.float32 or len(frequency) not in (1, len(position)):
