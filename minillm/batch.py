@@ -32,7 +32,7 @@ from minillm.drafting import Draft, no_draft
 from minillm.errors import NumericalError
 from minillm.model import Decoder
 from minillm.row import Group, Row
-from minillm.sampling import Sampling, next_token
+from minillm.sampling import Sampling, largest_of, next_token
 from minillm.speculative import judge, with_drafts
 
 FEW_TOKENS = 16  # of a step: so many are added up one by one, whatever stands beside them (the kernels' FEW_ROWS)
@@ -286,7 +286,7 @@ class Batch:
         tokens, logits = group.of(tokens.t()), group.of(logits.transpose(0, 1))  # [R, k], [R, k, V]
         self._token[group.index] = tokens[:, -1]
         self._position[group.index] = group.of(place)[:, -1] + 1
-        self._note(group, group.undrafted, tokens, torch.zeros_like(tokens[:, 0]), logits, logits.amax(dim=2))
+        self._note(group, group.undrafted, tokens, torch.zeros_like(tokens[:, 0]), logits, largest_of(logits))
 
     def _pass(self, pairs: list[tuple[Group, Draft]]) -> None:
         """One pass of the model for these groups and their drafts; everybody else's seat is padding."""
@@ -330,16 +330,15 @@ class Batch:
             token = next_token(logits[:, 0], sampling, place, seen)  # [R]
             token = self.model.ranks.of_first(token)
             accepted, tokens = torch.zeros_like(token), token[:, None]  # [R], [R, 1]
-            largest = logits.amax(dim=2)  # [R, 1]
+            largest = largest_of(logits)  # [R, 1]
         else:
             judged = judge(logits, draft, place, sampling, seen)
             accepted, token = map(self.model.ranks.of_first, judged)  # [R] each
             column = torch.arange(logits.shape[1], device=place.device)  # [k + 1]
             tokens = torch.where(column < accepted[:, None], F.pad(draft.tokens, (0, 1)), token[:, None])  # [R, k + 1]
             # Behind a rejected draft nobody reads.
-            largest = (
-                logits.amax(dim=2).masked_fill(column > accepted[:, None], 0.0).amax(dim=1, keepdim=True)
-            )  # [R, 1]
+            heeded = largest_of(logits).masked_fill(column > accepted[:, None], 0.0)  # [R, k + 1]
+            largest = heeded.amax(dim=1, keepdim=True)  # [R, 1]
         if seen is not None:
             self._seen[index] = seen.scatter(1, tokens, True)
         self._token[index] = token

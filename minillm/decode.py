@@ -16,7 +16,7 @@ from torch import Tensor
 from minillm.cache import StaticCache
 from minillm.model import Decoder
 from minillm.options import GenerationConfig, as_list
-from minillm.sampling import Sampling, next_token
+from minillm.sampling import Sampling, argmax, next_token
 from minillm.tokenizer import TextStream, Tokenizer
 
 
@@ -72,7 +72,7 @@ def decode_one_token(
     """
     logits = model(token, cache_position, cache)[:, -1]  # [B, V]
     if sampling is None:
-        return logits.argmax(dim=-1, keepdim=True)
+        return argmax(logits)[:, None]
     return next_token(logits, sampling, cache_position[:, 0] + 1)[:, None]
 
 

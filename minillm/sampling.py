@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from minillm_kernels import sampling as kernels
 from minillm_kernels.launch import why_no_launch
-from minillm_kernels.sampling import sample, uniform
+from minillm_kernels.sampling import argmax, sample, uniform
 from torch import Tensor
 
 from minillm.options import GenerationConfig
@@ -130,6 +130,11 @@ def probabilities(
     return compute(logits, temperature, top_k, top_p, min_p)
 
 
+def largest_of(logits: Tensor) -> Tensor:
+    """The largest logit of each row, or NaN if one is: `[..., V]` -> `[...]`."""
+    return logits.gather(-1, argmax(logits)[..., None])[..., 0]
+
+
 def _in_kernels(x: Tensor) -> bool:
     """Whether a kernel takes such logits or probabilities: a tenth of the time of the PyTorch code."""
     served = x.dtype == torch.float32 and x.shape[-1] <= kernels.MAX_VOCABULARY
@@ -171,7 +176,7 @@ def choose(
     if sampling.repetition_penalty is not None:
         logits = penalize(logits, seen, sampling.repetition_penalty)
     if sampling.temperature is None:
-        return logits.argmax(dim=-1), None  # what the search below would find in a one-hot distribution
+        return argmax(logits), None  # what the search below would find in a one-hot distribution
     probs = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     if _in_kernels(probs):
         return kernels.draw(probs, sampling.seed, position, stream), probs

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.drafting import Draft
-from minillm.sampling import Sampling, distribution, penalized, sample, uniform
+from minillm.sampling import Sampling, argmax, distribution, penalized, sample, uniform
 
 AUTO_LENGTHS = (0, 1, 2, 4, 8)  # what "auto" chooses from: few, so that there are few shapes of verify steps
 _DECAY = 0.9  # how fast luck is forgotten: about the last ten steps count
@@ -140,10 +140,8 @@ def _leading(keep: Tensor) -> Tensor:
     return keep.long().cumprod(dim=1).sum(dim=1)
 
 
-def with_drafts(
-    drafts: Sequence[tuple[slice | Tensor, Draft]], width: int, ids: Tensor, fed: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Ids and positions `[n, 1]` of a pass, with the drafts of these rows behind them: `[n, width]` each."""
+def with_drafts(drafts: Sequence[tuple], width: int, ids: Tensor, fed: Tensor) -> tuple[Tensor, Tensor]:
+    """Ids and positions `[n, 1]` of a pass, with drafts behind them, (rows, `Draft`) each: `[n, width]` each."""
     drafted = F.pad(ids, (0, width - 1))  # [n, T]
     count = torch.zeros_like(ids)  # [n, 1], drafts of each row
     for index, draft in drafts:
@@ -168,7 +166,7 @@ def judge(
             stages.append(stages[-1].scatter(1, token[:, None], True))  # [B, V]
         stages = torch.stack(stages, dim=1)  # [B, k + 1, V]
     if sampling.temperature is None:
-        return compare(draft.tokens, penalized(logits, sampling, stages).argmax(dim=-1), draft.counts)
+        return compare(draft.tokens, argmax(penalized(logits, sampling, stages)), draft.counts)
     place = start[:, None] + torch.arange(logits.shape[1], device=start.device)  # [B, k + 1]
     seed = sampling.seed[:, None]  # [B, 1]
     return verify(

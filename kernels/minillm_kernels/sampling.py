@@ -92,6 +92,21 @@ def draw(probs: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
     return sample(probs, uniform(seed, position, stream))
 
 
+def argmax(x: Tensor) -> Tensor:
+    """The first largest of each row, or the first that is no number: x [..., V] float, V 1 or more; [...] int64.
+
+    No op: `torch.argmax`, but for a CPU, where in C a pass can be recorded, and none of PyTorch's threads is woken,
+    which would have to be waited for beside a busy process. Raises ValueError or TypeError.
+    """
+    if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_floating_point():
+        what = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise TypeError(f"argmax: x must be a dense tensor of floats, got {what}")
+    if not x.dim() or not x.shape[-1]:
+        raise ValueError(f"argmax: x must be [..., V] with V of 1 or more, got {tuple(x.shape)}")
+    in_c = type(x) is Tensor and x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling()
+    return cpu.argmax(x) if in_c and cpu.available() else x.argmax(dim=-1)
+
+
 # ---- the same in PyTorch, for any float dtype and any device ----
 
 

@@ -234,8 +234,9 @@ class RecordedStep:
         self.recorded = Recorded(step)
 
     def __call__(self, input_ids: Tensor, cache_position: Tensor) -> Tensor:
-        logits = self.recorded(input_ids, cache_position)
-        return self.model.finish(logits.clone())  # [B, T, V]; a copy: the next step overwrites what this one returned
+        # A copy, since the next step overwrites what this one returned; not PyTorch's, which would wake its threads.
+        logits = torch.from_numpy(self.recorded(input_ids, cache_position).numpy().copy())
+        return self.model.finish(logits)  # [B, T, V]
 
 
 class RecordedAhead:

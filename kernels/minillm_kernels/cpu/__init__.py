@@ -50,6 +50,7 @@ QUANTIZE = Call("quantize_int4", "int64_t dtype, weight, rows, inputs, group_siz
 PROBABILITIES = Call(
     "probabilities", "int64_t logits, out, rows, vocabulary, temperature, top_k, top_p, min_p, threads;"
 )
+ARGMAX = Call("argmax", "int64_t x, out, rows, width;")
 DRAW = Call("draw", "int64_t probs, out, rows, vocabulary, seed, position, stream;")
 REPLAY = Call("replay", "int64_t function, arguments;")
 
@@ -228,6 +229,13 @@ def probabilities(
     columns = [None if column is None else column.contiguous() for column in (temperature, top_k, top_p, min_p)]
     packed = PROBABILITIES.pack(logits.data_ptr(), out.data_ptr(), *logits.shape, *map(address, columns), threads())
     _call(PROBABILITIES, packed, logits, out, *columns)
+    return out
+
+
+def argmax(x: Tensor) -> Tensor:
+    """As `sampling.argmax`."""
+    x, out = x.contiguous(), torch.empty(x.shape[:-1], dtype=torch.int64, device="cpu")
+    _call(ARGMAX, ARGMAX.pack(x.data_ptr(), out.data_ptr(), out.numel(), x.shape[-1]), x, out)
     return out
 
 

@@ -19,7 +19,6 @@ ADD = Call("add", "int64_t x, y, out, count, dtype, threads;")
 WIDEN = Call("widen", "int64_t x, out, count, dtype;")
 AT_LEAST = Call("at_least", "int64_t x, out, count, least;")
 ARRANGE = Call("arrange", "int64_t from, to, bytes, n0, n1, n2, n3, s0, s1, s2, s3;")
-ARGMAX = Call("argmax", "int64_t x, out, rows, width;")
 
 Noted = tuple[Call, bytes, tuple[Tensor, ...]] | None
 
@@ -73,12 +72,6 @@ def copy(out: Tensor, to: Tensor, source: Tensor, *_) -> Noted:
     return arrange(to, source) if same else None
 
 
-def argmax(out: Tensor, x: Tensor, dim: int | None = None, keepdim: bool = False) -> Noted:
-    if x.dtype != torch.float32 or dim not in (-1, x.dim() - 1) or not x.is_contiguous():
-        return None
-    return ARGMAX, ARGMAX.pack(x.data_ptr(), out.data_ptr(), out.numel(), x.shape[-1]), (x, out)
-
-
 _aten = torch.ops.aten
 TWINS = {
     _aten.embedding.default: lookup,
@@ -86,7 +79,6 @@ TWINS = {
     _aten.add.Tensor: add,
     _aten.to.dtype: widen,
     _aten.clamp.default: at_least,
-    _aten.argmax.default: argmax,
     _aten.copy_.default: copy,
     **dict.fromkeys((_aten.contiguous.default, _aten.reshape.default, _aten.clone.default), arrange),
 }
