@@ -5,7 +5,7 @@ there shares the steps, and nobody waits for the longest answer: a row leaves wh
 takes its seat while the others go on (Yu et al. 2022, Orca, "iteration-level scheduling"). Everything is this loop:
 one prompt is a batch of one row, a list is rows of one request, plain decoding is speculation with zero drafts.
 
-A *tick* runs one step for all rows that talk (of one token each, or of a token and its drafts), seats those that wait,
+A *tick* runs a step for all rows that talk (of one token each, or of a token and its drafts), seats those that wait,
 feeds chunks of their prompts, and looks at what came out.
 
 What a row says does not depend on its neighbours, to the last bit as long as a pass has at most 16 places (the seats up
@@ -64,7 +64,8 @@ class Batch:
             of what a row says (its logits, its text) stays with it.
         look_every: the number of steps between two looks. Looking at a token is free on a CPU: there it is 1. An
             accelerator works through a queue, and each look waits until that is empty: there it is 8, and it is worth
-            running a few steps past a row's end. Everything that a step needs is a tensor, so nothing looks in between.
+            running a few steps past a row's end (as it is for small models: `model.at_once`). Everything that a step
+            needs is a tensor, so nothing looks in between.
     """
 
     def __init__(
@@ -258,12 +259,13 @@ class Batch:
         # A stop string is only seen at the look, after the row has gone on: the cache must be able to forget that.
         rows = [row for group in self._groups for row in group.rows]
         left = max(row.max_new_tokens - len(row.token_ids) for row in rows)
-        plain, most = not any(row.proposer for row in rows), min(left, self.cache.max_step)
+        resting = min((row.draft_length.resting for row in rows if row.proposer), default=left)
+        most = min(left, resting, self.cache.max_step)
         several = self.one_request and self.model.at_once > 1 and len(self._groups) == 1
-        if plain and several and rows[0].sampling.repetition_penalty is None:
+        if most > 0 and several and rows[0].sampling.repetition_penalty is None:
             self._ahead(self._groups[0], min(self.model.at_once, most))
             return
-        steps = min(self.look_every, most) if plain else 1
+        steps = max(1, min(self.look_every, most))
         for _ in range(steps):
             for some in filter(None, passes):
                 self._pass(some)
@@ -275,14 +277,13 @@ class Batch:
 
     def _ahead(self, group: Group, steps: int) -> None:
         """Several steps as one call, for the rows that talk: past the end of one it says what nobody hears."""
-        n, R = self._part.batch_size, len(group.rows)
+        n = self._part.batch_size
         place = self._position[:n, None] + torch.arange(steps, device=self._position.device)  # [n, k]
         last = torch.full_like(place[:, :1], -1)  # [n, 1]
         last[group.index, 0] = group.last
         fed = torch.where(place > last, -1, place - 1)  # [n, k]
-        sampling = group.sampling if n == R else group.sampling.of_rows(group.index, n)
-        size = self.model.config.vocab_size
-        tokens, _, logits = self.model.ahead(self._token[:n, None], fed, place, self._part, sampling, 0, size)
+        sampling, size = group.sampling.of_rows(group.index, n), self.model.config.vocab_size
+        tokens, logits = self.model.ahead(self._token[:n, None], fed, place, self._part, sampling, 0, size, logits=True)
         tokens, logits = group.of(tokens.t()), group.of(logits.transpose(0, 1))  # [R, k], [R, k, V]
         self._token[group.index] = tokens[:, -1]
         self._position[group.index] = group.of(place)[:, -1] + 1
@@ -372,9 +373,11 @@ class Batch:
                 else:
                     kept, steps = accepted[i], len(largest[i])
                     sound = sum(1 for _ in takewhile(math.isfinite, largest[i]))  # steps whose logits are numbers
-                    said = tokens[i][: kept + sound] if sound else []
+                    count = 0
                     try:
-                        count = row.commit(said, logprobs[i] if row.wants_logprobs else (), kept)
+                        if sound:
+                            said = tokens[i][: kept + sound]
+                            count = row.commit(said, logprobs[i] if row.wants_logprobs else (), kept)
                     except Exception as error:
                         self._fail(row, error)
                         continue
@@ -382,7 +385,7 @@ class Batch:
                         self._spoilt(row)
                         continue
                     row.drafted += result.proposed[i]
-                    if row.draft_length is not None:
+                    for _ in range(steps if row.draft_length else 0):
                         row.draft_length.learn(result.proposed[i], kept)
                     past = past or count < result.proposed[i] + steps
         if past:

@@ -19,7 +19,8 @@ from minillm.sampling import Sampling
 
 DRAFT_STREAM = 1  # random numbers beside plain decoding's stream 0, see `sampling.uniform`
 # What a step costs beside reading weights, as bytes that could be read meanwhile (some 30 GB/s): the calls of a pass,
-# and judging drafts. Rough, but the same everywhere, so that a seed's text does not depend on a clock.
+# and judging drafts. Rough (recorded, k steps of a draft pay for their calls once), but the same everywhere, so that a
+# seed's text depends neither on a clock nor on how steps are run.
 PASS_BYTES, JUDGING_BYTES = 6e6, 10e6
 WIDER = 0.05  # the share of a pass that one more token of each row adds to it
 _MAX_NGRAM = 3  # the longest n-gram prompt lookup tries to match
@@ -50,7 +51,7 @@ class Proposer(Protocol):
         """A row with this prompt takes this seat; see `row.Row` for its planned length."""
 
     def read(self, seat: int, beginning: list[int]) -> None:
-        """The target has read so much of its row's prompt: a chunk more than before."""
+        """The target has read so much of its row's prompt, which is going to be drafted for."""
 
     def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
         """For each seat up to as many tokens as `counts` says, to follow its text: all ids of that row so far.
@@ -126,12 +127,14 @@ class DraftModel:
         self.model, self.cache, self.ranks = model, cache, target.ranks
         self.vocab_size = target.config.vocab_size
         self.cost = WIDER + pass_bytes(model) / pass_bytes(target)
-        self._fed: dict[int, int] = {}  # per seat: tokens of text and drafts that the cache holds; a GPU is not asked
+        # Per seat: tokens of text and drafts that the cache holds, and of them the drafts. A GPU is not asked.
+        self._fed: dict[int, int] = {}
+        self._drafts: dict[int, int] = {}
 
     def start(self, seat: int, prompt: list[int], planned_length: int | None) -> None:
         if not self.cache.hold.same_weights(self.model.fingerprint()):
             self.cache.reset()
-        row, self._fed[seat] = self.cache.rows(seat, seat + 1), 0
+        row, self._fed[seat], self._drafts[seat] = self.cache.rows(seat, seat + 1), 0, 0
         if planned_length is None:
             self._fed[seat] = reuse_prefix(row, self._known(prompt))
         else:
@@ -142,7 +145,7 @@ class DraftModel:
         row, held = self.cache.rows(seat, seat + 1), self._fed[seat]
         if held < len(beginning) <= self.cache.max_cache_len:
             prefill(self.model, row, [self._known(beginning[held:])], [held])
-            self._fed[seat] = len(beginning)
+            self._fed[seat], self._drafts[seat] = len(beginning), 0
 
     def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
         # A text that outgrows the draft's positions goes on without drafts.
@@ -154,28 +157,30 @@ class DraftModel:
         if k == 0:
             return no_draft(len(texts), device)
         part = self.cache.first_rows(max(texts) + 1)
-        # Per row: the newest two tokens, k places where tokens are fed, and k for which they are chosen.
+        # Per row: the newest two tokens, k + 1 places where tokens are fed, and k for which they are chosen.
         table = [[0] * 2 + [-1] * (k + 1) + [0] * k for _ in range(part.batch_size)]
         for (seat, text), count in zip(texts.items(), counts, strict=True):
             if count:
                 # What the cache holds of a text is right up to where the last drafts were rejected; if all were
                 # accepted, the last of them was never fed. Either way the rest of the text is fed now.
                 # (What is fed at a position ends what stood there and behind it: nothing need be cut.)
-                end, held = len(text), min(self._fed.get(seat, 0), len(text) - 1)
+                # If the text has gone on without drafts since, nobody knows which of them it took: none then.
+                end, held = len(text), self._fed.get(seat, 0)
+                held = min(held, end - 1) if end <= held + 2 else held - self._drafts.get(seat, 0)
                 if held < end - 2:
                     prefill(self.model, self.cache.rows(seat, seat + 1), [self._known(text[held : end - 2])], [held])
                     held = end - 2
                 newest, places = self._known(text[held:]), [*range(held, end + count - 1)]  # the last is never fed
                 row = [0] * (2 - len(newest)) + newest, [-1] * (2 - len(newest)) + places + [-1] * (k - count)
                 table[seat] = [*row[0], *row[1], *range(end, end + k)]
-                self._fed[seat] = end + count - 1
+                self._fed[seat], self._drafts[seat] = end + count - 1, count - 1
         ids, position, place = upload(table, device).split((2, k + 1, k), dim=1)  # [n, 2], [n, k + 1], [n, k]
         index = upload([*texts], device)  # [R]
         size = min(self.vocab_size, self.model.config.vocab_size)
         rows = sampling.of_rows(index, part.batch_size)
         if seen is not None:
             seen = seen.new_zeros(part.batch_size, size).index_copy(0, index, seen[:, :size])  # [n, size]
-        tokens, probs, _ = self.model.ahead(ids, position, place, part, rows, DRAFT_STREAM, size, seen)
+        tokens, probs = self.model.ahead(ids, position, place, part, rows, DRAFT_STREAM, size, False, seen)
         proposed = self.ranks.of_first(tokens.t().index_select(0, index))  # [R, k]
         if probs is not None:  # where greedy the target compares tokens and asks for no distribution
             probs = F.pad(probs.transpose(0, 1).index_select(0, index), (0, self.vocab_size - size))  # [R, k, V]

@@ -51,7 +51,9 @@ class Sampling:
         return Sampling(*(None if column[0] is None else torch.cat(column) for column in columns))
 
     def of_rows(self, index: slice | Tensor, rows: int) -> "Sampling":
-        """As the rows `index [B]` of so many; the others have ones."""
+        """As the rows `index [R]`, ascending, of so many; the others have ones."""
+        if rows == len(self.seed):
+            return self
         columns = [None if column is None else column.new_ones(rows) for column in vars(self).values()]
         for column, own in zip(columns, vars(self).values(), strict=True):
             if own is not None:

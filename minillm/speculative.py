@@ -60,6 +60,11 @@ class DraftLength:
     def choose(self) -> int:
         return min(filter(None, self.lengths), default=0) if self.best == 0 and self.rested >= self.rest else self.best
 
+    @property
+    def resting(self) -> int:
+        """How many steps there are from here on in which nothing is drafted."""
+        return max(0, self.rest - self.rested) if self.best == 0 else 0
+
     def _best(self) -> int:
         rate = self.accepted / (self.accepted + self.rejected)
 

@@ -17,7 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from minillm.cache import StaticCache
 from minillm.cli import main
 from minillm.errors import CheckpointError, ConfigError, RequestError
-from minillm.faster.steps import RecordedStep
+from minillm.faster.steps import RecordedAhead
 from minillm.linear import Linear, QuantizedLinear
 from minillm.llm import LLM
 from minillm.load.checkpoint import load_decoder
@@ -253,7 +253,7 @@ def test_every_way_of_generating(quantize, quantizable, text_adapter):
     cache = StaticCache(llm.config, 1, 64)
     assert llm.generate(prompts[0], cache=cache, **asked).token_ids == alone[0]
     if cpu.available():
-        assert {type(step) for step in llm.steps._recorded[cache].values()} == {RecordedStep}
+        assert {type(step) for step in llm.steps._recorded[cache].values()} == {RecordedAhead}
     assert [one.token_ids for one in eager.generate(prompts, **asked)] == alone
     assert [one.token_ids for one in llm.generate(prompts, **asked)] == alone
     assert [llm.generate(prompt, assistant_model=base, **asked).token_ids for prompt in prompts] == alone

@@ -606,6 +606,18 @@ def test_the_draft_never_misses_a_key(llm):
     assert cache.token_ids == [[*text, 13] for text in texts]
 
 
+def test_a_draft_that_has_rested_forgets_what_was_rejected(llm):
+    """Its cache holds drafts; when the text has gone on without it, nobody knows which of them were taken."""
+    text, cache = llm.tokenizer.encode(PROMPTS[0]), StaticCache(llm.config, 1, 100, dtype=llm.dtype)
+    drafter, sampling = DraftModel(llm.steps, llm.model, cache), Sampling.uniform_rows([0], "cpu")
+    with torch.inference_mode():
+        for count in (4, 1, 3):
+            proposed = drafter.propose({0: text}, [count], sampling, None).tokens[0].tolist()
+            text += [(token + 1) % llm.config.vocab_size for token in proposed] + [10, 11, 12]
+        drafter.propose({0: text}, [1], sampling, None)
+    assert cache.token_ids == [text]
+
+
 def test_ids_the_draft_cannot_read(llm, window_llm, text_tokenizer_files):
     """The target's padded ids lie beyond the draft's embedding; they may stand in a prompt all the same."""
     odd = llm.config.vocab_size - 1

@@ -18,7 +18,7 @@ from minillm import LLM, StaticCache, decode_one_token
 from minillm.batch import Batch
 from minillm.decode import prefill
 from minillm.errors import BackendError, NumericalError
-from minillm.faster.steps import RecordedStep, Steps
+from minillm.faster.steps import RecordedAhead, RecordedStep, Steps
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
 from minillm.load.tokenizer import load_tokenizer
@@ -101,20 +101,21 @@ def test_steps_made_at_once_are_the_decoder_to_the_last_bit(name, filters, check
         if T == 2:  # the token before the newest, which is in the cache already, or padding
             ids, position = F.pad(newest, (1, 0), value=4), F.pad(position, (1, 0), value=-1)
             position[1, 0] = at[1, 0] - 1
-        expected = eager.ahead(ids, position, place, caches[0], sampling, 1, V)
-        result = steps.ahead(ids, position, place, caches[1], sampling, 1, V)
+        given = (sampling, 1, V, number % 3 == 0)  # the logits or the distributions
+        expected = eager.ahead(ids, position, place, caches[0], *given)
+        result = steps.ahead(ids, position, place, caches[1], *given)
         for ours, theirs in zip(result, expected, strict=True):
             if theirs is None:
-                assert ours is None and filters == "greedy"
+                assert ours is None and filters == "greedy" and number % 3
                 continue
             assert torch.equal(ours[:, 1], theirs[:, 1]) and torch.equal(ours[:3, 0], theirs[:3, 0])
-        assert result[2].shape == (k, 3, V)
+        assert number % 3 or result[1].shape == (k, 3, V)
         assert caches[1].token_ids == caches[0].token_ids
         newest = expected[0][-1][:, None].clone()
         newest[0] = expected[0][min(k, 2) - 1, 0]
         at = at + torch.tensor([[min(k, 2)], [k], [0]])
     kept = [step for key, step in recorded(steps, caches[1]).items() if len(key) > 2]
-    assert len(kept) == 1 and (kept == [None]) == (model.config.final_softcap is not None)  # its tanh is PyTorch's
+    assert len(kept) == 2 and (kept == [None] * 2) == (model.config.final_softcap is not None)  # its tanh is PyTorch's
 
 
 @needs_c
@@ -143,6 +144,10 @@ def test_a_request_is_the_same_in_steps_of_four(llm):
             ]
             said.append(cache.token_ids)
             assert cache.token_ids == [row.ids[:-1] for row in rows]
+            chains = [step for step in recorded(steps, cache).values() if isinstance(step, RecordedAhead)]
+            assert [bool(step.lists) for step in chains] == [True] * (
+                at_once > 1 and "repetition_penalty" not in options
+            )
         outcomes.append(said)
     assert all(said == outcomes[0] for said in outcomes)
 
@@ -156,10 +161,10 @@ def test_numbers_that_are_none_between_steps_made_at_once(llm, bad):
     steps.at_once = 4
     original = Steps.ahead
 
-    def spoilt(self, ids, cache_position, place, *rest):
-        tokens, probs, logits = original(self, ids, cache_position, place, *rest)
+    def spoilt(self, ids, cache_position, place, *rest, logits):
+        tokens, logits = original(self, ids, cache_position, place, *rest, logits=logits)
         spoil = (place == 4 + bad - 1).t()[:, :, None]  # [k, B, 1]
-        return tokens, probs, logits.masked_fill(spoil, float("nan"))
+        return tokens, logits.masked_fill(spoil, float("nan"))
 
     steps.ahead = spoilt.__get__(steps)
     with pytest.raises(NumericalError, match=f"new token {bad}:"):
@@ -182,7 +187,7 @@ def test_steps_made_at_once_go_with_their_cache(llm):
     sampling = Sampling.uniform_rows([1], "cpu")
     for start in (0, 3):
         position = torch.arange(start, start + 3)[None]
-        steps.ahead(torch.tensor([[5]]), position, position + 1, cache, sampling, 0, 64)
+        steps.ahead(torch.tensor([[5]]), position, position + 1, cache, sampling, 0, 64, logits=True)
     assert len(steps._recorded) == 1
     del cache
     gc.collect()
@@ -265,7 +270,7 @@ def test_steps_go_with_their_cache(llm):
 @pytest.mark.parametrize("inference", [False, True])
 def test_what_pytorch_computes_is_not_recorded(inference):
     with torch.inference_mode(inference):  # in which fewer operators are taken apart
-        x, y = torch.ones(4, 6), torch.ones(4, 6)
+        x, y, small = torch.ones(4, 6), torch.ones(4, 6), torch.ones(4, 6, dtype=torch.int8)
         with cpu.blank_tape().recording():
             cpu.add(x.view(2, 12), torch.empty(2, 12))
             x[:, :2].reshape(4, 1, 2).transpose(0, 1)
@@ -278,6 +283,10 @@ def test_what_pytorch_computes_is_not_recorded(inference):
             lambda: x.bfloat16(),
             lambda: x @ y.t(),
             lambda: x.sum(),
+            lambda: torch.add(x, y, alpha=2),
+            lambda: x.to(torch.int8),
+            lambda: small + small,
+            lambda: small.float(),
             lambda: x.argmax(dim=-1),
             lambda: x[0, 0].item(),
             lambda: torch.zeros(2),

@@ -11,14 +11,17 @@ only token and position differ, and those are data. `compile=` says what is made
   text or cache compiles anything twice. On a GPU the compiled step is captured as well.
 * False: the decoder as it is written.
 
-Few shapes are needed, because positions are data: a chunk of prompt (any length), one token per row, and the
-k + 1 tokens of a verify step.
+Few shapes are needed, because positions are data: a chunk of prompt (any length), one token per row, the k + 1 tokens
+of a verify step, and the two with which a draft begins.
+
+Several steps in which nobody has a say, k tokens of a draft or a few of a small model, are one call: a recorded step
+is a list, and so are k of them with copies in between (`Steps.ahead`).
 """
 
 import copy
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext, suppress
 from functools import partial
 
@@ -35,8 +38,9 @@ from minillm.faster.compiled import CompiledWalk
 from minillm.model import Decoder
 from minillm.sampling import Sampling, choose
 
-Chosen = tuple[Tensor, Tensor | None, Tensor]  # a token of each row, what it was drawn from, the logits
-Ahead = Chosen  # the same of k steps, with a dimension k in front
+# A token of each row, `[B]`, and what was asked for beside it, `[B, V]`: the logits, or the distribution that it was
+# drawn from, None where greedy. Of k steps `[k, B]` and `[k, B, V]`.
+Chosen = tuple[Tensor, Tensor | None]
 _SMALL = 2**25  # bytes of weights, below which reading them takes less than ten times what Python does
 _STEPS_OF_SMALL = 4
 
@@ -65,7 +69,9 @@ class Steps:
         elif device == "cpu" and compile == "auto" and model.backend.name == "kernels" and cpu.available():
             self._make = None if model.ranks.joined else RecordedStep  # a list of C calls waits for no other process
         # How many decode steps are worth making one call: several where Python takes a good part of each.
-        self.at_once = _STEPS_OF_SMALL if self._make is RecordedStep and model.weight_bytes < _SMALL else 1
+        # (A softcap is PyTorch's tanh, whose bits nobody else has.)
+        chained = self._make is RecordedStep and model.config.final_softcap is None
+        self.at_once = _STEPS_OF_SMALL if chained and model.weight_bytes < _SMALL else 1
         # Per cache, by their shapes: the recorded steps, or None for one that cannot be recorded. A cache that is
         # dropped takes its steps along.
         self._recorded: weakref.WeakKeyDictionary[StaticCache, dict] = weakref.WeakKeyDictionary()
@@ -105,17 +111,19 @@ class Steps:
         sampling: Sampling,
         stream: int,
         vocabulary: int,
+        logits: bool,
         seen: Tensor | None = None,
-    ) -> Ahead:
+    ) -> Chosen:
         """Feed tokens and go on with those that are chosen, as `decode_ahead` in this cache: the arguments as there,
-        and how to choose, with which stream of random numbers, among the first `vocabulary` tokens, and which ones a
-        repetition penalty knows. Where steps are recorded it is one call; what comes out is overwritten by the next."""
+        and how to choose, with which stream of random numbers, among the first `vocabulary` tokens, whether to return
+        the logits or the distributions, and which tokens a repetition penalty knows. Where steps are recorded it is
+        one call; what comes out is overwritten by the next."""
         if self._make is RecordedStep and seen is None:
             looked, T = self._looked(cache), ids.shape[1]
             fed = F.pad(ids, (0, place.shape[1] - 1))  # [B, T + k - 1], to be filled in with what is chosen
             with suppress(NotRecordable), _inference(), self.own_dtypes(), cache.writing(self, fed, cache_position):
-                key = (len(ids), sampling.filters, stream, vocabulary)
-                make = partial(RecordedAhead, self, cache, sampling, stream, vocabulary)
+                key = (len(ids), sampling.filters, stream, vocabulary, logits)
+                make = partial(RecordedAhead, self, cache, sampling, stream, vocabulary, logits)
                 results = self._recall(cache, looked, key, make, ids, cache_position, place, sampling)
                 if place.shape[1] > 1:
                     fed[:, T:] = results[0][:-1].t()
@@ -123,10 +131,10 @@ class Steps:
 
         def step(ids: Tensor, cache_position: Tensor, place: Tensor) -> Chosen:
             nonlocal seen
-            logits = self(ids, cache_position, cache)[:, -1, :vocabulary]  # [B, V]
-            token, drawn_from = choose(logits, sampling, place, seen, stream)
+            said = self(ids, cache_position, cache)[:, -1, :vocabulary]  # [B, V]
+            token, drawn_from = choose(said, sampling, place, seen, stream)
             seen = None if seen is None else seen.scatter(1, token[:, None], True)
-            return token, drawn_from, logits
+            return token, said if logits else drawn_from
 
         with _inference():
             return decode_ahead(step, ids, cache_position, place)
@@ -176,17 +184,16 @@ def check_compile(compile: bool | str) -> None:
 
 def decode_ahead(
     step: Callable[[Tensor, Tensor, Tensor], Chosen], ids: Tensor, cache_position: Tensor, place: Tensor
-) -> Ahead:
+) -> Chosen:
     """Feed the newest tokens of every row, and then each token that is chosen but the last: k steps that need nobody.
 
     Args:
         step: feeds ids at positions, `[B, T]` int64 both, and chooses the tokens that will stand at `place [B]`.
-            Returns them, `[B]`, the distributions `[B, V]` they were drawn from, or None, and the logits `[B, V]`.
         ids: `[B, T]` int64.
         cache_position: `[B, T + k - 1]` int64, where they stand, and then where the chosen ones are fed; -1: padding.
         place: `[B, k]` int64, for which places tokens are chosen.
 
-    Returns what the steps did: tokens `[k, B]`, distributions `[k, B, V]` unless greedy, and logits `[k, B, V]`.
+    Returns what the steps did, see `Chosen`.
     """
     T, k = ids.shape[1], place.shape[1]
     chosen = [step(ids, cache_position[:, :T].contiguous(), place[:, 0].contiguous())]
@@ -245,15 +252,19 @@ class RecordedAhead:
     A step is written down once, whatever k is: the first k steps of a kind are made one by one.
     """
 
-    def __init__(self, steps: Steps, cache: StaticCache, sampling: Sampling, stream: int, vocabulary: int):
+    def __init__(
+        self, steps: Steps, cache: StaticCache, sampling: Sampling, stream: int, vocabulary: int, logits: bool
+    ):
         self.model, self.cache, self.stream, self.vocabulary = steps.model, weakref.ref(cache), stream, vocabulary
+        self.logits = logits
         self.given: Sampling | None = None
         # Where the calls read it.
         self.sampling = Sampling(*(None if column is None else column.clone() for column in vars(sampling).values()))
         self.steps: dict[int, Recorded] = {}  # by T
         self.lists: dict[tuple[int, int], Chain] = {}  # by T and k
+        self.results: list[Tensor | None] | None = None  # of the longest
 
-    def __call__(self, ids: Tensor, cache_position: Tensor, place: Tensor, sampling: Sampling) -> Ahead:
+    def __call__(self, ids: Tensor, cache_position: Tensor, place: Tensor, sampling: Sampling) -> Chosen:
         if sampling is not self.given:
             self.given = None  # until it is copied whole
             for kept, new in zip(vars(self.sampling).values(), vars(sampling).values(), strict=True):
@@ -263,9 +274,12 @@ class RecordedAhead:
         T, k = ids.shape[1], place.shape[1]
         if (T, k) in self.lists:
             return self.lists[T, k](ids, cache_position, place)
-        results = decode_ahead(self._step, ids, cache_position, place)
-        self.lists[T, k] = Chain(self.steps[T], self.steps[1 if k > 1 else T], k)
-        return results
+        chosen = decode_ahead(self._step, ids, cache_position, place)
+        if self.results is None or len(self.results[0]) < k:
+            self.results = [None if kept is None else kept.clone() for kept in chosen]
+        results = [None if kept is None else kept[:k] for kept in self.results]
+        self.lists[T, k] = Chain(self.steps[T], self.steps[1 if k > 1 else T], results)
+        return chosen
 
     def _step(self, ids: Tensor, cache_position: Tensor, place: Tensor) -> Chosen:
         recorded = self.steps.setdefault(ids.shape[1], Recorded(self._choose))
@@ -276,17 +290,18 @@ class RecordedAhead:
         x, rotary = self.model.embed(ids, cache_position, cache)
         hidden = self.model.walk(x, rotary, cache_position, cache, bound=1)[:, -1]  # [B, d]
         logits = self.model.logits(hidden)[:, : self.vocabulary].contiguous()  # [B, V]
-        return *choose(logits, self.sampling, place, stream=self.stream), logits
+        token, drawn_from = choose(logits, self.sampling, place, stream=self.stream)
+        return token, logits if self.logits else drawn_from
 
 
 class Chain:
     """k steps as one list of C calls: a first one, and k - 1 times another that feeds the token before."""
 
-    def __init__(self, first: Recorded, other: Recorded, k: int):
+    def __init__(self, first: Recorded, other: Recorded, results: Sequence[Tensor | None]):
         self.first, (ids, position, place) = first, other.inputs  # [B, 1], [B, 1], [B]
+        self.results, k = results, len(results[0])
         self.position = position.new_empty(k - 1, *position.shape)  # [k - 1, B, 1]
         self.place = place.new_empty(k, *place.shape)  # [k, B]
-        self.results = tuple(None if x is None else x.new_empty(k, *x.shape) for x in first.result)
         self.tape = cpu.blank_tape()
         with self.tape.recording():
             for i in range(k):
@@ -300,7 +315,7 @@ class Chain:
                     if kept is not None:
                         kept[i].copy_(result)
 
-    def __call__(self, ids: Tensor, cache_position: Tensor, place: Tensor) -> Ahead:
+    def __call__(self, ids: Tensor, cache_position: Tensor, place: Tensor) -> Chosen:
         T = ids.shape[1]
         self.first.inputs[0].copy_(ids)
         self.first.inputs[1].copy_(cache_position[:, :T])

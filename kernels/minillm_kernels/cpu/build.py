@@ -1,8 +1,8 @@
 """Building the C kernels: one `cc` call of some seconds, whose result is kept.
 
-`linear.c` and `gemm.c` (products of few rows and of many), `step.c` (what lies between them), `flash_attention.c` (a
-prompt's attention), `quantize.c` (int4 codes) and `threads.c` (who computes them) know nothing of Python or torch: no
-headers, no build system. The library lies in
+`linear.c` and `gemm.c` (products of few rows and of many), `step.c` and `glue.c` (what lies between them),
+`flash_attention.c` (a prompt's attention), `sampling.c` (from logits to a token), `quantize.c` (int4 codes) and
+`threads.c` (who computes them) know nothing of Python or torch: no headers, no build system. The library lies in
 `$XDG_CACHE_HOME/minillm/kernels` under a name made of the sources, the compiler and the CPU, and of its own contents,
 so that a damaged file is noticed. $CC names another compiler, $MINILLM_CFLAGS more flags for it.
 """

@@ -3,7 +3,8 @@
 A lookup, a product with a number, a wider dtype, another layout: so little that the decoder says it in PyTorch, and so
 exact that no other code can give another result. So while a pass is recorded (`tape.py`) PyTorch computes it, and
 what the tape keeps is the twin. A twin takes the result and the operator's arguments, and returns the call that would
-write that result: (call, packed arguments, tensors), or None where it does not serve.
+write that result: (call, packed arguments, tensors), or None where it does not serve. In inference mode, that is:
+elsewhere PyTorch takes `to` and `contiguous` apart into others, which have no twin.
 """
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 from minillm_kernels.cpu.call import FORMATS, Call
 
 MAX_DIMS = 4
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 LOOKUP = Call("lookup", "int64_t ids, table, out, count, rows, bytes;")
 SCALE = Call("scale", "int64_t x, out, count, dtype; double factor;")
@@ -33,21 +35,21 @@ def lookup(out: Tensor, table: Tensor, ids: Tensor, *_) -> Noted:
 
 
 def scale(out: Tensor, x: Tensor, factor: object) -> Noted:
-    if not isinstance(factor, float) or not x.is_contiguous() or x.dtype != out.dtype or x.dtype.itemsize > 4:
+    if not isinstance(factor, float) or not x.is_contiguous() or x.dtype not in FLOATS:
         return None
     return SCALE, SCALE.pack(x.data_ptr(), out.data_ptr(), x.numel(), FORMATS[x.dtype], factor), (x, out)
 
 
-def add(out: Tensor, x: Tensor, y: object) -> Noted:
-    fits = isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype and x.dtype in FORMATS
+def add(out: Tensor, x: Tensor, y: object, alpha: float = 1) -> Noted:
+    fits = isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype and x.dtype in FLOATS and alpha == 1
     if not fits or not x.is_contiguous() or not y.is_contiguous():
         return None
     packed = ADD.pack(x.data_ptr(), y.data_ptr(), out.data_ptr(), x.numel(), FORMATS[x.dtype], 1)
     return ADD, packed, (x, y, out)
 
 
-def widen(out: Tensor, x: Tensor, dtype: torch.dtype) -> Noted:
-    if dtype != torch.float32 or x.dtype not in FORMATS or not x.is_contiguous():
+def widen(out: Tensor, x: Tensor, dtype: torch.dtype, *_, **__) -> Noted:
+    if dtype != torch.float32 or x.dtype not in FLOATS or not x.is_contiguous():
         return None
     return WIDEN, WIDEN.pack(x.data_ptr(), out.data_ptr(), x.numel(), FORMATS[x.dtype]), (x, out)
 

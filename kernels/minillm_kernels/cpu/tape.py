@@ -19,7 +19,7 @@ from minillm_kernels.cpu.call import Call
 
 
 class NotRecordable(RuntimeError):
-    """The pass computes something outside the C kernels, which a replay would leave out."""
+    """The pass computes something outside the C kernels that has no twin there: a replay would leave it out."""
 
 
 class _Thread(threading.local):
