@@ -331,7 +331,8 @@ class Batch:
             token = next_token(logits[:, 0], sampling, place, seen)  # [R]
             token = self.model.ranks.of_first(token)
             accepted, tokens = torch.zeros_like(token), token[:, None]  # [R], [R, 1]
-            largest = largest_of(logits)  # [R, 1]
+            greedy = sampling.temperature is None  # who has found it already, or what is no number
+            largest = logits.gather(2, tokens[:, :, None])[:, :, 0] if greedy else largest_of(logits)  # [R, 1]
         else:
             judged = judge(logits, draft, place, sampling, seen)
             accepted, token = map(self.model.ranks.of_first, judged)  # [R] each

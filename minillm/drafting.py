@@ -162,9 +162,8 @@ class DraftModel:
         for (seat, text), count in zip(texts.items(), counts, strict=True):
             if count:
                 # What the cache holds of a text is right up to where the last drafts were rejected; if all were
-                # accepted, the last of them was never fed. Either way the rest of the text is fed now.
-                # (What is fed at a position ends what stood there and behind it: nothing need be cut.)
-                # If the text has gone on without drafts since, nobody knows which of them it took: none then.
+                # accepted, the last of them was never fed. Either way the rest of the text is fed now, which ends what
+                # stood there. If the text has gone on without drafts, nobody knows which of them it took: none then.
                 end, held = len(text), self._fed.get(seat, 0)
                 held = min(held, end - 1) if end <= held + 2 else held - self._drafts.get(seat, 0)
                 if held < end - 2:

@@ -54,11 +54,19 @@ static float largest_of(const float *x, long count) {
 
 /* The first largest, or the first that is no number */
 static long first_largest(const float *x, long count) {
-    const float best = largest_of(x, count);
-    int unordered = 0;
-    for (long i = 0; i < count; i++) unordered |= isnan(x[i]);
+    float best[SIDE], all = -INFINITY;
+    int32_t odd[SIDE] = {0}, unordered = 0;
+    const long whole = count / SIDE * SIDE;
+    for (int j = 0; j < SIDE; j++) best[j] = -INFINITY;
+    for (long i = 0; i < whole; i += SIDE)
+        for (int j = 0; j < SIDE; j++) {
+            best[j] = x[i + j] > best[j] ? x[i + j] : best[j];
+            odd[j] |= x[i + j] != x[i + j];
+        }
+    for (int j = 0; j < SIDE; j++) all = best[j] > all ? best[j] : all, unordered |= odd[j];
+    for (long i = whole; i < count; i++) all = x[i] > all ? x[i] : all, unordered |= x[i] != x[i];
     for (long i = 0; i < count; i++)
-        if (unordered ? isnan(x[i]) : x[i] == best) return i;
+        if (unordered ? x[i] != x[i] : x[i] == all) return i;
     return 0;
 }
 

@@ -7,6 +7,7 @@ on the whole step is one call, whose loop over the list is in C. CUDA graphs are
 """
 
 import ctypes
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -61,8 +62,7 @@ class Tape:
         self._kept += arguments
 
     def add(self, call: Call, packed: bytes, tensors: tuple[Tensor | None, ...]) -> None:
-        function = ctypes.cast(getattr(self._library, call.symbol), ctypes.c_void_p).value
-        self._calls.append((function, packed))
+        self._calls.append((_address(self._library, call.symbol), packed))
         # The memory, not the tensors: `parameter.data = other` leaves a tensor without the memory that was recorded.
         self._kept += [tensor.untyped_storage() for tensor in tensors if tensor is not None]
 
@@ -85,6 +85,17 @@ class Tape:
             raise MemoryError("no memory for a step's activations")
 
 
+@functools.cache
+def _address(library: ctypes.CDLL, symbol: str) -> int:
+    return ctypes.cast(getattr(library, symbol), ctypes.c_void_p).value
+
+
+@functools.cache
+def _writes(operator: Callable) -> bool:
+    """Whether an operator of PyTorch writes into one of its arguments."""
+    return any(value.alias_info and value.alias_info.is_write for value in operator._schema.arguments)
+
+
 class _OnlyShapes(TorchDispatchMode):
     """Lets tensors be made and looked at differently; of whatever computes or copies the twin is noted, or it is
     refused."""
@@ -104,8 +115,7 @@ class _OnlyShapes(TorchDispatchMode):
         known = {tensor.untyped_storage().data_ptr() for tensor in arguments if isinstance(tensor, Tensor)}
         results = result if isinstance(result, list | tuple) else [result]
         looks = all(isinstance(view, Tensor) and view.untyped_storage().data_ptr() in known for view in results)
-        writes = any(value.alias_info and value.alias_info.is_write for value in function._schema.arguments)
-        if (writes or not looks) and not _thread.tape.add_twin(function, result, arguments, keywords or {}):
+        if (not looks or _writes(function)) and not _thread.tape.add_twin(function, result, arguments, keywords or {}):
             raise NotRecordable(f"{function} is computed by PyTorch")
         return result
 
