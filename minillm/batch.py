@@ -261,7 +261,7 @@ class Batch:
         left = max(row.max_new_tokens - len(row.token_ids) for row in rows)
         resting = min((row.draft_length.resting for row in rows if row.proposer), default=left)
         most = min(left, resting, self.cache.max_step)
-        several = self.one_request and self.model.at_once > 1 and len(self._groups) == 1
+        several = self.one_request and self.look_every == 1 < self.model.at_once and len(self._groups) == 1
         if most > 0 and several and rows[0].sampling.repetition_penalty is None:
             self._ahead(self._groups[0], min(self.model.at_once, most))
             return

@@ -618,6 +618,22 @@ def test_a_draft_that_has_rested_forgets_what_was_rejected(llm):
     assert cache.token_ids == [text]
 
 
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_whatever_was_accepted_the_next_draft_continues_the_text(llm, count):
+    """As a draft model that meets the text for the first time."""
+    sampling = Sampling.uniform_rows([0], "cpu")
+
+    def drafter():
+        return DraftModel(llm.steps, llm.model, StaticCache(llm.config, 1, 100, dtype=llm.dtype))
+
+    with torch.inference_mode():
+        for accepted in range(count + 1):
+            one, text = drafter(), llm.tokenizer.encode(PROMPTS[0])
+            text += [*one.propose({0: text}, [count], sampling, None).tokens[0].tolist()[:accepted], 11]
+            ours, theirs = (d.propose({0: text}, [3], sampling, None).tokens.tolist() for d in (one, drafter()))
+            assert ours == theirs, accepted
+
+
 def test_ids_the_draft_cannot_read(llm, window_llm, text_tokenizer_files):
     """The target's padded ids lie beyond the draft's embedding; they may stand in a prompt all the same."""
     odd = llm.config.vocab_size - 1

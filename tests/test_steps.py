@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import shutil
 import subprocess
 import sys
 import threading
@@ -121,7 +122,7 @@ def test_steps_made_at_once_are_the_decoder_to_the_last_bit(name, filters, check
 @needs_c
 def test_a_request_is_the_same_in_steps_of_four(llm):
     """Tokens, logprobs, counts and the cache: however many steps are one call, and wherever a row ends."""
-    prompts = [prompt_ids(4 + n, seed=n) for n in range(3)]
+    prompts = [prompt_ids(n, seed=n) for n in (4, 30, 6)]
     told = llm.generate(prompts, temperature=0, max_new_tokens=40, eos_token_id=[])
     ends = [out.token_ids[7 + 3 * n] for n, out in enumerate(told)]
     outcomes = []
@@ -134,8 +135,9 @@ def test_a_request_is_the_same_in_steps_of_four(llm):
             dict(temperature=0, repetition_penalty=1.3, eos_token_id=[]),
             dict(temperature=0, eos_token_id=[], stop_strings=[told[0].text[11:13] or "x"]),
         ):
-            cache = StaticCache(llm.config, 3, 64)
-            rows = rows_of(llm, prompts, GenerationConfig(max_new_tokens=37, **options))
+            cache = StaticCache(llm.config, 3, 43, max_step=30)
+            rows = rows_of(llm, prompts, GenerationConfig(max_new_tokens=13, **options))
+            rows[0].max_new_tokens = 37  # the second one's budget ends with its row of the cache
             for _ in Batch(steps, cache, rows).run():
                 pass
             said += [
@@ -150,6 +152,20 @@ def test_a_request_is_the_same_in_steps_of_four(llm):
             )
         outcomes.append(said)
     assert all(said == outcomes[0] for said in outcomes)
+
+
+@needs_c
+@pytest.mark.parametrize("name", ["llama3", "gemma3"])
+def test_no_more_steps_are_made_at_once_than_the_cache_can_take_back(name, checkpoint, text_tokenizer_files, tmp_path):
+    shutil.copytree(checkpoint(name), tmp_path / name)
+    text_tokenizer_files.copy_to(tmp_path / name)
+    llm = LLM.from_pretrained(tmp_path / name, dtype="float32", device="cpu")
+    config, prompt = GenerationConfig(max_new_tokens=30, temperature=0, eos_token_id=[]), prompt_ids(4, seed=1)
+    expected = llm.generate(prompt, config).token_ids
+    for max_step in (1, 2, 3):
+        llm.steps.at_once = 4
+        cache = StaticCache(llm.config, 1, 64, max_step=max_step)
+        assert llm.generate(prompt, config, cache=cache).token_ids == expected
 
 
 @needs_c
