@@ -14,7 +14,7 @@ come out, as two ordinary Hugging Face checkpoint folders (OUT and OUT/draft):
 Most of the training is in windows of 512 tokens, the end of it in windows of 2,048: what lies further apart than a
 model has seen, it cannot use.
 
-What makes an hour on one core of a CPU enough: bfloat16 matrix products with float32 masters, blocks and head
+What makes two hours on one core of a CPU enough: bfloat16 matrix products with float32 masters, blocks and head
 compiled into a graph each, and Muon for the hidden matrices. The records follow one another in one stream, which is
 cut into windows at other places in every epoch.
 
