@@ -329,6 +329,19 @@ def test_compiled_nothing_crosses():
 # ---- optimizer ----
 
 
+def test_damaged_files_of_the_compiler_are_told_with_a_way_out(checkpoint, monkeypatch):
+    """As a process leaves them that is killed while it compiles."""
+    from torch._inductor.exc import InductorError
+
+    def broken(*_):
+        raise InductorError(ImportError("/cache/ab/kernel.main.so: file too short"), None)
+
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
+    model = load_decoder(checkpoint("llama2"), load_config(checkpoint("llama2")), torch.float32, attention=PACKED)
+    with pytest.raises(BackendError, match=r"file too short; remove .* and try again, or do not compile"):
+        ScoredLoss(model, ROW, compile=True).total(packed_batch(some_documents()))
+
+
 def test_muon_sees_the_matrices_the_model_means():
     """Of fused rows each part by itself: as torch's Muon on matrices that lie apart, and AdamW on the rest."""
     model = tiny()

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from minillm.errors import BackendError, first_line
 from minillm.model import Decoder
 from minillm.progress import progress_bar
 from minillm.train.attention import Packed
@@ -35,6 +36,25 @@ class Objective:
 
 
 NEXT_TOKEN = Objective(lambda batch: batch.labels.flatten(), partial(F.cross_entropy, reduction="none"))
+
+
+def _compiled(function: Callable) -> Callable:
+    """The function as one graph. Raises `BackendError` where the compiler fails: a process that was killed while it
+    compiled leaves files behind that are not whole, which every later one would fail to load."""
+    graph = torch.compile(function, fullgraph=True, dynamic=False)
+
+    def call(*arguments):
+        try:
+            return graph(*arguments)
+        except Exception as error:
+            if not type(error).__module__.startswith("torch._inductor"):
+                raise
+            from torch._inductor.runtime.cache_dir_utils import cache_dir  # loaded by now
+
+            way_out = f"remove {cache_dir()}, which may hold damaged files, and try again, or do not compile"
+            raise BackendError(f"torch.compile failed: {first_line(error)}; {way_out}") from error
+
+    return call
 
 
 class ScoredLoss:
@@ -68,7 +88,7 @@ class ScoredLoss:
             for block in model.blocks:
                 once = type(block).forward.__get__(block)  # however often it is asked for
                 block.forward = partial(checkpoint, once, use_reentrant=False)
-        compiled = partial(torch.compile, fullgraph=True, dynamic=False) if compile else lambda function: function
+        compiled = _compiled if compile else lambda function: function
         self._hidden, self._nats = compiled(self._walk), compiled(self._score)
 
     def _walk(self, input_ids: Tensor, position: Tensor) -> Tensor:
