@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from minillm_kernels.cpu.call import FORMATS, Call
+from minillm_kernels.op import DTYPES
 
 MAX_DIMS = 4
-FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 LOOKUP = Call("lookup", "int64_t ids, table, out, count, rows, bytes;")
 SCALE = Call("scale", "int64_t x, out, count, dtype; double factor;")
@@ -35,13 +35,13 @@ def lookup(out: Tensor, table: Tensor, ids: Tensor, *_) -> Noted:
 
 
 def scale(out: Tensor, x: Tensor, factor: object) -> Noted:
-    if not isinstance(factor, float) or not x.is_contiguous() or x.dtype not in FLOATS:
+    if not isinstance(factor, float) or not x.is_contiguous() or x.dtype not in DTYPES:
         return None
     return SCALE, SCALE.pack(x.data_ptr(), out.data_ptr(), x.numel(), FORMATS[x.dtype], factor), (x, out)
 
 
 def add(out: Tensor, x: Tensor, y: object, alpha: float = 1) -> Noted:
-    fits = isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype and x.dtype in FLOATS and alpha == 1
+    fits = isinstance(y, Tensor) and x.shape == y.shape and x.dtype == y.dtype and x.dtype in DTYPES and alpha == 1
     if not fits or not x.is_contiguous() or not y.is_contiguous():
         return None
     packed = ADD.pack(x.data_ptr(), y.data_ptr(), out.data_ptr(), x.numel(), FORMATS[x.dtype], 1)
@@ -49,7 +49,7 @@ def add(out: Tensor, x: Tensor, y: object, alpha: float = 1) -> Noted:
 
 
 def widen(out: Tensor, x: Tensor, dtype: torch.dtype, *_, **__) -> Noted:
-    if dtype != torch.float32 or x.dtype not in FLOATS or not x.is_contiguous():
+    if dtype != torch.float32 or x.dtype not in DTYPES or not x.is_contiguous():
         return None
     return WIDEN, WIDEN.pack(x.data_ptr(), out.data_ptr(), x.numel(), FORMATS[x.dtype]), (x, out)
 
