@@ -261,10 +261,10 @@ class Batch:
         left = max(row.max_new_tokens - len(row.token_ids) for row in rows)
         resting = min((row.draft_length.resting for row in rows if row.proposer), default=left)
         most = min(left, resting, self.cache.max_step)
-        several = self.one_request and self.look_every == 1 < self.model.at_once and len(self._groups) == 1
-        if most > 0 and several and rows[0].sampling.repetition_penalty is None:
-            self._ahead(self._groups[0], min(self.model.at_once, most))
-            return
+        at_once = min(self.model.at_once, most, most if self.one_request else 1)
+        alike = len(self._groups) == 1 and rows[0].sampling.repetition_penalty is None
+        if self.look_every == 1 and at_once > 0 and alike:
+            return self._ahead(self._groups[0], at_once)
         steps = max(1, min(self.look_every, most))
         for _ in range(steps):
             for some in filter(None, passes):
@@ -276,7 +276,7 @@ class Batch:
                     self._idle[group.index] |= done | (group.of(self._position) > group.last)
 
     def _ahead(self, group: Group, steps: int) -> None:
-        """Several steps as one call, for the rows that talk: past the end of one it says what nobody hears."""
+        """Steps as one call, for the rows that talk: past the end of one it says what nobody hears."""
         n = self._part.batch_size
         place = self._position[:n, None] + torch.arange(steps, device=self._position.device)  # [n, k]
         last = torch.full_like(place[:, :1], -1)  # [n, 1]

@@ -8,7 +8,7 @@ bytes per weight at group 32 with scale and zero point, 0.52 at group 128).
            w = (q - zero) * scale, q in 0..15. Byte i of a group holds element i in its low half and
            element i + G / 2 in its high half (the kernels unpack whole runs with one AND and one shift).
 
-N outputs, K inputs. Nothing here depends on the processor, so the tensors are saved as they are.
+N outputs, K inputs. Nothing here depends on the processor but the order of scale and zero in memory.
 """
 
 from dataclasses import dataclass
@@ -128,11 +128,16 @@ class Int4Linear(QuantizedLinear):
         super().__init__()
         check_groups(in_features, out_features, group_size)
         self.in_features, self.out_features, self.group_size = in_features, out_features, group_size
-        groups = in_features // group_size
+        shape = in_features // group_size, out_features
         self.register_buffer("packed", torch.empty(out_features, in_features // 2, dtype=torch.uint8, device=device))
-        self.register_buffer("scale", torch.empty(groups, out_features, dtype=torch.float16, device=device))
-        self.register_buffer("zero", torch.empty(groups, out_features, dtype=torch.uint8, device=device))
+        self.register_buffer("scale", _in_order(torch.empty(shape, dtype=torch.float16, device=device)))
+        self.register_buffer("zero", _in_order(torch.empty(shape, dtype=torch.uint8, device=device)))
         self.bias = _empty_bias(out_features, bias, dtype, device)
+
+    def _apply(self, fn, recurse=True):
+        super()._apply(fn, recurse)
+        self.scale, self.zero = _in_order(self.scale), _in_order(self.zero)
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
@@ -140,6 +145,11 @@ class Int4Linear(QuantizedLinear):
 
     def gated_weights(self, activation: str) -> tuple:
         return self.packed, activation, self.scale, self.zero, self.group_size
+
+
+def _in_order(tensor: Tensor) -> Tensor:
+    """[K / G, N] in the order of memory that suits its device, see `minillm_kernels.int4_linear`."""
+    return tensor.contiguous() if tensor.is_cuda else tensor.t().contiguous().t()
 
 
 def make_linear(

@@ -43,24 +43,6 @@ class LLM:
     ):
         self.tokenizer, self.config, self.defaults, self.name = tokenizer, config, defaults, name
         self.steps = Steps(model, compile)
-        self._spare: dict[str, StaticCache] = {}  # of the last request without a cache of the caller's, on a GPU
-
-    def own_cache(self, rows: int, length: int) -> StaticCache:
-        """A cache for a request that has none: on a GPU the last request's if it is as large, for which steps are
-        captured already (25 to 40 ms); lengths are rounded up for that."""
-        if self.device.type == "cuda":
-            spare = self._spare.pop("cache", None)
-            alike = spare is not None and (spare.device, spare.dtype) == (self.device, self.dtype)
-            if alike and spare.batch_size >= rows and spare.max_cache_len >= length:
-                return spare
-            del spare  # before a larger one is made
-            length = min(max(256, 1 << (length - 1).bit_length()), self.config.max_positions)
-        return StaticCache(self.config, rows, length, self.device, self.dtype)
-
-    def keep_cache(self, cache: StaticCache) -> None:
-        """A request of its own is over, and this was its cache."""
-        if self.device.type == "cuda":
-            self._spare["cache"] = cache
 
     @classmethod
     def from_pretrained(

@@ -160,7 +160,7 @@ class Decoder(nn.Module):
     Build it through `load.checkpoint.load_decoder`; built directly its weights are uninitialised.
     """
 
-    at_once = 1  # decode steps that are worth making one call, see `faster.steps.Steps`
+    at_once = 0  # decode steps that are worth making one call, see `faster.steps.Steps`
 
     def __init__(self, config: ModelConfig, parts: Parts):
         super().__init__()

@@ -85,21 +85,23 @@ class Request:
         seats: int = SEATS,
     ):
         check_whole("seats", seats, 1)
-        self._give_back = lambda _: None  # what happens to the cache in the end
         prompts, self.single = as_prompts(prompt)
         room = None if cache is None else _checked(cache, llm, len(prompts))
         if llm.model.ranks.joined:  # steps of another shape on another rank would wait for each other, or add up wrong
             held = None if cache is None else (cache.max_cache_len, cache.max_step, cache.token_ids)
             llm.model.ranks.agree(None, (seats, assistant is None, held))
         self.rows, config = new_rows(llm, prompts, generation_config, options, room)
+        self._borrowed: list[tuple] = []  # caches, and the `Steps` that get them back in the end
         if cache is None:
             longest = max(row.planned_length for row in self.rows)
-            cache = llm.own_cache(min(seats, len(self.rows)), longest)
-            self._give_back = llm.keep_cache
+            cache = llm.steps.borrow_cache(min(seats, len(self.rows)), longest)
+            self._borrowed.append((llm.steps, cache))
         else:
             for row in self.rows:
                 row.planned_length = None  # whatever the cache was made for
-        self.proposer = choose_proposer(llm, assistant, config, cache, previous)
+        self.proposer = choose_proposer(llm, assistant, config, cache, previous, bool(self._borrowed))
+        if self._borrowed and isinstance(self.proposer, DraftModel):
+            self._borrowed.append((assistant.steps, self.proposer.cache))
         for row in self.rows:
             draft_with(row, self.proposer, config, cache, llm)
         self.batch = Batch(llm.steps, cache, self.rows)
@@ -109,7 +111,8 @@ class Request:
         return chain(self.batch.run(), self._over())
 
     def _over(self) -> Iterator[list[Row]]:
-        self._give_back(self.batch.cache)
+        for steps, cache in self._borrowed:
+            steps.give_back(cache)
         yield from ()
 
     def pieces(self) -> Iterator[str]:
@@ -247,7 +250,7 @@ def _checked(cache: StaticCache, llm, rows: int) -> int:
 
 
 def choose_proposer(
-    target, assistant, config: GenerationConfig, cache: StaticCache, previous: Proposer | None = None
+    target, assistant, config: GenerationConfig, cache: StaticCache, previous: Proposer | None, borrow: bool = False
 ) -> Proposer | None:
     """The proposer a request asks for, or None for plain decoding.
 
@@ -255,6 +258,7 @@ def choose_proposer(
         target, assistant: the `LLM` that generates and the one that drafts for it (or None).
         config, cache: the request's.
         previous: the proposer of the conversation's last turn: its draft model's cache is used again.
+        borrow: whether the draft model's cache is one that will be given back, of any length.
 
     Raises `RequestError` where the options contradict each other or the assistant does not fit.
     """
@@ -264,8 +268,12 @@ def choose_proposer(
     if isinstance(previous, DraftModel) and previous.model is assistant.steps:
         return DraftModel(assistant.steps, target.model, previous.cache)
     size = min(cache.max_cache_len, assistant.config.max_positions)
-    where = assistant.device, assistant.dtype, cache.max_step
-    return DraftModel(assistant.steps, target.model, StaticCache(assistant.config, cache.batch_size, size, *where))
+    if borrow:
+        own = assistant.steps.borrow_cache(cache.batch_size, size)
+    else:
+        where = assistant.device, assistant.dtype, cache.max_step
+        own = StaticCache(assistant.config, cache.batch_size, size, *where)
+    return DraftModel(assistant.steps, target.model, own)
 
 
 def draft_with(row: Row, proposer: Proposer | None, config: GenerationConfig, cache: StaticCache, target) -> None:

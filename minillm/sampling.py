@@ -51,14 +51,14 @@ class Sampling:
         return Sampling(*(None if column[0] is None else torch.cat(column) for column in columns))
 
     def of_rows(self, index: slice | Tensor, rows: int) -> "Sampling":
-        """As the rows `index [R]`, ascending, of so many; the others have ones."""
+        """As the rows `index [R]`, ascending, of so many; the others are greedy, which costs least."""
         if rows == len(self.seed):
             return self
-        columns = [None if column is None else column.new_ones(rows) for column in vars(self).values()]
-        for column, own in zip(columns, vars(self).values(), strict=True):
-            if own is not None:
-                column[index] = own
-        return Sampling(*columns)
+        columns = {name: own for name, own in vars(self).items() if own is not None}
+        for name, own in columns.items():
+            columns[name] = own.new_full((rows,), 0 if name == "temperature" else 1)
+            columns[name][index] = own
+        return Sampling(**columns)
 
     @property
     def filters(self) -> tuple[bool, ...]:

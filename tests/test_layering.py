@@ -44,8 +44,8 @@ def may_import(room: str) -> set[str]:
     rooms = {other: {f"{other}.{name}" for name in names} for other, names in WINGS.items()}
     if wing:
         above = {*ROAD} | {f"{wing}.{other}" for other in WINGS[wing][: WINGS[wing].index(name)]}
-        # the command line calls every wing; what is trained is loaded before and written afterwards
-        called = {"cli": [other for other in rooms if other != "cli"], "train": ["load"]}.get(wing, [])
+        # the command line calls every wing; what is trained is loaded before, perhaps compiled, and written afterwards
+        called = {"cli": [other for other in rooms if other != "cli"], "train": ["load", "faster"]}.get(wing, [])
         return above.union(*(rooms[other] for other in called))
     above = set(ROAD[: ROAD.index(room)])
     return above | rooms["load"] | rooms["faster"] if room == "llm" else above  # where a model is made

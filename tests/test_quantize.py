@@ -1,10 +1,13 @@
 """Codes against the definition, the layers against plain products of what they hold, and bad input in words."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from minillm_kernels import cpu
-from minillm_kernels.int4_linear import dequantize_int4
+from minillm_kernels.gated_mlp import gated_mlp
+from minillm_kernels.int4_linear import dequantize_int4, int4_linear
 
 from minillm.errors import MinillmError
 from minillm.linear import Int4Linear, Int8Linear, Linear, QuantizeSpec, make_linear, parse_quantize
@@ -301,3 +304,28 @@ def test_errors_name_the_shape_and_the_way_out():
         quantize_int4(torch.ones(10, 50), 64)
     with pytest.raises(MinillmError, match="groups hold 32, 64, 128 inputs, not 48"):
         quantize_int4(torch.ones(10, 96), 48)
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_scales_in_either_order_of_memory(group_size):
+    """As a CPU likes them, and as a GPU does: the same bits. The groups fill two registers and a part of a third."""
+    generator = torch.Generator().manual_seed(1)
+    packed, scale, zero = quantize_int4(torch.randn(70, 37 * group_size, generator=generator), group_size)
+    assert scale.stride() == zero.stride() == (1, 37)
+    for rows in (1, 6, 20):
+        x = torch.randn(rows, 37 * group_size, generator=generator)
+        expected = int4_linear(x, packed, scale, zero, group_size)
+        assert torch.equal(int4_linear(x, packed, scale.contiguous(), zero.contiguous(), group_size), expected)
+        assert torch.equal(int4_linear(x, packed, scale, zero.contiguous(), group_size), expected)
+        both = gated_mlp(x, packed, "silu", scale, zero, group_size)
+        assert torch.equal(gated_mlp(x, packed, "silu", scale.contiguous(), zero, group_size), both)
+    with pytest.raises(ValueError, match="scale and zero must be contiguous"):
+        int4_linear(x, packed, torch.cat([scale, scale])[::2], zero, group_size)
+
+
+def test_an_int4_layer_keeps_the_order_of_its_device():
+    layer = Int4Linear(128, 10, False, torch.float32, group_size=32)
+    fill_rows(layer, 0, torch.randn(10, 128))
+    for moved in (layer, copy.deepcopy(layer), layer.to("cpu"), layer.to(torch.bfloat16)):
+        assert moved.scale.stride() == moved.zero.stride() == (1, 4)
+        assert torch.equal(moved.scale, layer.scale)

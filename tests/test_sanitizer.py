@@ -80,13 +80,13 @@ def test_a_planted_read_past_a_tensor_is_noticed(sanitized, tmp_path):
     shutil.copytree(ROOT / "kernels", tmp_path / "kernels")
     source = tmp_path / "kernels" / "minillm_kernels" / "cpu" / "linear.c"
     code = source.read_text()
-    assert code.count("if (width < BLOCK) {") == 1
-    source.write_text(code.replace("if (width < BLOCK) {", "if (0) {"))
+    assert code.count("if (count < LANES) {") == 1
+    source.write_text(code.replace("if (count < LANES) {", "if (0) {"))
     # Names for the addresses of PyTorch's part of the stack would take a minute.
     options = "detect_leaks=0:symbolize=0"
     result = sanitized("-c", RAGGED_PRODUCT, kernels=tmp_path / "kernels", ASAN_OPTIONS=options)
     assert result.returncode != 0
-    assert "AddressSanitizer: heap-buffer-overflow" in result.stderr, result.stderr[-2000:]
+    assert "ERROR: AddressSanitizer" in result.stderr, result.stderr[-2000:]
     assert sanitized("-c", RAGGED_PRODUCT).returncode == 0
 
 

@@ -440,8 +440,8 @@ def test_what_changes_between_two_requests_is_noticed(change, text_checkpoint):
 
 
 def test_an_interrupt_while_a_step_is_recorded_leaves_no_mode_behind(text_checkpoint):
-    llm = LLM.from_pretrained(text_checkpoint, dtype="float32", device="cpu")
-    expected = llm.generate(PROMPT, max_new_tokens=5, **GREEDY).token_ids
+    first, llm = (LLM.from_pretrained(text_checkpoint, dtype="float32", device="cpu") for _ in range(2))
+    expected = first.generate(PROMPT, max_new_tokens=5, **GREEDY).token_ids
 
     def at_the_end_of_push(frame, event, argument):
         def local(frame, event, argument):

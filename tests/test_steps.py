@@ -147,9 +147,7 @@ def test_a_request_is_the_same_in_steps_of_four(llm):
             said.append(cache.token_ids)
             assert cache.token_ids == [row.ids[:-1] for row in rows]
             chains = [step for step in recorded(steps, cache).values() if isinstance(step, RecordedAhead)]
-            assert [bool(step.lists) for step in chains] == [True] * (
-                at_once > 1 and "repetition_penalty" not in options
-            )
+            assert [bool(step.lists) for step in chains] == [True] * ("repetition_penalty" not in options)
         outcomes.append(said)
     assert all(said == outcomes[0] for said in outcomes)
 
@@ -451,3 +449,57 @@ print(*[name for name in ("torch._dynamo", "torch._inductor", "sympy") if name i
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
+
+
+@needs_c
+def test_requests_without_a_cache_share_one(llm):
+    """Its steps are recorded once; what a request says does not depend on the one before, longer or of more rows."""
+    alone = LLM(llm.model, llm.tokenizer, llm.config, llm.defaults)
+    options = dict(max_new_tokens=9, eos_token_id=[], seed=3)
+
+    def ask(llm, rows, **more):
+        texts = [prompt_ids(n, seed=n) for n in range(4, 4 + rows)]
+        return [out.token_ids for out in llm.generate(texts, **options, **more)]
+
+    requests = [
+        (1, dict(temperature=0)),
+        (1, dict(temperature=0.9)),
+        (3, dict(temperature=0)),
+        (1, dict(temperature=0)),
+    ]
+    expected = [ask(LLM(llm.model, llm.tokenizer, llm.config, llm.defaults), rows, **more) for rows, more in requests]
+    caches = []
+    for (rows, more), said in zip(requests, expected, strict=True):
+        assert ask(alone, rows, **more) == said
+        caches += alone.steps._spare
+    assert caches[0] is caches[1] is not caches[2] is caches[3]
+    before = dict(recorded(alone.steps, caches[3].rows(0, 1)))
+    assert before
+    assert ask(alone, 1, temperature=0) == expected[0]
+    assert dict(recorded(alone.steps, caches[3].rows(0, 1))) == before
+
+
+@needs_c
+def test_what_is_not_kept_between_requests(llm, monkeypatch):
+    """A cache that takes much memory, one whose request failed or was left, one without recorded steps."""
+    mine = LLM(llm.model, llm.tokenizer, llm.config, llm.defaults)
+    options, prompt = dict(max_new_tokens=9, eos_token_id=[], temperature=0), prompt_ids(4, seed=1)
+    expected = mine.generate(prompt, **options).token_ids
+    next(mine.stream(prompt, **options))
+    assert mine.steps._spare == []
+    assert mine.generate(prompt, **options).token_ids == expected
+    (spare,) = mine.steps._spare
+    monkeypatch.setattr("minillm.faster.steps._SPARE_BYTES", spare.nbytes * 256 // 257)  # without the bins
+    mine.generate(prompt, **options)
+    assert mine.steps._spare == []
+    assert mine.steps.borrow_cache(1, 13).max_cache_len == 13
+    eager = LLM(llm.model, llm.tokenizer, llm.config, llm.defaults, compile=False)
+    assert eager.generate(prompt, **options).token_ids == expected
+    assert eager.steps._spare == []
+    # Two at a time: each has its own, and one of them is kept.
+    monkeypatch.undo()
+    outer, inner = mine.stream("a", **options), mine.stream("b", **options)
+    said = [next(outer), next(inner)]
+    assert "".join([said[0], *outer]) == mine.generate("a", **options).text
+    assert "".join([said[1], *inner]) == mine.generate("b", **options).text
+    assert len(mine.steps._spare) == 1

@@ -99,11 +99,8 @@ class CompiledWalk:
         try:
             # A norm's epsilon is no size: left open, it costs a second compilation that finds that out.
             settings = torch._dynamo.config.patch(recompile_limit=64, specialize_float=True)
-            with settings, artifact_folder():
+            with settings, artifact_folder(), compiler_errors("use compile='auto'"):
                 self._run(*self.model.embed(input_ids, position, cache), position, cache, bound)
-        except RuntimeError as error:  # what PyTorch's compiler raises; its own message runs over pages
-            reason = " ".join(str(error).strip().splitlines()[:2])
-            raise BackendError(f"compile=True: torch.compile failed ({reason}); use compile='auto'") from error
         finally:
             seconds = time.perf_counter() - started
             print(f" {seconds:.1f} s", file=sys.stderr, flush=True)
@@ -115,6 +112,25 @@ def _unlike(config: ModelConfig, least: int = FEW_ROWS + 1) -> Iterator[int]:
     """Small sizes from `least`, ascending, that no dimension of the model has, so that none is taken for another."""
     taken = {value for value in vars(config).values() if isinstance(value, int)}
     return (size for size in count(least) if size not in taken)
+
+
+@contextmanager
+def compiler_errors(instead: str) -> Iterator[None]:
+    """While this lasts an error of PyTorch's compiler, whose own message runs over pages, is a `BackendError`.
+
+    A process that is killed while it compiles leaves files behind that are not whole, which every later one would fail
+    to load: hence the folder in the message.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
+            raise
+        from torch._inductor.runtime.cache_dir_utils import cache_dir  # loaded by now
+
+        reason = " ".join(str(error).strip().splitlines()[:2])
+        way_out = f"if files in {cache_dir()} are damaged, remove it and try again, or {instead}"
+        raise BackendError(f"torch.compile failed: {reason}; {way_out}") from error
 
 
 @contextmanager

@@ -43,6 +43,7 @@ from minillm.sampling import Sampling, choose
 Chosen = tuple[Tensor, Tensor | None]
 _SMALL = 2**25  # bytes of weights, below which reading them takes less than ten times what Python does
 _STEPS_OF_SMALL = 4
+_SPARE_BYTES = 2**25  # of a cache that a CPU keeps between requests: the memory of a larger one is the host's again
 
 
 class Steps:
@@ -68,15 +69,17 @@ class Steps:
             self._make = CapturedStep
         elif device == "cpu" and compile == "auto" and model.backend.name == "kernels" and cpu.available():
             self._make = None if model.ranks.joined else RecordedStep  # a list of C calls waits for no other process
-        # How many decode steps are worth making one call: several where Python takes a good part of each.
-        # (A softcap is PyTorch's tanh, whose bits nobody else has.)
-        chained = self._make is RecordedStep and model.config.final_softcap is None
-        self.at_once = _STEPS_OF_SMALL if chained and model.weight_bytes < _SMALL else 1
+        # How many decode steps, their tokens chosen, are worth making one call: several where Python takes a good part
+        # of each, none where choosing is not recorded. (A softcap is PyTorch's tanh, whose bits nobody else has.)
+        self.at_once = 0
+        if self._make is RecordedStep and model.config.final_softcap is None:
+            self.at_once = _STEPS_OF_SMALL if model.weight_bytes < _SMALL else 1
         # Per cache, by their shapes: the recorded steps, or None for one that cannot be recorded. A cache that is
         # dropped takes its steps along.
         self._recorded: weakref.WeakKeyDictionary[StaticCache, dict] = weakref.WeakKeyDictionary()
         self._weights: tuple = (False,)  # where and which they were when the steps were recorded
         self._moves = model.moves
+        self._spare: list[StaticCache] = []  # none, or that of the last request without a cache of the caller's
 
     def __deepcopy__(self, memo) -> "Steps":
         """A copy of the model records its own steps: those of this one read this one's addresses."""
@@ -90,6 +93,30 @@ class Steps:
     @property
     def weight_bytes(self) -> int:
         return self.model.weight_bytes
+
+    def borrow_cache(self, rows: int, length: int) -> StaticCache:
+        """An empty cache for a request that has none: the last request's if it is as large, whose steps are recorded
+        (on a CPU some ten steps of a small model) or captured (25 to 40 ms) already. Lengths are rounded up for that,
+        on a CPU where it takes little memory."""
+        weight, config, spare = self.embedding.weight, self.config, None
+        with suppress(IndexError):  # another thread's request may be quicker
+            spare = self._spare.pop()
+        if spare is not None and (spare.device, spare.dtype) != (weight.device, weight.dtype):
+            spare = None
+        if spare is not None and spare.batch_size >= rows and spare.max_cache_len >= length:
+            spare.truncate(0)
+            return spare
+        del spare  # before a larger one is made
+        rounded = min(max(256, 1 << (length - 1).bit_length()), config.max_positions)
+        token_bytes = 2 * len(config.layers) * config.num_kv_heads * config.head_dim * weight.itemsize
+        if weight.is_cuda or (self._make is not None and rows * rounded * token_bytes < _SPARE_BYTES):
+            length = rounded
+        return StaticCache(config, rows, length, weight.device, weight.dtype)
+
+    def give_back(self, cache: StaticCache) -> None:
+        """The request that borrowed this cache has ended."""
+        if cache.device.type == "cuda" or (self._make is not None and cache.nbytes < _SPARE_BYTES):
+            self._spare[:] = [cache]
 
     def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
         """Logits `[B, T, V]` float32; arguments as for `Decoder.forward`."""

@@ -76,20 +76,19 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
     if _finite(high.clamp(min=0) - low.clamp(max=0)) > _WIDEST:
         raise CheckpointError(f'weights from {low:g} to {high:g} are too far apart for int4; use quantize="int8"')
     packed = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=device)
-    scale = torch.empty(groups, outputs, dtype=torch.float16, device=device)
-    zero = torch.empty(groups, outputs, dtype=torch.uint8, device=device)
+    scale = torch.empty(outputs, groups, dtype=torch.float16, device=device)
+    zero = torch.empty(outputs, groups, dtype=torch.uint8, device=device)
     if weight.is_cpu and cpu.available():  # the same search and results as below, several times faster
         cpu.quantize_int4(weight, group_size, packed, scale, zero)
-        return packed, scale, zero
+        return packed, scale.t(), zero.t()
     for rows in _pieces(weight):
         grouped = weight[rows].float().view(-1, groups, group_size)  # [n, K/G, G]
         piece_scale, piece_zero = _search(grouped)  # [n, K/G, 1] each
         codes = _round_to_codes(grouped, piece_scale, piece_zero).to(torch.uint8)
         low, high = codes.chunk(2, dim=2)  # [n, K/G, G/2] each
         packed[rows] = (low | high << 4).view(-1, inputs // 2)
-        scale[:, rows] = piece_scale[..., 0].t().half()
-        zero[:, rows] = piece_zero[..., 0].t().to(torch.uint8)
-    return packed, scale, zero
+        scale[rows], zero[rows] = piece_scale[..., 0].half(), piece_zero[..., 0].to(torch.uint8)
+    return packed, scale.t(), zero.t()
 
 
 def _search(weight: Tensor) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from minillm.errors import BackendError, first_line
+from minillm.faster.compiled import compiler_errors
 from minillm.model import Decoder
 from minillm.progress import progress_bar
 from minillm.train.attention import Packed
@@ -39,20 +39,12 @@ NEXT_TOKEN = Objective(lambda batch: batch.labels.flatten(), partial(F.cross_ent
 
 
 def _compiled(function: Callable) -> Callable:
-    """The function as one graph. Raises `BackendError` where the compiler fails: a process that was killed while it
-    compiled leaves files behind that are not whole, which every later one would fail to load."""
+    """The function as one graph. Raises `BackendError` where the compiler fails."""
     graph = torch.compile(function, fullgraph=True, dynamic=False)
 
     def call(*arguments):
-        try:
+        with compiler_errors("do not compile"):
             return graph(*arguments)
-        except Exception as error:
-            if not type(error).__module__.startswith("torch._inductor"):
-                raise
-            from torch._inductor.runtime.cache_dir_utils import cache_dir  # loaded by now
-
-            way_out = f"remove {cache_dir()}, which may hold damaged files, and try again, or do not compile"
-            raise BackendError(f"torch.compile failed: {first_line(error)}; {way_out}") from error
 
     return call
 

@@ -96,6 +96,8 @@ def product(
     is Wg. scale, zero, bias as in the ops. Sums are float32; of up to 16 rows by quantized weights exact int32 within
     a group or block.
     """
+    if zero is not None:
+        scale, zero = _of_outputs(scale), _of_outputs(zero)
     x = x if x.is_contiguous() else x.contiguous()
     weight = weight if weight.is_contiguous() else weight.contiguous()
     inputs = x.shape[-1]
@@ -103,12 +105,17 @@ def product(
     y = torch.empty((*x.shape[:-1], outputs), dtype=x.dtype, device="cpu")
     packed = LINEAR.pack(
         FORMATS[weight.dtype], FORMATS[x.dtype], x.data_ptr(), y.numel() // max(outputs, 1), inputs,
-        weight.data_ptr(), outputs, address(scale), address(zero), group_size, address(bias), y.data_ptr(),
-        GATES[gate], threads(),
+        weight.data_ptr(), outputs, 0 if scale is None else scale.data_ptr(), 0 if zero is None else zero.data_ptr(),
+        group_size, address(bias), y.data_ptr(), GATES[gate], threads(),
     )  # fmt: skip
     few = x.numel() <= FEW_ROWS * inputs
     _call(LINEAR if few else GEMM, packed, x, weight, scale, zero, bias, y)
     return y
+
+
+def _of_outputs(tensor: Tensor) -> Tensor:
+    """[K / G, N] with the groups of an output side by side in memory, a copy where they are not."""
+    return tensor if tensor.stride() == (1, tensor.shape[0]) else tensor.t().contiguous().t()
 
 
 def rms_norm(
@@ -262,11 +269,12 @@ def blank_tape() -> tape.Tape:
 
 
 def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor, zero: Tensor) -> None:
-    """Fill packed [N, K / 2], scale and zero [K / G, N] with weight [N, K] in int4, a layout as in `int4_linear`.
+    """Fill packed [N, K / 2], scale and zero [N, K / G] with weight [N, K] in int4: what `int4_linear` takes, but for
+    the transposition.
 
     The weights must be finite. Raises ValueError when the tensors do not fit together.
     """
-    (outputs, inputs), grouped = weight.shape, (weight.shape[1] // group_size, weight.shape[0])
+    (outputs, inputs), grouped = weight.shape, (weight.shape[0], weight.shape[1] // group_size)
     if group_size not in GROUP_SIZES or inputs % group_size or packed.shape != (outputs, inputs // 2):
         raise ValueError(
             f"weight {tuple(weight.shape)} does not fill packed {tuple(packed.shape)} in groups of {group_size}"

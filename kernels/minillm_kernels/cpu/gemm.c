@@ -71,11 +71,11 @@ INLINE uint16_t whole_to_bf16(int8_t code) { /* exact */
 }
 
 INLINE void widen_int4(const struct gemm_call *c, int pairs, long row, char *to) {
-    const long half = c->group_size / 2, rows = c->gate ? 2 * c->outputs : c->outputs;
+    const long half = c->group_size / 2, groups = c->inputs / c->group_size;
     const uint8_t *bytes = (const uint8_t *)(uintptr_t)c->weight + row * (c->inputs / 2);
-    for (long group = 0; group * c->group_size < c->inputs; group++, bytes += half) {
-        const float scale = half_to_float(((const uint16_t *)(uintptr_t)c->scale)[group * rows + row]);
-        const float zero = ((const uint8_t *)(uintptr_t)c->zero)[group * rows + row];
+    for (long group = 0; group < groups; group++, bytes += half) {
+        const float scale = half_to_float(((const uint16_t *)(uintptr_t)c->scale)[row * groups + group]);
+        const float zero = ((const uint8_t *)(uintptr_t)c->zero)[row * groups + group];
         char *low = to + group * c->group_size * (pairs ? 2 : 4), *high = low + half * (pairs ? 2 : 4);
 #ifdef BF16_DOT
         if (pairs) {

@@ -42,8 +42,8 @@ enum { AHEAD = 8 * 1024 };   /* bytes to prefetch ahead at least: what arrives w
 
 struct problem {
     const char *weight;    /* [weight_rows, weight_stride bytes]; weight_rows = outputs, or 2 * outputs if gated */
-    const void *scale;     /* int8: float [weight_rows]; int4: half [groups, weight_rows] */
-    const uint8_t *zero;   /* int4: [groups, weight_rows] */
+    const void *scale;     /* int8: float [weight_rows]; int4: half [weight_rows, groups] */
+    const uint8_t *zero;   /* int4: [weight_rows, groups] */
     const void *bias;      /* [outputs] in dtype, or NULL */
     void *y;               /* [rows, outputs] in dtype */
     const void *given;     /* activations: [rows, inputs] in dtype */
@@ -51,9 +51,8 @@ struct problem {
     float *largest;        /* [rows] magnitudes, int8 and int4 */
     char *x;               /* prepared activations: [parts, x_stride bytes], zero-padded to whole lines */
     float *x_scale;        /* [parts], int8 and int4 */
-    float *x_sums;         /* [parts, groups] sums of the int16 activations, int4 */
-    float *scales;         /* scratch, int4: for each thread the scales of a block, [BLOCK / TILE, tile_scales] */
-    long block_scales, tile_scales; /* floats for a block and for a tile of it: [groups, TILE], whole lines */
+    float *x_sums;         /* [parts, padded_groups] sums of the int16 activations, int4; zeros behind them */
+    long padded_groups;    /* in whole registers */
     long rows, inputs, outputs, weight_rows, groups;
     size_t weight_stride, x_stride;
     int format, dtype, group_size, gate;
@@ -128,10 +127,11 @@ INLINE void prepare_part(const struct problem *p, const void *x, int dtype, long
         return;
     }
     float largest = p->largest[row], inverse = 32767.0f / largest, scale = largest / 32767.0f;
+    float *sums = p->x_sums + place * p->padded_groups;
+    memset(sums, 0, sizeof(float) * p->padded_groups);
     p->x_scale[place] = part ? scale * 0x1p-15f : scale;
     if (!isfinite(inverse) || !isfinite(largest)) { /* all zero or as good as; or inf or nan */
         p->x_scale[place] = largest < 1 ? 0.0f : NAN;
-        memset(p->x_sums + place * p->groups, 0, sizeof(float) * p->groups);
         return;
     }
     if (p->format == INT8) {
@@ -142,7 +142,7 @@ INLINE void prepare_part(const struct problem *p, const void *x, int dtype, long
         int16_t codes[MAX_GROUP];
         long start = group * p->group_size;
         quantize(x, dtype, start, p->group_size, scale, inverse, part, codes);
-        p->x_sums[place * p->groups + group] = order_as_nibbles(codes, start, p->group_size, (int16_t *)target);
+        sums[group] = order_as_nibbles(codes, start, p->group_size, (int16_t *)target);
     }
 }
 
@@ -249,80 +249,82 @@ INLINE void int8_lines(int rows, const char *const *weight, const char *x, size_
     }
 }
 
+/* What belongs to the weights of a tile in int4 */
+struct groups {
+    const uint16_t *scale[TILE]; /* halves of each output, one per group */
+    const uint8_t *zero[TILE];
+    const float *x_sums; /* [rows, padded_groups] */
+    long count, padded_groups;
+    int shift;      /* a group has 2^shift bytes */
+    size_t further; /* elements to prefetch ahead */
+    float scales[LANES * TILE + LANES]; /* of LANES groups, a quad for each; a register is read where a quad begins */
+};
+
+/* LANES groups from `group` on. The dots multiply bare codes: sum((q - zero) x) = sum(q x) - zero * sum(x), and the
+ * second part is a small product of its own, with a lane per group. The scales go where the dots want them. That it
+ * stands between the dots, and not before them, keeps memory busy. */
+INLINE void int4_groups(struct groups *g, int rows, long group, vf sum[MAX_ROWS][TILE]) {
+    const long count = g->count - group < LANES ? g->count - group : LANES;
+    vf scales[TILE], offsets[TILE];
+    for (int n = 0; n < TILE; n++) {
+        const uint16_t *scale = g->scale[n] + group;
+        const uint8_t *zero = g->zero[n] + group;
+        uint16_t scale_copy[LANES] = {0};
+        uint8_t zero_copy[LANES] = {0};
+        __builtin_prefetch(scale + g->further);
+        __builtin_prefetch(zero + g->further);
+        if (count < LANES) { /* do not read past the tensors */
+            scale = memcpy(scale_copy, scale, count * 2);
+            zero = memcpy(zero_copy, zero, count);
+        }
+        scales[n] = vf_load_half(scale);
+        offsets[n] = vf_mul(scales[n], vf_load_uint8(zero));
+    }
+    vf_store_columns(g->scales, scales);
+    for (int r = 0; r < rows; r++) {
+        const vf x_sums = vf_load(g->x_sums + r * g->padded_groups + group);
+        vf products[TILE];
+        for (int n = 0; n < TILE; n++) products[n] = vf_mul(offsets[n], x_sums);
+        sum[r][0] = vf_fma(vf_quads(products), vf_set(-1), sum[r][0]);
+    }
+}
+
 /* A register of weights is unpacked once for all rows; four dots per row multiply it. The sums of four outputs then
  * meet in one register, quad i holding those of the i-th 16 bytes: 32 products, 2^24 at most, exact in fp32. There
- * they take the scales [groups, TILE] of their groups of 2^shift bytes; sum[r][0] stays in that form. */
-INLINE void int4_lines(int rows, const char *const *weight, const char *x, size_t x_stride, long lines,
-                       const float *scales, int shift, size_t ahead, vf sum[MAX_ROWS][TILE]) {
-    const quads order = quads_of_groups(shift);
+ * they take the scales of their groups; sum[r][0] stays in that form. The first line is the start-th of the weights. */
+INLINE void int4_lines(int rows, const char *const *weight, const char *x, size_t x_stride, long lines, long start,
+                       struct groups *g, size_t ahead, vf sum[MAX_ROWS][TILE]) {
+    const quads order = quads_of_groups(g->shift);
     for (long line = 0; line < lines; line++) {
+        const long group = (start + line) * LINE >> g->shift;
+        if (group % LANES == 0) int4_groups(g, rows, group, sum);
         prefetch_line(weight, line, ahead);
-        for (long k = line * LINE; k < (line + 1) * LINE; k += STEP) {
+        for (long k = 0; k < LINE; k += STEP) {
             vi dots[MAX_ROWS][TILE];
             for (int r = 0; r < rows; r++)
                 for (int n = 0; n < TILE; n++) dots[r][n] = vi_zero();
             UNROLL for (int i = 0; i < 4; i++) {
                 vs w[TILE];
-                for (int n = 0; n < TILE; n++) w[n] = vs_nibbles(vs_load((const int16_t *)(weight[n] + k)), i);
+                for (int n = 0; n < TILE; n++)
+                    w[n] = vs_nibbles(vs_load((const int16_t *)(weight[n] + line * LINE + k)), i);
                 for (int r = 0; r < rows; r++) {
-                    vs a = vs_load((const int16_t *)(x + r * x_stride) + 2 * k + i * WORDS);
+                    vs a = vs_load((const int16_t *)(x + r * x_stride) + 2 * (line * LINE + k) + i * WORDS);
                     for (int n = 0; n < TILE; n++) dots[r][n] = vi_dot(dots[r][n], w[n], a);
                 }
             }
-            vf scale = vf_load_quads(scales + (k >> shift) * TILE, order);
+            vf scale = vf_load_quads(g->scales + (group % LANES + (k >> g->shift)) * TILE, order);
             for (int r = 0; r < rows; r++) sum[r][0] = vf_fma(vi_to_vf(vi_quads(dots[r])), scale, sum[r][0]);
         }
     }
 }
 
-/* What a block's scales and zero points need before the dots. The dots multiply bare codes: sum((q - zero) x) =
- * sum(q x) - zero * sum(x), and the second part is a small product of its own, with a lane per output as suits
- * [groups, outputs]; it goes to `out`. The scales go to scratch in the order in which the tiles want them.
- * Memory is kept busy meanwhile with this block's weights and with the next block's scales and zero points, a line
- * of memory per group. They go to the second level: with their strides they would crowd few sets of the first. */
-INLINE void int4_groups(const struct problem *p, int rows, long output, long row, size_t ahead, float *scales,
-                        float out[MAX_ROWS][BLOCK]) {
-    const long width = p->weight_rows - output < BLOCK ? p->weight_rows - output : BLOCK;
-    const char *weight = p->weight + output * p->weight_stride + ahead;
-    vf offset[BLOCK / LANES][MAX_ROWS];
-    for (int n = 0; n < BLOCK / LANES; n++)
-        for (int r = 0; r < rows; r++) offset[n][r] = vf_zero();
-    for (long group = 0; group < p->groups; group++) {
-        const uint16_t *scale = (const uint16_t *)p->scale + group * p->weight_rows + output;
-        const uint8_t *zero = p->zero + group * p->weight_rows + output;
-        uint16_t scale_copy[BLOCK];
-        uint8_t zero_copy[BLOCK];
-        __builtin_prefetch(scale + BLOCK, 0, 2);
-        __builtin_prefetch(zero + BLOCK, 0, 2);
-        for (int i = 0; i < 2; i++) __builtin_prefetch(weight + (2 * group + i) * LINE, 0, 2);
-        if (width < BLOCK) { /* do not read past the tensors */
-            scale = memcpy(scale_copy, scale, width * 2);
-            zero = memcpy(zero_copy, zero, width);
-        }
-        float wide[BLOCK];
-        for (int n = 0; n < BLOCK / LANES; n++) {
-            vf s = vf_load_half(scale + n * LANES), product = vf_mul(s, vf_load_uint8(zero + n * LANES));
-            vf_store(wide + n * LANES, s);
-            for (int r = 0; r < rows; r++)
-                offset[n][r] = vf_fma(product, vf_set(-p->x_sums[(row + r) * p->groups + group]), offset[n][r]);
-        }
-        UNROLL for (int tile = 0; tile < BLOCK / TILE; tile++)
-            memcpy(scales + tile * p->tile_scales + group * TILE, wide + tile * TILE, TILE * sizeof(float));
-    }
-    for (int r = 0; r < rows; r++)
-        for (int n = 0; n < BLOCK / LANES; n++) vf_store(out[r] + n * LANES, offset[n][r]);
-}
-
 INLINE void tile_lines(const struct problem *p, int format, int rows, const char *const *weight, const char *x,
-                       long lines, const float *scales, size_t ahead, vf sum[MAX_ROWS][TILE]) {
+                       long lines, long start, struct groups *g, size_t ahead, vf sum[MAX_ROWS][TILE]) {
 #ifdef BF16_DOT
     if (format == BFLOAT16) return bf16_lines(rows, weight, x, p->x_stride, lines, ahead, sum);
 #endif
     if (format == INT8) return int8_lines(rows, weight, x, p->x_stride, lines, ahead, sum);
-    if (format == INT4) {
-        int shift = __builtin_ctz(p->group_size / 2);
-        return int4_lines(rows, weight, x, p->x_stride, lines, scales, shift, ahead, sum);
-    }
+    if (format == INT4) return int4_lines(rows, weight, x, p->x_stride, lines, start, g, ahead, sum);
     float_lines(format, rows, weight, x, p->x_stride, lines, ahead, sum);
 }
 
@@ -330,46 +332,53 @@ INLINE void tile_lines(const struct problem *p, int format, int rows, const char
 
 /* Tile by tile, whole lines first, then the rest of each row through a zero-padded copy */
 INLINE void block_of(const struct problem *p, int format, int rows, long output, long row, size_t ahead,
-                     float *scales, float out[MAX_ROWS][BLOCK]) {
+                     float out[MAX_ROWS][BLOCK]) {
     const long lines = p->weight_stride / LINE;
     const size_t rest = p->weight_stride % LINE;
     const char *x = p->x + row * p->x_stride, *x_rest = x + lines * ACTIVATION_BYTES(format) * WEIGHTS_PER_LINE(format);
-    if (format == INT4) int4_groups(p, rows, output, row, ahead, scales, out);
-    for (long first = 0; first < BLOCK && output + first < p->weight_rows; first += TILE, scales += p->tile_scales) {
+    struct groups g = {.count = p->groups, .padded_groups = p->padded_groups};
+    if (format == INT4) {
+        g.x_sums = p->x_sums + row * p->padded_groups;
+        g.shift = __builtin_ctz(p->group_size / 2);
+        g.further = ahead / p->weight_stride * p->groups; /* of the outputs whose weights are fetched meanwhile */
+    }
+    for (long first = 0; first < BLOCK && output + first < p->weight_rows; first += TILE) {
         const char *weight[TILE];
         vf sum[MAX_ROWS][TILE];
         for (int n = 0; n < TILE; n++) {
             long clamped = output + first + n < p->weight_rows ? output + first + n : p->weight_rows - 1;
             weight[n] = p->weight + clamped * p->weight_stride;
+            if (format == INT4) {
+                g.scale[n] = (const uint16_t *)p->scale + clamped * p->groups;
+                g.zero[n] = p->zero + clamped * p->groups;
+            }
             for (int r = 0; r < rows; r++) sum[r][n] = vf_zero();
         }
-        tile_lines(p, format, rows, weight, x, lines, scales, ahead, sum);
+        tile_lines(p, format, rows, weight, x, lines, 0, &g, ahead, sum);
         if (rest) {
             char copy[TILE][LINE] = {{0}};
             for (int n = 0; n < TILE; n++) weight[n] = memcpy(copy[n], weight[n] + lines * LINE, rest);
-            const float *rest_scales = format == INT4 ? scales + lines * LINE / (p->group_size / 2) * TILE : scales;
-            tile_lines(p, format, rows, weight, x_rest, 1, rest_scales, 0, sum);
+            tile_lines(p, format, rows, weight, x_rest, 1, lines, &g, 0, sum);
         }
         for (int r = 0; r < rows; r++) {
             float total[TILE];
             vf_store_quad(total, format == INT4 ? sum[r][0] : vf_quads(sum[r]));
             for (int n = 0; n < TILE && output + first + n < p->weight_rows; n++) {
-                float *value = &out[r][first + n], scale = format >= INT8 ? p->x_scale[row + r] : 1;
+                float scale = format >= INT8 ? p->x_scale[row + r] : 1;
                 if (format == INT8) scale *= ((const float *)p->scale)[output + first + n];
-                *value = (format == INT4 ? total[n] + *value : total[n]) * scale;
+                out[r][first + n] = total[n] * scale;
             }
         }
     }
 }
 
 /* A constant number of rows lets the sums live in registers; a function for each leaves the compiler room to see it. */
-typedef void block_function(const struct problem *p, long output, long row, size_t ahead, float *scales,
-                            float out[MAX_ROWS][BLOCK]);
-#define ROWS_FUNCTION(format, rows)                                                                                \
-    static __attribute__((noinline)) void format##_##rows(const struct problem *p, long output, long row,          \
-                                                          size_t ahead, float *scales, float out[MAX_ROWS][BLOCK]) \
-    {                                                                                                              \
-        block_of(p, format, rows <= MAX_ROWS ? rows : 1, output, row, ahead, scales, out);                         \
+typedef void block_function(const struct problem *p, long output, long row, size_t ahead, float out[MAX_ROWS][BLOCK]);
+#define ROWS_FUNCTION(format, rows)                                                                       \
+    static __attribute__((noinline)) void format##_##rows(const struct problem *p, long output, long row, \
+                                                          size_t ahead, float out[MAX_ROWS][BLOCK])       \
+    {                                                                                                     \
+        block_of(p, format, rows <= MAX_ROWS ? rows : 1, output, row, ahead, out);                        \
     }
 #define FUNCTIONS(format) \
     ROWS_FUNCTION(format, 1) ROWS_FUNCTION(format, 2) ROWS_FUNCTION(format, 3) ROWS_FUNCTION(format, 4) \
@@ -394,7 +403,7 @@ INLINE void finish_row(const struct problem *p, int dtype, long output, long row
 static int block(const void *context, long i, int thread) {
     const struct problem *p = context;
     const long output = i * BLOCK, *first = p->first;
-    float *scales = p->scales + thread * p->block_scales;
+    (void)thread;
     long parts = first[p->rows], passes = (parts + MAX_ROWS - 1) / MAX_ROWS;
     long width = p->outputs - output < BLOCK ? p->outputs - output : BLOCK;
     size_t tile_bytes = TILE * p->weight_stride;
@@ -404,8 +413,8 @@ static int block(const void *context, long i, int thread) {
         size_t ahead = row > 0 ? 0 : tile_bytes > AHEAD ? tile_bytes : AHEAD;
         float out[MAX_ROWS][BLOCK], up[MAX_ROWS][BLOCK];
         block_function *values = block_functions[p->format][first[next] - first[row] - 1];
-        values(p, output, first[row], ahead, scales, out);
-        if (p->gate) values(p, output + p->outputs, first[row], ahead, scales, up);
+        values(p, output, first[row], ahead, out);
+        if (p->gate) values(p, output + p->outputs, first[row], ahead, up);
         for (long r = row; r < next; r++) {
             long part = first[r] - first[row];
             if (first[r + 1] - first[r] == 2) {
@@ -440,17 +449,13 @@ int minillm_linear(const struct linear_call *c) {
         .weight_rows = c->gate ? 2 * outputs : outputs, .format = format, .dtype = (int)c->dtype,
         .group_size = (int)c->group_size, .gate = (int)c->gate,
     };
-    p.groups = format == INT4 ? inputs / p.group_size : 0;
+    p.groups = format == INT4 ? inputs / p.group_size : 0, p.padded_groups = round_up(p.groups, LANES);
     p.weight_stride = format == INT4 ? inputs / 2 : inputs * (format == FLOAT32 ? 4 : format == INT8 ? 1 : 2);
     p.x_stride = round_up(inputs, WEIGHTS_PER_LINE(format)) * ACTIVATION_BYTES(format);
 
     long blocks = (outputs + BLOCK - 1) / BLOCK;
     if ((size_t)p.weight_rows * p.weight_stride * rows < 64 * 1024) threads = 1; /* waking a thread costs more */
 
-    if (format == INT4) {
-        p.tile_scales = round_up(p.weight_stride, LINE) / (p.group_size / 2) * TILE;
-        p.block_scales = BLOCK / TILE * p.tile_scales + LINE; /* a register is read where a group's scales begin */
-    }
     p.first = malloc(sizeof(long) * (rows + 1) + sizeof(float) * rows);
     if (!p.first) return 1;
     p.largest = (float *)(p.first + rows + 1);
@@ -461,14 +466,11 @@ int minillm_linear(const struct linear_call *c) {
     long parts = p.first[rows];
 
     size_t x_bytes = parts * p.x_stride, scale_bytes = round_up(parts * 4, 64);
-    size_t sums_bytes = round_up(parts * p.groups * 4, 64), scales_bytes = round_up(threads * p.block_scales * 4, 64);
-    p.x = aligned_alloc(64, x_bytes + scale_bytes + sums_bytes + scales_bytes + 64);
+    size_t sums_bytes = round_up(parts * p.padded_groups * 4, 64);
+    p.x = aligned_alloc(64, x_bytes + scale_bytes + sums_bytes + 64);
     if (!p.x) return free(p.first), 1;
     p.x_scale = (float *)(p.x + x_bytes);
     p.x_sums = (float *)(p.x + x_bytes + scale_bytes);
-    p.scales = (float *)(p.x + x_bytes + scale_bytes + sums_bytes);
-    if (p.weight_stride % LINE) memset(p.scales, 0, scales_bytes); /* the groups that fill up a last line */
-
     minillm_parallel(rows, row_threads, prepare_row, &p);
     minillm_parallel(blocks, threads, block, &p);
     free(p.x);

@@ -106,8 +106,8 @@ INLINE void quantize_rows(const struct quantize_int4_call *c, int dtype, long ro
         for (int n = 0; n < width; n++) {
             uint8_t *to = packed + ((row + n) * inputs + group * size) / 2;
             for (int k = 0; k < size / 2; k++) to[k] = (uint8_t)((int)w[k][n] | (int)w[k + size / 2][n] << 4);
-            scale[group * c->rows + row + n] = float_to_half(best.scale[n]);
-            zero[group * c->rows + row + n] = (uint8_t)best.zero[n];
+            scale[(row + n) * (inputs / size) + group] = float_to_half(best.scale[n]);
+            zero[(row + n) * (inputs / size) + group] = (uint8_t)best.zero[n];
         }
     }
 }
@@ -121,7 +121,7 @@ static int piece(const void *call, long i, int thread) {
     return 0;
 }
 
-/* weight [rows, inputs], all of it finite -> packed [rows, inputs / 2], scale and zero [inputs / group_size, rows] */
+/* weight [rows, inputs], all of it finite -> packed [rows, inputs / 2], scale and zero [rows, inputs / group_size] */
 int minillm_quantize_int4(const struct quantize_int4_call *c) {
     return minillm_parallel((c->rows + OUTPUTS - 1) / OUTPUTS, c->threads, piece, c);
 }

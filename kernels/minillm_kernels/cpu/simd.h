@@ -9,6 +9,7 @@
  *
  * A quad is four lanes. vf_quads and vi_quads add up the quads of four registers: lane 4 i + n of the result is the
  * sum of a[n]'s i-th quad. vf_store_quad adds up the quads of that and stores the four sums of whole registers.
+ * vf_store_columns stores lane i of four registers as quad i.
  * vf_load_quads loads a quad of floats for each 16 bytes of int4 weights: p holds a quad per group of 2^shift bytes,
  * and the order of quads_of_groups(shift) repeats each as often as its group fills quads.
  */
@@ -110,6 +111,18 @@ INLINE void vf_store_quad(float *p, vf a) {
     __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
     _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
 }
+INLINE void vf_store_columns(float *p, const vf a[4]) {
+    vf low[2] = {_mm512_unpacklo_ps(a[0], a[1]), _mm512_unpacklo_ps(a[2], a[3])};  /* lanes 0 and 1 of each quad, */
+    vf high[2] = {_mm512_unpackhi_ps(a[0], a[1]), _mm512_unpackhi_ps(a[2], a[3])}; /* lanes 2 and 3 */
+    vf of[4] = {_mm512_shuffle_ps(low[0], low[1], 0x44), _mm512_shuffle_ps(low[0], low[1], 0xee),
+                _mm512_shuffle_ps(high[0], high[1], 0x44), _mm512_shuffle_ps(high[0], high[1], 0xee)};
+    vf first[2] = {_mm512_shuffle_f32x4(of[0], of[1], 0x44), _mm512_shuffle_f32x4(of[2], of[3], 0x44)};
+    vf last[2] = {_mm512_shuffle_f32x4(of[0], of[1], 0xee), _mm512_shuffle_f32x4(of[2], of[3], 0xee)};
+    vf_store(p, _mm512_shuffle_f32x4(first[0], first[1], 0x88));
+    vf_store(p + 16, _mm512_shuffle_f32x4(first[0], first[1], 0xdd));
+    vf_store(p + 32, _mm512_shuffle_f32x4(last[0], last[1], 0x88));
+    vf_store(p + 48, _mm512_shuffle_f32x4(last[0], last[1], 0xdd));
+}
 typedef __m512i quads;
 INLINE quads quads_of_groups(int shift) {
     __m512i lane = _mm512_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3);
@@ -188,6 +201,16 @@ INLINE vi vi_quads(const vi a[4]) {
 INLINE void vf_store_quad(float *p, vf a) {
     _mm_storeu_ps(p, _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)));
 }
+INLINE void vf_store_columns(float *p, const vf a[4]) {
+    vf low[2] = {_mm256_unpacklo_ps(a[0], a[1]), _mm256_unpacklo_ps(a[2], a[3])};  /* lanes 0 and 1 of each quad, */
+    vf high[2] = {_mm256_unpackhi_ps(a[0], a[1]), _mm256_unpackhi_ps(a[2], a[3])}; /* lanes 2 and 3 */
+    vf of[4] = {_mm256_shuffle_ps(low[0], low[1], 0x44), _mm256_shuffle_ps(low[0], low[1], 0xee),
+                _mm256_shuffle_ps(high[0], high[1], 0x44), _mm256_shuffle_ps(high[0], high[1], 0xee)};
+    for (int i = 0; i < 2; i++) {
+        vf_store(p + 8 * i, _mm256_permute2f128_ps(of[2 * i], of[2 * i + 1], 0x20));
+        vf_store(p + 16 + 8 * i, _mm256_permute2f128_ps(of[2 * i], of[2 * i + 1], 0x31));
+    }
+}
 typedef __m256i quads;
 INLINE quads quads_of_groups(int shift) {
     __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 0, 1, 2, 3), byte = _mm256_setr_epi32(0, 0, 0, 0, 16, 16, 16, 16);
@@ -229,6 +252,7 @@ INLINE vs vs_nibbles(vs words, int i) {
 INLINE vf vf_quads(const vf a[4]) { return vpaddq_f32(vpaddq_f32(a[0], a[1]), vpaddq_f32(a[2], a[3])); }
 INLINE vi vi_quads(const vi a[4]) { return vpaddq_s32(vpaddq_s32(a[0], a[1]), vpaddq_s32(a[2], a[3])); }
 INLINE void vf_store_quad(float *p, vf a) { vst1q_f32(p, a); }
+INLINE void vf_store_columns(float *p, const vf a[4]) { vst4q_f32(p, (float32x4x4_t){{a[0], a[1], a[2], a[3]}}); }
 typedef int quads; /* one quad, one group: nothing to spread */
 INLINE quads quads_of_groups(int shift) { return shift; }
 INLINE vf vf_load_quads(const float *p, quads order) { return (void)order, vf_load(p); }
@@ -269,6 +293,9 @@ INLINE vi vi_quads(const vi a[4]) {
     EACH_LANE(vi, a[i].lane[0] + a[i].lane[1] + a[i].lane[2] + a[i].lane[3]);
 }
 INLINE void vf_store_quad(float *p, vf a) { vf_store(p, a); }
+INLINE void vf_store_columns(float *p, const vf a[4]) {
+    for (int i = 0; i < LANES; i++) for (int n = 0; n < 4; n++) p[4 * i + n] = a[n].lane[i];
+}
 typedef int quads;
 INLINE quads quads_of_groups(int shift) { return shift; }
 INLINE vf vf_load_quads(const float *p, quads order) { return (void)order, vf_load(p); }

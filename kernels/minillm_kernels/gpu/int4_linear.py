@@ -170,7 +170,7 @@ def int4_linear(
     K, rows = x.shape[-1], packed.shape[0]
     N = rows // (1 if activation is None else 2)
     flat = x.reshape(-1, K).contiguous()  # [M, K]
-    packed = packed.contiguous()
+    packed, scale, zero = packed.contiguous(), scale.contiguous(), zero.contiguous()
     M = flat.shape[0]
     out = torch.empty(*x.shape[:-1], N, dtype=x.dtype, device=x.device)
     weight = (packed, scale, zero, bias)
