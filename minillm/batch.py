@@ -277,17 +277,22 @@ class Batch:
 
     def _ahead(self, group: Group, steps: int) -> None:
         """Steps as one call, for the rows that talk: past the end of one it says what nobody hears."""
-        n = self._part.batch_size
-        place = self._position[:n, None] + torch.arange(steps, device=self._position.device)  # [n, k]
-        last = torch.full_like(place[:, :1], -1)  # [n, 1]
-        last[group.index, 0] = group.last
-        fed = torch.where(place > last, -1, place - 1)  # [n, k]
-        sampling, size = group.sampling.of_rows(group.index, n), self.model.config.vocab_size
-        tokens, logits = self.model.ahead(self._token[:n, None], fed, place, self._part, sampling, 0, size, logits=True)
+        # The positions as the host knows them: on a CPU it has looked.
+        table = [[-1] * steps + [0] * steps for _ in range(self._part.batch_size)]
+        for row in group.rows:
+            first, end = len(row.ids), len(row.prompt) + row.max_new_tokens
+            place = [*range(first, first + steps)]
+            table[row.seat] = [at - 1 if at < end else -1 for at in place] + place
+        fed, place = torch.tensor(table).split(steps, dim=1)  # [n, k] each
+        sampling, size = group.sampling.of_rows(group.index, len(table)), self.model.config.vocab_size
+        token = self._token[: len(table), None]  # [n, 1]
+        tokens, logits = self.model.ahead(token, fed, place, self._part, sampling, 0, size, logits=True)
         tokens, logits = group.of(tokens.t()), group.of(logits.transpose(0, 1))  # [R, k], [R, k, V]
         self._token[group.index] = tokens[:, -1]
-        self._position[group.index] = group.of(place)[:, -1] + 1
-        self._note(group, group.undrafted, tokens, torch.zeros_like(tokens[:, 0]), logits, largest_of(logits))
+        self._position[group.index] += steps
+        self._note(
+            group, group.undrafted, tokens, torch.zeros_like(tokens[:, 0]), logits, group.largest(tokens, logits)
+        )
 
     def _pass(self, pairs: list[tuple[Group, Draft]]) -> None:
         """One pass of the model for these groups and their drafts; everybody else's seat is padding."""
@@ -331,8 +336,7 @@ class Batch:
             token = next_token(logits[:, 0], sampling, place, seen)  # [R]
             token = self.model.ranks.of_first(token)
             accepted, tokens = torch.zeros_like(token), token[:, None]  # [R], [R, 1]
-            greedy = sampling.temperature is None  # who has found it already, or what is no number
-            largest = logits.gather(2, tokens[:, :, None])[:, :, 0] if greedy else largest_of(logits)  # [R, 1]
+            largest = group.largest(tokens, logits)  # [R, 1]
         else:
             judged = judge(logits, draft, place, sampling, seen)
             accepted, token = map(self.model.ranks.of_first, judged)  # [R] each

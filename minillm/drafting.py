@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from minillm.cache import StaticCache, upload
@@ -19,9 +18,9 @@ from minillm.sampling import Sampling
 
 DRAFT_STREAM = 1  # random numbers beside plain decoding's stream 0, see `sampling.uniform`
 # What a step costs beside reading weights, as bytes that could be read meanwhile (some 30 GB/s): the calls of a pass,
-# and judging drafts. Rough (recorded, k steps of a draft pay for their calls once), but the same everywhere, so that a
-# seed's text depends neither on a clock nor on how steps are run.
-PASS_BYTES, JUDGING_BYTES = 6e6, 10e6
+# and all that drafts bring with them (a pass of its own where plain steps would be several to a call, judging). Rough,
+# but the same everywhere, so that a seed's text depends neither on a clock nor on how steps are run.
+PASS_BYTES, JUDGING_BYTES = 3e6, 40e6
 WIDER = 0.05  # the share of a pass that one more token of each row adds to it
 _MAX_NGRAM = 3  # the longest n-gram prompt lookup tries to match
 
@@ -36,7 +35,9 @@ class Draft:
     """Proposals for the next places of every row; rows may have fewer than k."""
 
     tokens: Tensor  # [R, k] int64, beyond a row's length any id
-    probs: Tensor | None  # [R, k, V]: the distribution each token was drawn from; None where nothing was drawn
+    # [R, k, W]: the distribution each token was drawn from, of the first W tokens; None where nothing was drawn. What a
+    # draft model says next overwrites it.
+    probs: Tensor | None
     lengths: list[int]  # how many of the k each row proposes
     counts: Tensor  # [R] int64, the same where the tokens are
 
@@ -182,7 +183,8 @@ class DraftModel:
         tokens, probs = self.model.ahead(ids, position, place, part, rows, DRAFT_STREAM, size, False, seen)
         proposed = self.ranks.of_first(tokens.t().index_select(0, index))  # [R, k]
         if probs is not None:  # where greedy the target compares tokens and asks for no distribution
-            probs = F.pad(probs.transpose(0, 1).index_select(0, index), (0, self.vocab_size - size))  # [R, k, V]
+            probs = probs.transpose(0, 1)  # [n, k, W]
+            probs = probs if len(index) == len(probs) else probs.index_select(0, index)  # [R, k, W]
         return Draft(proposed, probs, counts, upload(counts, device))
 
     def _known(self, ids: Sequence[int]) -> list[int]:

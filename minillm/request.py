@@ -266,14 +266,14 @@ def choose_proposer(
     if assistant is None:
         return None if config.prompt_lookup_num_tokens is None else PromptLookup(cache.device)
     if isinstance(previous, DraftModel) and previous.model is assistant.steps:
-        return DraftModel(assistant.steps, target.model, previous.cache)
+        return DraftModel(assistant.steps, target.steps, previous.cache)
     size = min(cache.max_cache_len, assistant.config.max_positions)
     if borrow:
         own = assistant.steps.borrow_cache(cache.batch_size, size)
     else:
         where = assistant.device, assistant.dtype, cache.max_step
         own = StaticCache(assistant.config, cache.batch_size, size, *where)
-    return DraftModel(assistant.steps, target.model, own)
+    return DraftModel(assistant.steps, target.steps, own)
 
 
 def draft_with(row: Row, proposer: Proposer | None, config: GenerationConfig, cache: StaticCache, target) -> None:
@@ -295,7 +295,7 @@ def draft_with(row: Row, proposer: Proposer | None, config: GenerationConfig, ca
         lengths = [0, longest]  # where nothing is copied it is of no use
     elif asked == "auto":
         lengths = [length for length in AUTO_LENGTHS if length < cache.max_step]
-    judging = JUDGING_BYTES / pass_bytes(target.model)
+    judging = JUDGING_BYTES / pass_bytes(target.steps)
     row.proposer, row.draft_length = proposer, DraftLength(lengths, proposer.cost, judging, proposer.rest)
 
 
@@ -318,7 +318,10 @@ def check_drafting(target, assistant, config: GenerationConfig) -> None:
 
 def _check_same_tokenizer(target: Tokenizer, draft: Tokenizer) -> None:
     """Raise `RequestError` unless every id means the same token to both."""
-    if target is draft or target.vocabulary == draft.vocabulary:
+    if target is draft or target.vocabulary is draft.vocabulary:
+        return
+    if target.vocabulary == draft.vocabulary:
+        draft.vocabulary = target.vocabulary  # found at once the next time
         return
     ours, theirs = ({token_id: token for token, token_id in t.vocabulary.items()} for t in (target, draft))
     first = min(token_id for token_id in {*ours, *theirs} if ours.get(token_id) != theirs.get(token_id))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from minillm.drafting import Draft, Proposer
-from minillm.sampling import Sampling
+from minillm.sampling import Sampling, largest_of
 from minillm.speculative import DraftLength
 from minillm.tokenizer import TextStream
 
@@ -94,3 +94,10 @@ class Group:
     def of(self, x: Tensor) -> Tensor:
         """These rows of `x [B, ...]`. Not x[index]: for that PyTorch wakes its threads, and waits for busy cores."""
         return x[self.index] if isinstance(self.index, slice) else x.index_select(0, self.index)
+
+    def largest(self, tokens: Tensor, logits: Tensor) -> Tensor:
+        """The largest of the logits `[R, n, V]` that `tokens [R, n]` were chosen from, or what is no number: `[R, n]`.
+        Who is greedy has found it already."""
+        if self.sampling.temperature is None:
+            return logits.gather(2, tokens[:, :, None])[:, :, 0]
+        return largest_of(logits)

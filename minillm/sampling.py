@@ -180,6 +180,11 @@ def choose(
     if sampling.temperature is None:
         return argmax(logits), None  # what the search below would find in a one-hot distribution
     probs = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    return draw(probs, sampling.seed, position, stream), probs
+
+
+def draw(probs: Tensor, seed: Tensor, position: Tensor, stream: int = 0) -> Tensor:
+    """A token of each row of `probs [B, V]`, with the random number of `seed` and `position`, `[B]` int64 all three."""
     if _in_kernels(probs):
-        return kernels.draw(probs, sampling.seed, position, stream), probs
-    return sample(probs, uniform(sampling.seed, position, stream)), probs
+        return kernels.draw(probs, seed, position, stream)
+    return sample(probs, uniform(seed, position, stream))

@@ -20,18 +20,21 @@ In a batch each row accepts its own number. A row that kept fewer tokens than it
 the cache (`StaticCache.truncate`), and positions are data, so nothing else has to know.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
+from minillm_kernels import sampling as kernels
 from torch import Tensor
 
 from minillm.drafting import Draft
-from minillm.sampling import Sampling, argmax, distribution, penalized, sample, uniform
+from minillm.sampling import Sampling, argmax, distribution, draw, penalized, sample, uniform
 
 AUTO_LENGTHS = (0, 1, 2, 4, 8)  # what "auto" chooses from: few, so that there are few shapes of verify steps
 _DECAY = 0.9  # how fast luck is forgotten: about the last ten steps count
 _LONGEST_REST = 1024
+_TRIED = 0.02  # the share of its time that a row spends at most on tries that were in vain
 _ACCEPT_STREAM = 2  # random numbers beside plain decoding's stream 0 and the draft's 1, see `sampling.uniform`
 
 
@@ -48,11 +51,15 @@ class DraftLength:
         lengths: what to choose from.
         cost: of a drafted token, in plain steps of the target.
         judging: what a step with any drafts at all costs on top, likewise.
-        rest: steps without drafts before luck is tried again; twice as many after each try in vain.
+        rest: steps without drafts before luck is tried again, or more where a try costs over `_TRIED` of them; twice as
+            many after each try in vain.
     """
 
     def __init__(self, lengths: Sequence[int], cost: float, judging: float = 0.0, rest: int = 32):
-        self.lengths, self.cost, self.judging, self.shortest_rest = lengths, cost, judging, rest
+        self.lengths, self.cost, self.judging = lengths, cost, judging
+        self.shortest_rest = rest = max(
+            rest, math.ceil((min(filter(None, lengths), default=0) * cost + judging) / _TRIED)
+        )
         self.accepted, self.rejected = 2.0, 2.0  # before anything is known: one in two
         self.rested, self.rest = 0, rest  # steps since the last draft, and how many there shall be
         self.best = self._best()
@@ -89,7 +96,7 @@ class DraftLength:
 
 def verify(
     draft_tokens: Tensor,
-    draft_probs: Tensor | None,
+    draft_probs: Tensor,
     target_probs: Tensor,
     draft_lengths: Tensor,
     accept_uniforms: Tensor,
@@ -99,21 +106,17 @@ def verify(
 
     Args:
         draft_tokens: `[B, k]` int64, k may be 0.
-        draft_probs: `[B, k, V]`, the distribution q each token was drawn from; None for proposals that have
-            none (prompt lookup): then the target draws its own token at each place, with the numbers plain
-            decoding would use, and a proposal is kept if it is that very token.
+        draft_probs: `[B, k, W]`, the distribution q each token was drawn from, of the first W tokens.
         target_probs: `[B, k + 1, V]`, the target's distribution p before and after each drafted token.
         draft_lengths: `[B]` int64, how many of the k tokens each row proposed.
         accept_uniforms, fresh_uniforms: `[B, k]` and `[B, k + 1]` float64 in [0, 1), independent.
 
     Returns `accepted [B]`, from 0 to draft_lengths, and `next_token [B]`, both int64.
     """
-    if draft_probs is None:
-        fresh = sample(target_probs.flatten(0, 1), fresh_uniforms.flatten()).view_as(fresh_uniforms)  # [B, k + 1]
-        return compare(draft_tokens, fresh, draft_lengths)
     k, proposed = draft_tokens.shape[1], _proposed(draft_tokens, draft_lengths)
     # No draft at a place means q = 0 there, and the residual p - q is p itself.
-    q = F.pad(draft_probs.masked_fill(~proposed[:, :, None], 0.0), (0, 0, 0, 1))  # [B, k + 1, V]
+    beyond = target_probs.shape[2] - draft_probs.shape[2]
+    q = F.pad(draft_probs.masked_fill(~proposed[:, :, None], 0.0), (0, beyond, 0, 1))  # [B, k + 1, V]
     drafted = draft_tokens[:, :, None]  # [B, k, 1]
     p_drafted = target_probs[:, :k].gather(2, drafted)[:, :, 0]  # [B, k]
     q_drafted = q[:, :k].gather(2, drafted)[:, :, 0]  # [B, k]
@@ -173,12 +176,12 @@ def judge(
     if sampling.temperature is None:
         return compare(draft.tokens, argmax(penalized(logits, sampling, stages)), draft.counts)
     place = start[:, None] + torch.arange(logits.shape[1], device=start.device)  # [B, k + 1]
-    seed = sampling.seed[:, None]  # [B, 1]
-    return verify(
-        draft.tokens,
-        draft.probs,
-        distribution(logits, sampling, stages),
-        draft.counts,
-        uniform(seed, place[:, :-1], _ACCEPT_STREAM),
-        uniform(seed, place),
-    )
+    seed, probs = sampling.seed[:, None].expand_as(place), distribution(logits, sampling, stages)  # [B, k + 1 (, V)]
+    if draft.probs is None:  # nothing was drawn: the target draws as in plain decoding
+        tokens = draw(probs.flatten(0, 1), seed.flatten(), place.flatten()).view_as(place)  # [B, k + 1]
+        return compare(draft.tokens, tokens, draft.counts)
+    judged = kernels.verify(draft.tokens, draft.probs, probs, draft.counts, sampling.seed, start, _ACCEPT_STREAM)
+    if judged is not None:
+        return judged
+    accept = uniform(seed[:, :-1], place[:, :-1], _ACCEPT_STREAM)  # [B, k]
+    return verify(draft.tokens, draft.probs, probs, draft.counts, accept, uniform(seed, place))

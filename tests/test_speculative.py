@@ -12,15 +12,17 @@ import shutil
 import pytest
 import torch
 from families import FAMILIES, make_model, prompt_ids, save_checkpoint
+from minillm_kernels import cpu
+from minillm_kernels import sampling as kernels
 
 from minillm import LLM, StaticCache, speculative
 from minillm.cli import main
 from minillm.drafting import DRAFT_STREAM, JUDGING_BYTES, Draft, DraftModel, PromptLookup
 from minillm.errors import RequestError
 from minillm.faster.steps import Steps
-from minillm.model import Decoder
-from minillm.sampling import Sampling, next_token
-from minillm.speculative import AUTO_LENGTHS, DraftLength, judge, verify
+from minillm.sampling import Sampling, next_token, sample, uniform
+from minillm.speculative import AUTO_LENGTHS, DraftLength, compare, judge
+from minillm.speculative import verify as exact
 
 # -- verify, by enumeration ----------------------------------------------------------------------
 
@@ -37,6 +39,13 @@ def table(V, seed):
         torch.randint(0, V, (D,), generator=torch.Generator().manual_seed(seed)), minlength=V
     )  # [V]
     return counts.double() / D
+
+
+def verify(tokens, q, p, lengths, accept, fresh):
+    """As `judge` does: what was drawn from nothing (q None, prompt lookup) is compared with the target's own tokens."""
+    if q is None:
+        return compare(tokens, sample(p.flatten(0, 1), fresh.flatten()).view_as(fresh), lengths)
+    return exact(tokens, q, p, lengths, accept, fresh)
 
 
 class Tables:
@@ -196,6 +205,52 @@ def test_a_residual_that_rounds_to_nothing():
         fresh = torch.full((1, 2), u, dtype=torch.float64)
         accepted, following = verify(torch.tensor([[0]]), q, p, torch.tensor([1]), almost_one, fresh)
         assert (int(accepted), int(following)) == (0, token)
+
+
+@pytest.mark.skipif(not cpu.available(), reason="no C compiler")
+@pytest.mark.parametrize(
+    ("B", "k", "V", "temperature"), [(1, 1, 3, 1.0), (64, 4, 5, 1.0), (300, 8, 700, 0.3), (9, 2, 60_000, 3)]
+)
+def test_in_c_the_same_drafts_are_kept(B, k, V, temperature):
+    """Bit for bit as `verify` with the numbers of seeds and places; drafts of fewer words, in any order of memory."""
+    tokens, q, p, lengths, *_ = random_case(B, k, V, seed=V, temperature=temperature)
+    q[::3] = p[::3, :k]  # always kept
+    q[1::7] = torch.nextafter(q[1::7], torch.ones(()))
+    seed, position = torch.randint(-(2**62), 2**62, (2, B))
+    place = position[:, None] + torch.arange(k + 1)
+    seeds = seed[:, None].expand_as(place)
+    kept = set()
+    for W in (V, V - 1):
+        short, mine = q[:, :, :W], tokens.clamp(max=W - 1)
+        accept = uniform(seeds[:, :k], place[:, :k], 2)
+        expected = exact(mine, short, p, lengths, accept, uniform(seeds, place))
+        turned = short.transpose(0, 1).contiguous().transpose(0, 1)
+        for probs in (short, turned, short.transpose(1, 2).contiguous().transpose(1, 2)):
+            for ours, theirs in zip(kernels.verify(mine, probs, p, lengths, seed, position, 2), expected, strict=True):
+                assert torch.equal(ours, theirs)
+        kept |= set(expected[0].tolist())
+    assert len(kept) > 1 or B == 1
+
+
+def test_what_the_verifier_in_c_refuses():
+    tokens, q, p, lengths, *_ = random_case(4, 2, 6, seed=1)
+    seed = position = torch.zeros(4, dtype=torch.int64)
+    assert kernels.verify(tokens, q, p.double(), lengths, seed, position, 2) is None
+    wrong = [
+        (tokens[:3], q, p, lengths, seed, position),
+        (tokens, q[:, :1], p, lengths, seed, position),
+        (tokens, q, p[:, :2], lengths, seed, position),
+        (tokens, q, p[:, :, :5], lengths, seed, position),
+        (tokens, q, p, lengths.int(), seed, position),
+        (tokens, q, p, lengths, seed[:3], position),
+        (tokens + 6, q, p, lengths, seed, position),
+        (tokens - 6, q, p, lengths, seed, position),
+        (tokens, q, p, lengths + 3, seed, position),
+        (tokens.float(), q, p, lengths, seed, position),
+    ]
+    for arguments in wrong:
+        with pytest.raises(ValueError, match="verify: "):
+            kernels.verify(*arguments, 2)
 
 
 # -- proposers -----------------------------------------------------------------------------------
@@ -520,9 +575,9 @@ def test_rows_that_finish_at_different_times(targets, drafts, plain):
 @pytest.fixture
 def cheap_drafts(targets, monkeypatch):
     """Drafts as large as the target would make "auto" rest for ever; let it believe they are a tenth of 10 GB."""
-    large = [llm.model for llm in targets.values()]
-    cheap = property(lambda model: 10**10 if any(model is m for m in large) else 10**9)
-    monkeypatch.setattr(Decoder, "weight_bytes", cheap)
+    large = [llm.steps for llm in targets.values()]
+    cheap = property(lambda steps: 10**10 if any(steps is one for one in large) else 10**9, lambda steps, value: None)
+    monkeypatch.setattr(Steps, "weight_bytes", cheap, raising=False)
 
 
 def test_auto_equals_plain(targets, drafts, plain, cheap_drafts):
@@ -833,6 +888,7 @@ def test_sampled_tokens_have_the_targets_law(llm, drafts, sampling_truth):
 @pytest.mark.parametrize("mistake", ["no residual", "acceptance draws the draft's number again"])
 def test_the_chi_square_test_finds_a_biased_verifier(mistake, llm, drafts, sampling_truth, monkeypatch):
     if mistake == "no residual":
+        monkeypatch.setattr(kernels, "verify", lambda *_: None)
         monkeypatch.setattr(speculative, "verify", without_residual)
     else:
         monkeypatch.setattr(speculative, "_ACCEPT_STREAM", DRAFT_STREAM)

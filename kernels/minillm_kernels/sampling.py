@@ -107,6 +107,45 @@ def argmax(x: Tensor) -> Tensor:
     return cpu.argmax(x) if in_c and cpu.available() else x.argmax(dim=-1)
 
 
+def verify(
+    drafted: Tensor,
+    draft_probs: Tensor,
+    target_probs: Tensor,
+    lengths: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    stream: int,
+) -> tuple[Tensor, Tensor] | None:
+    """How many drafts each row keeps, and the token that follows them (speculative sampling, arXiv 2211.17192).
+
+    No op: in C what would be some forty of PyTorch's operators on tensors over which its threads wake, and None where
+    there is no C for these tensors.
+
+    Args:
+        drafted: [B, k] int64; draft_probs [B, k, W] float32, what each was drawn from, nothing beyond W.
+        target_probs: [B, k + 1, V] float32, V at least W.
+        lengths: [B] int64, how many of the k a row has.
+        seed, position: [B] int64: the i-th draft of a row, which would stand at position + i, is kept where
+            uniform(seed, position + i, stream) * q < p; what follows is drawn with `uniform`'s stream 0.
+
+    Returns accepted and next token, [B] int64. Raises ValueError for drafts that W does not have.
+    """
+    if not (target_probs.is_cpu and target_probs.dtype == draft_probs.dtype == torch.float32 and cpu.available()):
+        return None
+    (B, k), (V, W) = drafted.shape, (target_probs.shape[2], draft_probs.shape[2])
+    if target_probs.shape != (B, k + 1, V) or draft_probs.shape != (B, k, W) or not 1 <= W <= V:
+        shapes = tuple(drafted.shape), tuple(draft_probs.shape), tuple(target_probs.shape)
+        raise ValueError(
+            "verify: [B, k], [B, k, W] and [B, k + 1, V] with W up to V are needed, got {}, {}, {}".format(*shapes)
+        )
+    for name, column in (("lengths", lengths), ("seed", seed), ("position", position), ("drafted", drafted[:, 0])):
+        if column.shape != (B,) or column.dtype != torch.int64 or not column.is_cpu:
+            raise ValueError(f"verify: {name} must be [{B}] int64 on a CPU, got {tuple(column.shape)} {column.dtype}")
+    if B and (int(drafted.min()) < 0 or int(drafted.max()) >= W or int(lengths.max()) > k):
+        raise ValueError(f"verify: drafts must be from 0 to {W - 1}, and at most {k}")
+    return cpu.verify(drafted, draft_probs, target_probs, lengths, seed, position, stream)
+
+
 # ---- the same in PyTorch, for any float dtype and any device ----
 
 

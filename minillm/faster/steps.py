@@ -41,7 +41,7 @@ from minillm.sampling import Sampling, choose
 # A token of each row, `[B]`, and what was asked for beside it, `[B, V]`: the logits, or the distribution that it was
 # drawn from, None where greedy. Of k steps `[k, B]` and `[k, B, V]`.
 Chosen = tuple[Tensor, Tensor | None]
-_SMALL = 2**25  # bytes of weights, below which reading them takes less than ten times what Python does
+_SMALL = 2**27  # bytes of weights: reading them takes less than ten times what Python does between two such readings
 _STEPS_OF_SMALL = 4
 _SPARE_BYTES = 2**25  # of a cache that a CPU keeps between requests: the memory of a larger one is the host's again
 
@@ -59,7 +59,7 @@ class Steps:
     def __init__(self, model: Decoder, compile: bool | str = "auto"):
         check_compile(compile)
         self.model, self.config, self.embedding, self.compile = model, model.config, model.embedding, compile
-        self.ranks = model.ranks
+        self.ranks, self.weight_bytes = model.ranks, model.weight_bytes
         self.compiled = CompiledWalk(model) if compile is True else None
         self.embed, self.logits, self.own_dtypes = model.embed, model.logits, model.own_dtypes
         self.walk: Callable[..., Tensor] = self.compiled or model.walk
@@ -73,7 +73,7 @@ class Steps:
         # of each, none where choosing is not recorded. (A softcap is PyTorch's tanh, whose bits nobody else has.)
         self.at_once = 0
         if self._make is RecordedStep and model.config.final_softcap is None:
-            self.at_once = _STEPS_OF_SMALL if model.weight_bytes < _SMALL else 1
+            self.at_once = _STEPS_OF_SMALL if self.weight_bytes < _SMALL else 1
         # Per cache, by their shapes: the recorded steps, or None for one that cannot be recorded. A cache that is
         # dropped takes its steps along.
         self._recorded: weakref.WeakKeyDictionary[StaticCache, dict] = weakref.WeakKeyDictionary()
@@ -89,10 +89,6 @@ class Steps:
     def kind(self) -> str:
         """How steps run: "recorded", "compiled" or "eager"."""
         return "compiled" if self.compiled is not None else "eager" if self._make is None else "recorded"
-
-    @property
-    def weight_bytes(self) -> int:
-        return self.model.weight_bytes
 
     def borrow_cache(self, rows: int, length: int) -> StaticCache:
         """An empty cache for a request that has none: the last request's if it is as large, whose steps are recorded
@@ -193,7 +189,7 @@ class Steps:
         weights = self.model.fingerprint()
         if weights != self._weights:
             self._recorded.clear()
-            self._weights = weights
+            self._weights, self.weight_bytes = weights, self.model.weight_bytes
         self._moves = self.model.moves
         return weights
 

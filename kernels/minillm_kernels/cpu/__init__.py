@@ -52,6 +52,11 @@ PROBABILITIES = Call(
 )
 ARGMAX = Call("argmax", "int64_t x, out, rows, width;")
 DRAW = Call("draw", "int64_t probs, out, rows, vocabulary, seed, position, stream;")
+VERIFY = Call(
+    "verify",
+    """int64_t drafted, draft_probs, row_stride, draft_stride, draft_vocabulary, target_probs, lengths, seed, position,
+    stream, rows, drafts, vocabulary, accepted, next;""",
+)
 REPLAY = Call("replay", "int64_t function, arguments;")
 
 
@@ -261,6 +266,22 @@ def _call(call: Call, packed: bytes, *tensors: Tensor | None) -> None:
     if function(packed):
         raise MemoryError(f"no memory for a {call.name} of {[tuple(t.shape) for t in tensors if t is not None]}")
     tape.note(call, packed, tensors)
+
+
+def verify(drafted, draft_probs, target_probs, lengths, seed, position, stream) -> tuple[Tensor, Tensor]:
+    """As `sampling.verify`."""
+    if draft_probs.stride(2) != 1 and draft_probs.shape[2] > 1:
+        draft_probs = draft_probs.contiguous()
+    drafted, target_probs, lengths = drafted.contiguous(), target_probs.contiguous(), lengths.contiguous()
+    seed, position = seed.contiguous(), position.contiguous()
+    accepted, following = torch.empty_like(lengths), torch.empty_like(lengths)
+    packed = VERIFY.pack(
+        drafted.data_ptr(), draft_probs.data_ptr(), *draft_probs.stride()[:2], draft_probs.shape[2],
+        target_probs.data_ptr(), lengths.data_ptr(), seed.data_ptr(), position.data_ptr(), stream, *drafted.shape,
+        target_probs.shape[2], accepted.data_ptr(), following.data_ptr(),
+    )  # fmt: skip
+    _call(VERIFY, packed, drafted, draft_probs, target_probs, lengths, seed, position, accepted, following)
+    return accepted, following
 
 
 def blank_tape() -> tape.Tape:

@@ -41,33 +41,44 @@ static double sum_of(const float *x, long count) {
     return mass_from(x, x, count, -INFINITY, &all);
 }
 
+/* Whole numbers that are ordered like floats, and of which a compiler knows how to find the largest many at a time;
+ * `odd` for what is no number. */
+INLINE int32_t order_of(float value, int32_t odd) {
+    int32_t bits;
+    value += 0.0f; /* -0 becomes 0 */
+    memcpy(&bits, &value, 4);
+    const int32_t none = -((bits & 0x7fffffff) > 0x7f800000); /* a mask: a choice here would cost the loop its vectors */
+    return (odd & none) | ((bits ^ (bits >> 31 & 0x7fffffff)) & ~none);
+}
+
+INLINE int32_t largest_order(const float *x, long count, int32_t odd) {
+    int32_t largest = INT32_MIN;
+    for (long i = 0; i < count; i++) {
+        int32_t order = order_of(x[i], odd);
+        largest = order > largest ? order : largest;
+    }
+    return largest;
+}
+
 static float largest_of(const float *x, long count) {
-    float best[SIDE], all = -INFINITY;
-    const long whole = count / SIDE * SIDE;
-    for (int j = 0; j < SIDE; j++) best[j] = -INFINITY;
-    for (long i = 0; i < whole; i += SIDE)
-        for (int j = 0; j < SIDE; j++) best[j] = x[i + j] > best[j] ? x[i + j] : best[j];
-    for (int j = 0; j < SIDE; j++) all = best[j] > all ? best[j] : all;
-    for (long i = whole; i < count; i++) all = x[i] > all ? x[i] : all;
-    return all;
+    int32_t largest = largest_order(x, count, INT32_MIN);
+    if (largest == INT32_MIN) return -INFINITY;
+    largest ^= largest >> 31 & 0x7fffffff;
+    float value;
+    memcpy(&value, &largest, 4);
+    return value;
 }
 
 /* The first largest, or the first that is no number */
 static long first_largest(const float *x, long count) {
-    float best[SIDE], all = -INFINITY;
-    int32_t odd[SIDE] = {0}, unordered = 0;
-    const long whole = count / SIDE * SIDE;
-    for (int j = 0; j < SIDE; j++) best[j] = -INFINITY;
-    for (long i = 0; i < whole; i += SIDE)
-        for (int j = 0; j < SIDE; j++) {
-            best[j] = x[i + j] > best[j] ? x[i + j] : best[j];
-            odd[j] |= x[i + j] != x[i + j];
-        }
-    for (int j = 0; j < SIDE; j++) all = best[j] > all ? best[j] : all, unordered |= odd[j];
-    for (long i = whole; i < count; i++) all = x[i] > all ? x[i] : all, unordered |= x[i] != x[i];
-    for (long i = 0; i < count; i++)
-        if (unordered ? x[i] != x[i] : x[i] == all) return i;
-    return 0;
+    int32_t largest = INT32_MIN;
+    long place = 0;
+    for (long start = 0; start < count; start += SUMMED) {
+        int32_t here = largest_order(x + start, count - start < SUMMED ? count - start : SUMMED, INT32_MAX);
+        if (here > largest) largest = here, place = start;
+    }
+    while (place < count && order_of(x[place], INT32_MAX) != largest) place++;
+    return place;
 }
 
 /* x float [rows, width], out int64 [rows] */
@@ -209,17 +220,61 @@ static uint64_t mix(uint64_t z) { /* SplitMix64's finaliser */
     return z ^ z >> 31;
 }
 
+static double uniform(uint64_t seed, uint64_t place, uint64_t stream) {
+    return (double)(mix(mix(mix(seed) ^ place) ^ stream) >> 11) * 0x1p-53;
+}
+
+static long pick(const float *probs, long count, double u) {
+    double total = 0, passed = 0;
+    for (long i = 0; i < count; i++) total += probs[i];
+    long token = 0;
+    while (token < count - 1 && !((passed += probs[token]) > u * total)) token++;
+    return token;
+}
+
 int minillm_draw(const struct draw_call *c) {
     for (long row = 0; row < c->rows; row++) {
         const float *probs = (const float *)(uintptr_t)c->probs + row * c->vocabulary;
         const uint64_t seed = ((const uint64_t *)(uintptr_t)c->seed)[row];
         const uint64_t place = ((const uint64_t *)(uintptr_t)c->position)[row];
-        const double u = (double)(mix(mix(mix(seed) ^ place) ^ (uint64_t)c->stream) >> 11) * 0x1p-53;
-        double total = 0, passed = 0;
-        for (long i = 0; i < c->vocabulary; i++) total += probs[i];
-        long token = 0;
-        while (token < c->vocabulary - 1 && !((passed += probs[token]) > u * total)) token++;
-        ((int64_t *)(uintptr_t)c->out)[row] = token;
+        ((int64_t *)(uintptr_t)c->out)[row] = pick(probs, c->vocabulary, uniform(seed, place, c->stream));
     }
+    return 0;
+}
+
+/* ---- drafts: kept or not, and what follows them; minillm/speculative.py says why ---- */
+
+/* drafted int64 [rows, drafts]; draft_probs [rows, drafts, draft_vocabulary] with two strides, in floats; target_probs
+ * [rows, drafts + 1, vocabulary]; lengths, seed, position (of the first draft): int64 [rows] -> accepted, next int64 [rows] */
+CALL(verify, int64_t drafted, draft_probs, row_stride, draft_stride, draft_vocabulary, target_probs, lengths, seed,
+     position, stream, rows, drafts, vocabulary, accepted, next;);
+
+int minillm_verify(const struct verify_call *c) {
+    float *residual = malloc(sizeof(float) * c->vocabulary);
+    if (!residual) return 1;
+    for (long row = 0; row < c->rows; row++) {
+        const int64_t *drafted = (const int64_t *)(uintptr_t)c->drafted + row * c->drafts;
+        const float *q = (const float *)(uintptr_t)c->draft_probs + row * c->row_stride;
+        const float *p = (const float *)(uintptr_t)c->target_probs + row * (c->drafts + 1) * c->vocabulary;
+        const int64_t length = ((const int64_t *)(uintptr_t)c->lengths)[row];
+        const uint64_t seed = ((const uint64_t *)(uintptr_t)c->seed)[row];
+        const uint64_t place = ((const uint64_t *)(uintptr_t)c->position)[row];
+        long kept = 0;
+        /* u < p / q without the division */
+        for (; kept < length; kept++, q += c->draft_stride, p += c->vocabulary)
+            if (!(uniform(seed, place + kept, c->stream) * q[drafted[kept]] < p[drafted[kept]])) break;
+        if (kept < length) { /* rejected: what is missing from p */
+            int some = 0;
+            for (long i = 0; i < c->vocabulary; i++) {
+                const float missing = i < c->draft_vocabulary ? p[i] - q[i] : p[i];
+                residual[i] = missing > 0 ? missing : 0;
+                some |= missing > 0;
+            }
+            if (some) p = residual; /* else p and q are equal but for rounding */
+        }
+        ((int64_t *)(uintptr_t)c->accepted)[row] = kept;
+        ((int64_t *)(uintptr_t)c->next)[row] = pick(p, c->vocabulary, uniform(seed, place + kept, 0));
+    }
+    free(residual);
     return 0;
 }
