@@ -55,8 +55,8 @@ def methods(outputs: int, inputs: int) -> list[tuple[torch.dtype, Method]]:
         return copies(
             lambda: (
                 torch.randint(0, 256, (outputs, inputs // 2), dtype=torch.uint8),
-                torch.rand(groups, outputs).half(),
-                torch.randint(0, 16, (groups, outputs), dtype=torch.uint8),
+                torch.rand(outputs, groups).half().t(),  # in the order of memory that a layer on a CPU keeps
+                torch.randint(0, 16, (outputs, groups), dtype=torch.uint8).t(),
             )
         )
 

@@ -22,6 +22,8 @@ def linear_inputs(case: dict, dtype: torch.dtype, device, generator: torch.Gener
         inputs["packed"] = torch.randint(0, 256, (N, K // 2), dtype=torch.uint8, **random)
         inputs["scale"] = ((torch.rand(K // group, N, **random) + 0.5) / (5 * K**0.5)).half()
         inputs["zero"] = torch.randint(0, 16, (K // group, N), dtype=torch.uint8, **random)
+        if inputs["x"].is_cpu:  # in the order of memory that a layer on a CPU keeps
+            inputs |= {name: inputs[name].t().contiguous().t() for name in ("scale", "zero")}
         inputs["group_size"] = group
     if "activation" in case:
         inputs["activation"] = case["activation"]

@@ -20,6 +20,7 @@
  * the plain members of `loop`, and until that piece is finished the caller cannot begin another one.
  */
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <stdlib.h>
@@ -33,6 +34,7 @@ enum { MAX_THREADS = 256 };
 enum {                       /* ns of looking out before sleep: */
     BETWEEN_STEPS = 2000000, /* a helper, for more than Python takes from one step of a small model to the next */
     WITHIN_A_LOOP = 200000,  /* the caller, for a helper's piece: asleep it leaves its core to a helper without one */
+    POLITE = 20000,          /* from then on others who want the core go first; a system call that finds nobody is short */
 };
 
 /* What one core writes while another reads it lies in lines of its own: _Alignas. */
@@ -67,9 +69,11 @@ static uint64_t nanoseconds(void) {
 
 /* Wait until the seat is called for another loop than `last`; returns its number. */
 static uint32_t await(struct seat *seat, uint32_t last, uint64_t patience) {
-    for (uint64_t end = nanoseconds() + patience; seat->called == last && nanoseconds() < end;) {
+    const uint64_t began = nanoseconds();
+    for (uint64_t now = began; seat->called == last && now - began < patience; now = nanoseconds()) {
+        if (now - began > POLITE) sched_yield();
 #ifdef __x86_64__
-        __builtin_ia32_pause();
+        else __builtin_ia32_pause();
 #endif
     }
     if (seat->called == last) {
