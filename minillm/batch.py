@@ -256,12 +256,12 @@ class Batch:
         if self._part.batch_size * self._width(pairs) > FEW_TOKENS:
             # From here on sums depend on the shape of a step: those who draft shall not choose it for all.
             passes = [[pair for pair in pairs if (pair[1].tokens.shape[1] == 0) == plain] for plain in (True, False)]
-        # A stop string is only seen at the look, after the row has gone on: the cache must be able to forget that.
         rows = [row for group in self._groups for row in group.rows]
         left = max(row.max_new_tokens - len(row.token_ids) for row in rows)
         resting = min((row.draft_length.resting for row in rows if row.proposer), default=left)
-        most = min(left, resting, self.cache.max_step)
-        at_once = min(self.model.at_once, most, most if self.one_request else 1)
+        # A stop string is only seen at the look, after the row has gone on: the cache must be able to forget that.
+        most = min(left, resting, self.cache.max_step)  # 0 where somebody drafts
+        at_once = min(self.model.at_once, most if self.one_request else min(most, 1))  # others may join after each
         alike = len(self._groups) == 1 and rows[0].sampling.repetition_penalty is None
         if self.look_every == 1 and at_once > 0 and alike:
             return self._ahead(self._groups[0], at_once)

@@ -25,7 +25,7 @@ WIDER = 0.05  # the share of a pass that one more token of each row adds to it
 _MAX_NGRAM = 3  # the longest n-gram prompt lookup tries to match
 
 
-def pass_bytes(model: Decoder) -> float:
+def pass_bytes(model) -> float:
     """What a pass over one token costs, as bytes that could be read meanwhile: the same to all ranks."""
     return PASS_BYTES + model.ranks.agree(model.weight_bytes)
 
@@ -34,9 +34,9 @@ def pass_bytes(model: Decoder) -> float:
 class Draft:
     """Proposals for the next places of every row; rows may have fewer than k."""
 
-    tokens: Tensor  # [R, k] int64, beyond a row's length any id
-    # [R, k, W]: the distribution each token was drawn from, of the first W tokens; None where nothing was drawn. What a
-    # draft model says next overwrites it.
+    tokens: Tensor  # [R, k] int64, beyond a row's length any id that could be drafted
+    # [R, k, W]: the distribution each token was drawn from, of the first W tokens; None where nothing was drawn. The
+    # next draft for rows of the same filters overwrites it.
     probs: Tensor | None
     lengths: list[int]  # how many of the k each row proposes
     counts: Tensor  # [R] int64, the same where the tokens are
@@ -184,7 +184,7 @@ class DraftModel:
         proposed = self.ranks.of_first(tokens.t().index_select(0, index))  # [R, k]
         if probs is not None:  # where greedy the target compares tokens and asks for no distribution
             probs = probs.transpose(0, 1)  # [n, k, W]
-            probs = probs if len(index) == len(probs) else probs.index_select(0, index)  # [R, k, W]
+            probs = probs if len(index) == len(probs) else probs.index_select(0, index)  # [R, k, W], a copy if need be
         return Draft(proposed, probs, counts, upload(counts, device))
 
     def _known(self, ids: Sequence[int]) -> list[int]:

@@ -8,7 +8,8 @@ bytes per weight at group 32 with scale and zero point, 0.52 at group 128).
            w = (q - zero) * scale, q in 0..15. Byte i of a group holds element i in its low half and
            element i + G / 2 in its high half (the kernels unpack whole runs with one AND and one shift).
 
-N outputs, K inputs. Nothing here depends on the processor but the order of scale and zero in memory.
+N outputs, K inputs. Nothing here depends on the processor but the order of scale and zero in memory; files have
+[K / G, N] contiguous.
 """
 
 from dataclasses import dataclass
@@ -135,7 +136,7 @@ class Int4Linear(QuantizedLinear):
         self.bias = _empty_bias(out_features, bias, dtype, device)
 
     def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # which keeps the order; another device wants another one
         self.scale, self.zero = _in_order(self.scale), _in_order(self.zero)
         return self
 

@@ -96,8 +96,8 @@ class Group:
         return x[self.index] if isinstance(self.index, slice) else x.index_select(0, self.index)
 
     def largest(self, tokens: Tensor, logits: Tensor) -> Tensor:
-        """The largest of the logits `[R, n, V]` that `tokens [R, n]` were chosen from, or what is no number: `[R, n]`.
-        Who is greedy has found it already."""
+        """One of the logits `[R, n, V]` that `tokens [R, n]` were chosen from, `[R, n]`: finite only if all are, except
+        -infinity. Who is greedy has found it already."""
         if self.sampling.temperature is None:
             return logits.gather(2, tokens[:, :, None])[:, :, 0]
         return largest_of(logits)

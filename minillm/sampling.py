@@ -16,6 +16,8 @@ from torch import Tensor
 
 from minillm.options import GenerationConfig
 
+verify_in_c = kernels.verify  # `speculative.verify` where there is C for it
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -51,13 +53,14 @@ class Sampling:
         return Sampling(*(None if column[0] is None else torch.cat(column) for column in columns))
 
     def of_rows(self, index: slice | Tensor, rows: int) -> "Sampling":
-        """As the rows `index [R]`, ascending, of so many; the others are greedy, which costs least."""
+        """As the rows `index [R]`, ascending, of so many; the others are greedy, which costs least, without filters."""
         if rows == len(self.seed):
             return self
-        columns = {name: own for name, own in vars(self).items() if own is not None}
-        for name, own in columns.items():
-            columns[name] = own.new_full((rows,), 0 if name == "temperature" else 1)
-            columns[name][index] = own
+        columns = {}
+        for name, own in vars(self).items():
+            if own is not None:
+                columns[name] = own.new_full((rows,), 0 if name == "temperature" else 1)
+                columns[name][index] = own
         return Sampling(**columns)
 
     @property
@@ -184,7 +187,8 @@ def choose(
 
 
 def draw(probs: Tensor, seed: Tensor, position: Tensor, stream: int = 0) -> Tensor:
-    """A token of each row of `probs [B, V]`, with the random number of `seed` and `position`, `[B]` int64 all three."""
+    """A token of each row of `probs [B, V]`, `[B]` int64, with the random numbers of `seed` and `position`, `[B]` int64
+    both, in this stream (`uniform`)."""
     if _in_kernels(probs):
         return kernels.draw(probs, seed, position, stream)
     return sample(probs, uniform(seed, position, stream))

@@ -25,15 +25,14 @@ from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
-from minillm_kernels import sampling as kernels
 from torch import Tensor
 
 from minillm.drafting import Draft
-from minillm.sampling import Sampling, argmax, distribution, draw, penalized, sample, uniform
+from minillm.sampling import Sampling, argmax, distribution, draw, penalized, sample, uniform, verify_in_c
 
 AUTO_LENGTHS = (0, 1, 2, 4, 8)  # what "auto" chooses from: few, so that there are few shapes of verify steps
 _DECAY = 0.9  # how fast luck is forgotten: about the last ten steps count
-_LONGEST_REST = 1024
+_LONGEST_REST = 1024  # steps, unless a try is that dear: a text may begin to repeat itself
 _TRIED = 0.02  # the share of its time that a row spends at most on tries that were in vain
 _ACCEPT_STREAM = 2  # random numbers beside plain decoding's stream 0 and the draft's 1, see `sampling.uniform`
 
@@ -57,15 +56,14 @@ class DraftLength:
 
     def __init__(self, lengths: Sequence[int], cost: float, judging: float = 0.0, rest: int = 32):
         self.lengths, self.cost, self.judging = lengths, cost, judging
-        self.shortest_rest = rest = max(
-            rest, math.ceil((min(filter(None, lengths), default=0) * cost + judging) / _TRIED)
-        )
+        self.fewest = min(filter(None, lengths), default=0)  # drafts of a try
+        self.shortest_rest = self.rest = max(rest, math.ceil((self.fewest * cost + judging) / _TRIED))
         self.accepted, self.rejected = 2.0, 2.0  # before anything is known: one in two
-        self.rested, self.rest = 0, rest  # steps since the last draft, and how many there shall be
+        self.rested = 0  # steps since the last draft; `rest` is how many there shall be
         self.best = self._best()
 
     def choose(self) -> int:
-        return min(filter(None, self.lengths), default=0) if self.best == 0 and self.rested >= self.rest else self.best
+        return self.fewest if self.best == 0 and self.rested >= self.rest else self.best
 
     @property
     def resting(self) -> int:
@@ -91,7 +89,7 @@ class DraftLength:
             if accepted:
                 self.rest = self.shortest_rest
             elif tried:
-                self.rest = min(2 * self.rest, _LONGEST_REST)
+                self.rest = max(self.rest, min(2 * self.rest, _LONGEST_REST))
 
 
 def verify(
@@ -176,11 +174,12 @@ def judge(
     if sampling.temperature is None:
         return compare(draft.tokens, argmax(penalized(logits, sampling, stages)), draft.counts)
     place = start[:, None] + torch.arange(logits.shape[1], device=start.device)  # [B, k + 1]
-    seed, probs = sampling.seed[:, None].expand_as(place), distribution(logits, sampling, stages)  # [B, k + 1 (, V)]
+    seed = sampling.seed[:, None].expand_as(place)  # [B, k + 1]
+    probs = distribution(logits, sampling, stages)  # [B, k + 1, V]
     if draft.probs is None:  # nothing was drawn: the target draws as in plain decoding
         tokens = draw(probs.flatten(0, 1), seed.flatten(), place.flatten()).view_as(place)  # [B, k + 1]
         return compare(draft.tokens, tokens, draft.counts)
-    judged = kernels.verify(draft.tokens, draft.probs, probs, draft.counts, sampling.seed, start, _ACCEPT_STREAM)
+    judged = verify_in_c(draft.tokens, draft.probs, probs, draft.counts, sampling.seed, start, _ACCEPT_STREAM)
     if judged is not None:
         return judged
     accept = uniform(seed[:, :-1], place[:, :-1], _ACCEPT_STREAM)  # [B, k]

@@ -167,7 +167,7 @@ def test_the_second_process_finds_what_the_first_compiled(tmp_path, text_tokeniz
     run = subprocess.run([sys.executable, "-c", PROGRAM, str(folder)], env=environment, capture_output=True, text=True)
     last = run.stderr.strip().splitlines()[-1]
     assert last.startswith("minillm.errors.BackendError: torch.compile failed: ")
-    assert last.endswith(f"if files in {ours} are damaged, remove it and try again, or use compile='auto'")
+    assert last.endswith(f"if files in {ours} are damaged, remove that folder and try again, or use compile='auto'")
 
 
 def folder_used() -> str | None:

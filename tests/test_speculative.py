@@ -20,6 +20,7 @@ from minillm.cli import main
 from minillm.drafting import DRAFT_STREAM, JUDGING_BYTES, Draft, DraftModel, PromptLookup
 from minillm.errors import RequestError
 from minillm.faster.steps import Steps
+from minillm.model import Decoder
 from minillm.sampling import Sampling, next_token, sample, uniform
 from minillm.speculative import AUTO_LENGTHS, DraftLength, compare, judge
 from minillm.speculative import verify as exact
@@ -575,9 +576,9 @@ def test_rows_that_finish_at_different_times(targets, drafts, plain):
 @pytest.fixture
 def cheap_drafts(targets, monkeypatch):
     """Drafts as large as the target would make "auto" rest for ever; let it believe they are a tenth of 10 GB."""
-    large = [llm.steps for llm in targets.values()]
-    cheap = property(lambda steps: 10**10 if any(steps is one for one in large) else 10**9, lambda steps, value: None)
-    monkeypatch.setattr(Steps, "weight_bytes", cheap, raising=False)
+    large = [llm.model for llm in targets.values()]
+    cheap = property(lambda model: 10**10 if any(model is m for m in large) else 10**9)
+    monkeypatch.setattr(Decoder, "weight_bytes", cheap)
 
 
 def test_auto_equals_plain(targets, drafts, plain, cheap_drafts):
@@ -888,7 +889,7 @@ def test_sampled_tokens_have_the_targets_law(llm, drafts, sampling_truth):
 @pytest.mark.parametrize("mistake", ["no residual", "acceptance draws the draft's number again"])
 def test_the_chi_square_test_finds_a_biased_verifier(mistake, llm, drafts, sampling_truth, monkeypatch):
     if mistake == "no residual":
-        monkeypatch.setattr(kernels, "verify", lambda *_: None)
+        monkeypatch.setattr(speculative, "verify_in_c", lambda *_: None)
         monkeypatch.setattr(speculative, "verify", without_residual)
     else:
         monkeypatch.setattr(speculative, "_ACCEPT_STREAM", DRAFT_STREAM)

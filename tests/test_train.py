@@ -339,7 +339,7 @@ def test_damaged_files_of_the_compiler_are_told_with_a_way_out(checkpoint, monke
     monkeypatch.setattr(torch, "compile", lambda *_, **__: broken)
     model = load_decoder(checkpoint("llama2"), load_config(checkpoint("llama2")), torch.float32, attention=PACKED)
     with pytest.raises(
-        BackendError, match=r"file too short; if .* damaged, remove it and try again, or do not compile"
+        BackendError, match=r"file too short; if .* damaged, remove that folder and try again, or do not compile"
     ):
         ScoredLoss(model, ROW, compile=True).total(packed_batch(some_documents()))
 

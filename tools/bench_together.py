@@ -2,8 +2,8 @@
 
     python tools/bench_together.py --model demo --model FOLDER [--quantize int8] [--rounds 5]
 
-A process alone and both at once take turns of three seconds, each with as many threads as PyTorch gives it. 1 is a machine
-that is shared without loss; threads that spin while they wait make it less.
+A process alone and both at once take turns of three seconds, each with as many threads as PyTorch gives it. 1 is a
+machine that is shared without loss; threads that spin while they wait make it less.
 """
 
 import argparse

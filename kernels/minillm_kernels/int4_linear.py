@@ -1,13 +1,13 @@
 """x W^T with int4 weights, a scale and a zero point per group of inputs: `minillm::int4_linear`.
 
 What bounds it: reading W, half a byte per weight plus 3 bytes per group (0.59 bytes at group 32, 0.52 at 128),
-as long as unpacking keeps up. Three choices:
+as long as unpacking keeps up. Two choices make that cheap, and one keeps memory busy:
 
   - planar packing: byte i of a group of G holds element i in its low half and element i + G/2 in its high
     half, so one AND and one shift turn a run of bytes into two runs of neighbouring weights;
   - on a CPU the scales and zero points of an output lie side by side in memory (transposed: [K / G, N] with strides
     [1, K / G]), so that a thread reads three streams and not a cache line per group from all over the memory; on a GPU
-    those of neighbouring outputs do, which its threads read together. Either order is taken, the other is copied;
+    those of neighbouring outputs do, which its threads read together. The other order is taken too, and copied;
   - w = (q - zero) * scale, so sum(w x) = scale * (sum(q x) - zero * sum(x)): the loop multiplies bare codes,
     and the zero points are settled once per group from sums of x that all outputs share.
 """
@@ -42,7 +42,7 @@ def check_int4(
         )
     for tensor in (scale, zero):
         if not tensor.is_contiguous() and tensor.stride() != (1, shape[0]):
-            raise ValueError(f"{name}: scale and zero must be contiguous, or the transposed of a contiguous tensor")
+            raise ValueError(f"{name}: scale and zero must be contiguous, or the transpose of a contiguous tensor")
 
 
 @op(

@@ -1,4 +1,5 @@
-"""From logits to probabilities to a token: `minillm::probabilities` and `minillm::draw`, and the same in PyTorch.
+"""From logits to probabilities to a token: `minillm::probabilities` and `minillm::draw`, and the same in PyTorch; which
+drafts are kept, in C.
 
 What bounds it: on a GPU launching (the PyTorch code below is some forty operators, one of them a sort of the whole
 vocabulary), on a CPU the sort. The kernels never sort: the filters keep all tokens above a border, which is searched
@@ -128,17 +129,19 @@ def verify(
         seed, position: [B] int64: the i-th draft of a row, which would stand at position + i, is kept where
             uniform(seed, position + i, stream) * q < p; what follows is drawn with `uniform`'s stream 0.
 
-    Returns accepted and next token, [B] int64. Raises ValueError for drafts that W does not have.
+    Returns accepted and next token, [B] int64. Raises ValueError where shapes, dtypes or devices do not fit, for an id
+    that W does not have, and for more drafts than k, which is 1 or more.
     """
-    if not (target_probs.is_cpu and target_probs.dtype == draft_probs.dtype == torch.float32 and cpu.available()):
+    on_cpu = target_probs.is_cpu and draft_probs.is_cpu
+    if not (on_cpu and target_probs.dtype == draft_probs.dtype == torch.float32 and cpu.available()):
         return None
-    (B, k), (V, W) = drafted.shape, (target_probs.shape[2], draft_probs.shape[2])
+    if drafted.dim() != 2 or drafted.shape[1] == 0 or drafted.dtype != torch.int64 or not drafted.is_cpu:
+        raise ValueError(f"verify: drafted must be [B, k] int64 on a CPU, got {tuple(drafted.shape)} {drafted.dtype}")
+    (B, k), V, W = drafted.shape, target_probs.shape[-1], draft_probs.shape[-1]
     if target_probs.shape != (B, k + 1, V) or draft_probs.shape != (B, k, W) or not 1 <= W <= V:
-        shapes = tuple(drafted.shape), tuple(draft_probs.shape), tuple(target_probs.shape)
-        raise ValueError(
-            "verify: [B, k], [B, k, W] and [B, k + 1, V] with W up to V are needed, got {}, {}, {}".format(*shapes)
-        )
-    for name, column in (("lengths", lengths), ("seed", seed), ("position", position), ("drafted", drafted[:, 0])):
+        shapes = f"{tuple(drafted.shape)}, {tuple(draft_probs.shape)} and {tuple(target_probs.shape)}"
+        raise ValueError(f"verify: [B, k], [B, k, W] and [B, k + 1, V] with W up to V are needed, got {shapes}")
+    for name, column in (("lengths", lengths), ("seed", seed), ("position", position)):
         if column.shape != (B,) or column.dtype != torch.int64 or not column.is_cpu:
             raise ValueError(f"verify: {name} must be [{B}] int64 on a CPU, got {tuple(column.shape)} {column.dtype}")
     if B and (int(drafted.min()) < 0 or int(drafted.max()) >= W or int(lengths.max()) > k):

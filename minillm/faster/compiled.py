@@ -119,17 +119,17 @@ def compiler_errors(instead: str) -> Iterator[None]:
     """While this lasts an error of PyTorch's compiler, whose own message runs over pages, is a `BackendError`.
 
     A process that is killed while it compiles leaves files behind that are not whole, which every later one would fail
-    to load: hence the folder in the message.
+    to load: hence the folder in the message (that of `artifact_folder`, inside of it).
     """
     try:
         yield
     except Exception as error:
         if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
             raise
-        from torch._inductor.runtime.cache_dir_utils import cache_dir  # loaded by now
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         reason = " ".join(str(error).strip().splitlines()[:2])
-        way_out = f"if files in {cache_dir()} are damaged, remove it and try again, or {instead}"
+        way_out = f"if files in {cache_dir()} are damaged, remove that folder and try again, or {instead}"
         raise BackendError(f"torch.compile failed: {reason}; {way_out}") from error
 
 

@@ -14,8 +14,8 @@ only token and position differ, and those are data. `compile=` says what is made
 Few shapes are needed, because positions are data: a chunk of prompt (any length), one token per row, the k + 1 tokens
 of a verify step, and the two with which a draft begins.
 
-Several steps in which nobody has a say, k tokens of a draft or a few of a small model, are one call: a recorded step
-is a list, and so are k of them with copies in between (`Steps.ahead`).
+A step and the choice of its token are one call, and so are several in which nobody has a say, k tokens of a draft or a
+few of a small model: a recorded step is a list, and so are k of them with copies in between (`Steps.ahead`).
 """
 
 import copy
@@ -41,7 +41,7 @@ from minillm.sampling import Sampling, choose
 # A token of each row, `[B]`, and what was asked for beside it, `[B, V]`: the logits, or the distribution that it was
 # drawn from, None where greedy. Of k steps `[k, B]` and `[k, B, V]`.
 Chosen = tuple[Tensor, Tensor | None]
-_SMALL = 2**27  # bytes of weights: reading them takes less than ten times what Python does between two such readings
+_SMALL = 2**27  # bytes of weights: reading them takes less than ten times as long as Python between two steps
 _STEPS_OF_SMALL = 4
 _SPARE_BYTES = 2**25  # of a cache that a CPU keeps between requests: the memory of a larger one is the host's again
 
@@ -59,7 +59,7 @@ class Steps:
     def __init__(self, model: Decoder, compile: bool | str = "auto"):
         check_compile(compile)
         self.model, self.config, self.embedding, self.compile = model, model.config, model.embedding, compile
-        self.ranks, self.weight_bytes = model.ranks, model.weight_bytes
+        self.ranks = model.ranks
         self.compiled = CompiledWalk(model) if compile is True else None
         self.embed, self.logits, self.own_dtypes = model.embed, model.logits, model.own_dtypes
         self.walk: Callable[..., Tensor] = self.compiled or model.walk
@@ -73,7 +73,7 @@ class Steps:
         # of each, none where choosing is not recorded. (A softcap is PyTorch's tanh, whose bits nobody else has.)
         self.at_once = 0
         if self._make is RecordedStep and model.config.final_softcap is None:
-            self.at_once = _STEPS_OF_SMALL if self.weight_bytes < _SMALL else 1
+            self.at_once = _STEPS_OF_SMALL if model.weight_bytes < _SMALL else 1
         # Per cache, by their shapes: the recorded steps, or None for one that cannot be recorded. A cache that is
         # dropped takes its steps along.
         self._recorded: weakref.WeakKeyDictionary[StaticCache, dict] = weakref.WeakKeyDictionary()
@@ -90,29 +90,36 @@ class Steps:
         """How steps run: "recorded", "compiled" or "eager"."""
         return "compiled" if self.compiled is not None else "eager" if self._make is None else "recorded"
 
+    @property
+    def weight_bytes(self) -> int:
+        return self.model.weight_bytes
+
     def borrow_cache(self, rows: int, length: int) -> StaticCache:
-        """An empty cache for a request that has none: the last request's if it is as large, whose steps are recorded
-        (on a CPU some ten steps of a small model) or captured (25 to 40 ms) already. Lengths are rounded up for that,
-        on a CPU where it takes little memory."""
+        """An empty cache for a request that has none: the last request's if it is large enough, since recording a step
+        costs as much as ten of a small model, capturing one 25 to 40 ms. Lengths are rounded up for that, on a CPU
+        where it takes little memory."""
         weight, config, spare = self.embedding.weight, self.config, None
         with suppress(IndexError):  # another thread's request may be quicker
             spare = self._spare.pop()
-        if spare is not None and (spare.device, spare.dtype) != (weight.device, weight.dtype):
-            spare = None
-        if spare is not None and spare.batch_size >= rows and spare.max_cache_len >= length:
+        alike = spare is not None and (spare.device, spare.dtype) == (weight.device, weight.dtype)
+        if alike and spare.batch_size >= rows and spare.max_cache_len >= length:
             spare.truncate(0)
             return spare
         del spare  # before a larger one is made
         rounded = min(max(256, 1 << (length - 1).bit_length()), config.max_positions)
-        token_bytes = 2 * len(config.layers) * config.num_kv_heads * config.head_dim * weight.itemsize
-        if weight.is_cuda or (self._make is not None and rows * rounded * token_bytes < _SPARE_BYTES):
+        token_bytes = 2 * len(config.layers) * config.num_kv_heads * config.head_dim * weight.itemsize  # or fewer
+        if self._keeps(rows * (rounded + 1) * token_bytes):
             length = rounded
         return StaticCache(config, rows, length, weight.device, weight.dtype)
 
     def give_back(self, cache: StaticCache) -> None:
         """The request that borrowed this cache has ended."""
-        if cache.device.type == "cuda" or (self._make is not None and cache.nbytes < _SPARE_BYTES):
+        if self._keeps(cache.nbytes):
             self._spare[:] = [cache]
+
+    def _keeps(self, cache_bytes: int) -> bool:
+        """Whether a cache of this size is worth keeping between requests."""
+        return self.embedding.weight.is_cuda or (self._make is not None and cache_bytes <= _SPARE_BYTES)
 
     def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
         """Logits `[B, T, V]` float32; arguments as for `Decoder.forward`."""
@@ -189,7 +196,7 @@ class Steps:
         weights = self.model.fingerprint()
         if weights != self._weights:
             self._recorded.clear()
-            self._weights, self.weight_bytes = weights, self.model.weight_bytes
+            self._weights = weights
         self._moves = self.model.moves
         return weights
 

@@ -63,7 +63,7 @@ def write_tensors(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
         waiting.clear()
 
     for name, tensor in tensors:
-        waiting[name] = tensor.contiguous()
+        waiting[name] = tensor.contiguous()  # safetensors takes no others
         if sum(one.nbytes for one in waiting.values()) >= _SHARD_BYTES:
             write_shard()
     if waiting:

@@ -196,7 +196,7 @@ class Engine:
         cache = StaticCache(llm.config, seats, length, device=llm.device, dtype=llm.dtype)
         self._llm, self._assistant = llm, assistant_model
         self._lookup = PromptLookup(cache.device)
-        self._draft = choose_proposer(llm, assistant_model, GenerationConfig(), cache, None)
+        self._draft = choose_proposer(llm, assistant_model, GenerationConfig(), cache)
         self._worker = _Worker(Batch(llm.steps, cache, one_request=False), max_waiting)
         # Without waiting: a collector works anywhere, also under a lock that the thread needs, also in the thread.
         weakref.finalize(self, self._worker.close, cancel=True, wait=False)

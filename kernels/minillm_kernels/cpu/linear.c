@@ -260,9 +260,9 @@ struct groups {
     float scales[LANES * TILE + LANES]; /* of LANES groups, a quad for each; a register is read where a quad begins */
 };
 
-/* LANES groups from `group` on. The dots multiply bare codes: sum((q - zero) x) = sum(q x) - zero * sum(x), and the
- * second part is a small product of its own, with a lane per group. The scales go where the dots want them. That it
- * stands between the dots, and not before them, keeps memory busy. */
+/* Lays out the scales of LANES groups from `group` on as the dots want them, and subtracts what their zero points amount
+ * to: the dots multiply bare codes, sum((q - zero) x) = sum(q x) - zero * sum(x), and the second part is a small product
+ * of its own, with a lane per group. That this stands between the dots, and not before them, keeps memory busy. */
 INLINE void int4_groups(struct groups *g, int rows, long group, vf sum[MAX_ROWS][TILE]) {
     const long count = g->count - group < LANES ? g->count - group : LANES;
     vf scales[TILE], offsets[TILE];

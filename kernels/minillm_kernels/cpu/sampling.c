@@ -42,19 +42,19 @@ static double sum_of(const float *x, long count) {
 }
 
 /* Whole numbers that are ordered like floats, and of which a compiler knows how to find the largest many at a time;
- * `odd` for what is no number. */
-INLINE int32_t order_of(float value, int32_t odd) {
+ * `if_nan` for what is no number. */
+INLINE int32_t order_of(float value, int32_t if_nan) {
     int32_t bits;
     value += 0.0f; /* -0 becomes 0 */
     memcpy(&bits, &value, 4);
-    const int32_t none = -((bits & 0x7fffffff) > 0x7f800000); /* a mask: a choice here would cost the loop its vectors */
-    return (odd & none) | ((bits ^ (bits >> 31 & 0x7fffffff)) & ~none);
+    const int32_t is_nan = -((bits & 0x7fffffff) > 0x7f800000); /* a mask: a choice here would cost the loop its vectors */
+    return (if_nan & is_nan) | ((bits ^ (bits >> 31 & 0x7fffffff)) & ~is_nan);
 }
 
-INLINE int32_t largest_order(const float *x, long count, int32_t odd) {
+INLINE int32_t largest_order(const float *x, long count, int32_t if_nan) {
     int32_t largest = INT32_MIN;
     for (long i = 0; i < count; i++) {
-        int32_t order = order_of(x[i], odd);
+        int32_t order = order_of(x[i], if_nan);
         largest = order > largest ? order : largest;
     }
     return largest;
@@ -63,7 +63,7 @@ INLINE int32_t largest_order(const float *x, long count, int32_t odd) {
 static float largest_of(const float *x, long count) {
     int32_t largest = largest_order(x, count, INT32_MIN);
     if (largest == INT32_MIN) return -INFINITY;
-    largest ^= largest >> 31 & 0x7fffffff;
+    largest ^= largest >> 31 & 0x7fffffff; /* as it was before order_of */
     float value;
     memcpy(&value, &largest, 4);
     return value;
@@ -92,11 +92,8 @@ int minillm_argmax(const struct argmax_call *c) {
 
 /* Larger for likelier tokens, and among equals for lower ids: no two are equal. */
 static uint64_t rank_of(float value, long id) {
-    uint32_t bits;
-    value += 0.0f; /* -0 becomes 0 */
-    memcpy(&bits, &value, 4);
-    bits = bits >> 31 ? ~bits : bits | 0x80000000u;
-    return (uint64_t)bits << 32 | (0xffffffffu - (uint32_t)id);
+    const uint32_t order = (uint32_t)order_of(value, 0) ^ 0x80000000u;
+    return (uint64_t)order << 32 | (0xffffffffu - (uint32_t)id);
 }
 
 static long id_of(uint64_t rank) { return (long)(0xffffffffu - (uint32_t)rank); }
@@ -224,6 +221,7 @@ static double uniform(uint64_t seed, uint64_t place, uint64_t stream) {
     return (double)(mix(mix(mix(seed) ^ place) ^ stream) >> 11) * 0x1p-53;
 }
 
+/* The token at which the running sum passes its u-th part; never one without mass, where any has some */
 static long pick(const float *probs, long count, double u) {
     double total = 0, passed = 0;
     for (long i = 0; i < count; i++) total += probs[i];
@@ -245,7 +243,8 @@ int minillm_draw(const struct draw_call *c) {
 /* ---- drafts: kept or not, and what follows them; minillm/speculative.py says why ---- */
 
 /* drafted int64 [rows, drafts]; draft_probs [rows, drafts, draft_vocabulary] with two strides, in floats; target_probs
- * [rows, drafts + 1, vocabulary]; lengths, seed, position (of the first draft): int64 [rows] -> accepted, next int64 [rows] */
+ * [rows, drafts + 1, vocabulary]; lengths, seed, position (of the first draft): int64 [rows] -> accepted, next: int64
+ * [rows] */
 CALL(verify, int64_t drafted, draft_probs, row_stride, draft_stride, draft_vocabulary, target_probs, lengths, seed,
      position, stream, rows, drafts, vocabulary, accepted, next;);
 
@@ -260,7 +259,6 @@ int minillm_verify(const struct verify_call *c) {
         const uint64_t seed = ((const uint64_t *)(uintptr_t)c->seed)[row];
         const uint64_t place = ((const uint64_t *)(uintptr_t)c->position)[row];
         long kept = 0;
-        /* u < p / q without the division */
         for (; kept < length; kept++, q += c->draft_stride, p += c->vocabulary)
             if (!(uniform(seed, place + kept, c->stream) * q[drafted[kept]] < p[drafted[kept]])) break;
         if (kept < length) { /* rejected: what is missing from p */

@@ -8,7 +8,7 @@
  *   - the pieces are dealt out in runs of neighbours, one run for each thread, the same in every step, so that a core
  *     finds in its cache what it has read before; who has finished a run goes on with what is left of the others';
  *   - helpers look out for the next loop for a moment, since within a step it follows at once and the next step soon,
- *     then they sleep.
+ *     letting others go first before long, then they sleep.
  *
  * Nothing in a pass of the model is left to OpenMP: its threads spin for milliseconds after each of their loops, and
  * would fight with these for the cores.
@@ -34,8 +34,8 @@ enum { MAX_THREADS = 256 };
 enum {                       /* ns of looking out before sleep: */
     BETWEEN_STEPS = 2000000, /* a helper, for more than Python takes from one step of a small model to the next */
     WITHIN_A_LOOP = 200000,  /* the caller, for a helper's piece: asleep it leaves its core to a helper without one */
-    POLITE = 20000,          /* from then on others who want the core go first; a system call that finds nobody is short */
 };
+enum { POLITE = 20000 }; /* ns of waiting after which others who want the core go first */
 
 /* What one core writes while another reads it lies in lines of its own: _Alignas. */
 static struct seat {
@@ -67,14 +67,18 @@ static uint64_t nanoseconds(void) {
     return (uint64_t)time.tv_sec * 1000000000 + (uint64_t)time.tv_nsec;
 }
 
+static void pause_core(void) {
+#ifdef __x86_64__
+    __builtin_ia32_pause();
+#endif
+}
+
 /* Wait until the seat is called for another loop than `last`; returns its number. */
 static uint32_t await(struct seat *seat, uint32_t last, uint64_t patience) {
     const uint64_t began = nanoseconds();
     for (uint64_t now = began; seat->called == last && now - began < patience; now = nanoseconds()) {
         if (now - began > POLITE) sched_yield();
-#ifdef __x86_64__
-        else __builtin_ia32_pause();
-#endif
+        else pause_core();
     }
     if (seat->called == last) {
         pthread_mutex_lock(&mutex);
