@@ -127,7 +127,7 @@ def test_gated_mlp_matches_float64(any_build, kind, activation):
 
 @pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_does_not_depend_on_the_others_or_on_threads(kind, dtype):
+def test_a_row_does_not_depend_on_the_others_or_on_threads(any_build, kind, dtype):
     """Bit for bit: what makes speculative and batched decoding give the text of plain decoding."""
     torch.manual_seed(2)
     arguments, _, _ = random_weight(kind, 300, 512, dtype)

@@ -233,6 +233,22 @@ def test_in_c_the_same_drafts_are_kept(B, k, V, temperature):
     assert len(kept) > 1 or B == 1
 
 
+@pytest.mark.skipif(not cpu.available(), reason="no C compiler")
+@pytest.mark.parametrize("W", [4, 5])
+def test_a_draft_of_no_numbers_leaves_the_law_of_the_target(W):
+    """Whatever its model says, what follows is drawn from p."""
+    p = torch.tensor([[0.4, 0.3, 0.2, 0.09, 0.01]]).expand(1000, 2, 5)
+    tokens, q, lengths = torch.zeros(1000, 1, dtype=torch.int64), torch.full((1000, 1, W), torch.nan), torch.ones(1000)
+    seed, position = torch.arange(1000), torch.zeros(1000, dtype=torch.int64)
+    place = position[:, None] + torch.arange(2)
+    seeds = seed[:, None].expand(1000, 2)
+    accept = uniform(seeds[:, :1], place[:, :1], 2)
+    expected = exact(tokens, q, p, lengths.long(), accept, uniform(seeds, place))
+    for ours, theirs in zip(kernels.verify(tokens, q, p, lengths.long(), seed, position, 2), expected, strict=True):
+        assert torch.equal(ours, theirs)
+    assert 300 < (expected[1] == 0).sum() < 500
+
+
 def test_what_the_verifier_in_c_refuses():
     tokens, q, p, lengths, *_ = random_case(4, 2, 6, seed=1)
     seed = position = torch.zeros(4, dtype=torch.int64)
@@ -248,7 +264,12 @@ def test_what_the_verifier_in_c_refuses():
         (tokens - 6, q, p, lengths, seed, position),
         (tokens, q, p, lengths + 3, seed, position),
         (tokens.float(), q, p, lengths, seed, position),
+        (tokens[:, :0], q[:, :0], p[:, :1], lengths * 0, seed, position),
+        (tokens, q[0], p, lengths, seed, position),
     ]
+    assert kernels.verify(tokens, q.to("meta"), p, lengths, seed, position, 2) is None
+    with pytest.raises(ValueError, match="verify: stream"):
+        kernels.verify(tokens, q, p, lengths, seed, position, -1)
     for arguments in wrong:
         with pytest.raises(ValueError, match="verify: "):
             kernels.verify(*arguments, 2)

@@ -498,6 +498,14 @@ def test_what_is_not_kept_between_requests(llm, monkeypatch):
     mine.generate(prompt, **options)
     assert mine.steps._spare == []
     assert mine.steps.borrow_cache(1, 13).max_cache_len == 13
+    # The steps that were recorded for a cache count: every filter makes new ones.
+    monkeypatch.setattr("minillm.faster.steps._SPARE_BYTES", 2 * spare.nbytes)
+    monkeypatch.setattr("minillm.faster.steps._STEP_LOGITS", spare.nbytes // (2 * 4 * mine.config.vocab_size))
+    kept = []
+    for changed in ({}, dict(temperature=0.9), dict(temperature=0.9, top_k=5), dict(temperature=0.9, top_p=0.5)):
+        mine.generate(prompt, **options | changed)
+        kept.append(len(mine.steps._spare))
+    assert kept == [1, 1, 0, 1]
     eager = LLM(llm.model, llm.tokenizer, llm.config, llm.defaults, compile=False)
     assert eager.generate(prompt, **options).token_ids == expected
     assert eager.steps._spare == []

@@ -141,6 +141,8 @@ def verify(
     if target_probs.shape != (B, k + 1, V) or draft_probs.shape != (B, k, W) or not 1 <= W <= V:
         shapes = f"{tuple(drafted.shape)}, {tuple(draft_probs.shape)} and {tuple(target_probs.shape)}"
         raise ValueError(f"verify: [B, k], [B, k, W] and [B, k + 1, V] with W up to V are needed, got {shapes}")
+    if type(stream) is not int or not 0 <= stream < 2**31:
+        raise ValueError(f"verify: stream must be from 0 to 2^31 - 1, got {stream}")
     for name, column in (("lengths", lengths), ("seed", seed), ("position", position)):
         if column.shape != (B,) or column.dtype != torch.int64 or not column.is_cpu:
             raise ValueError(f"verify: {name} must be [{B}] int64 on a CPU, got {tuple(column.shape)} {column.dtype}")

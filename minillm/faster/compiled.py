@@ -123,12 +123,14 @@ def compiler_errors(instead: str) -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
-        if not type(error).__module__.startswith(("torch._inductor", "torch._dynamo")):
-            raise
+    except RuntimeError as error:
+        from torch._dynamo.exc import TorchDynamoException, TorchRuntimeError
+
+        if not isinstance(error, TorchDynamoException) or isinstance(error, TorchRuntimeError):
+            raise  # the latter is an error of what is compiled
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-        reason = " ".join(str(error).strip().splitlines()[:2])
+        reason = " ".join(str(error).strip().splitlines()[:2]) or type(error).__name__
         way_out = f"if files in {cache_dir()} are damaged, remove that folder and try again, or {instead}"
         raise BackendError(f"torch.compile failed: {reason}; {way_out}") from error
 

@@ -44,6 +44,9 @@ Chosen = tuple[Tensor, Tensor | None]
 _SMALL = 2**27  # bytes of weights: reading them takes less than ten times as long as Python between two steps
 _STEPS_OF_SMALL = 4
 _SPARE_BYTES = 2**25  # of a cache that a CPU keeps between requests: the memory of a larger one is the host's again
+_STEP_LOGITS = (
+    8  # float32 numbers per row and token of the vocabulary that a recorded step holds: logits, shares, results
+)
 
 
 class Steps:
@@ -114,12 +117,14 @@ class Steps:
 
     def give_back(self, cache: StaticCache) -> None:
         """The request that borrowed this cache has ended."""
-        if self._keeps(cache.nbytes):
+        mine = ((part, steps) for part, steps in self._recorded.items() if part.hold is cache.hold)
+        recorded = sum(part.batch_size * len(steps) for part, steps in mine)  # rows of recorded steps
+        if self._keeps(cache.nbytes + recorded * _STEP_LOGITS * 4 * self.config.vocab_size):
             self._spare[:] = [cache]
 
-    def _keeps(self, cache_bytes: int) -> bool:
-        """Whether a cache of this size is worth keeping between requests."""
-        return self.embedding.weight.is_cuda or (self._make is not None and cache_bytes <= _SPARE_BYTES)
+    def _keeps(self, size: int) -> bool:
+        """Whether a cache that takes so many bytes, with its recorded steps, is worth keeping between requests."""
+        return self.embedding.weight.is_cuda or (self._make is not None and size <= _SPARE_BYTES)
 
     def __call__(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
         """Logits `[B, T, V]` float32; arguments as for `Decoder.forward`."""

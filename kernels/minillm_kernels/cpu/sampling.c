@@ -262,13 +262,13 @@ int minillm_verify(const struct verify_call *c) {
         for (; kept < length; kept++, q += c->draft_stride, p += c->vocabulary)
             if (!(uniform(seed, place + kept, c->stream) * q[drafted[kept]] < p[drafted[kept]])) break;
         if (kept < length) { /* rejected: what is missing from p */
-            int some = 0;
+            int some = 0, spoilt = 0;
             for (long i = 0; i < c->vocabulary; i++) {
                 const float missing = i < c->draft_vocabulary ? p[i] - q[i] : p[i];
                 residual[i] = missing > 0 ? missing : 0;
-                some |= missing > 0;
+                some |= missing > 0, spoilt |= missing != missing;
             }
-            if (some) p = residual; /* else p and q are equal but for rounding */
+            if (some && !spoilt) p = residual; /* else p and q are equal but for rounding, or q is no distribution */
         }
         ((int64_t *)(uintptr_t)c->accepted)[row] = kept;
         ((int64_t *)(uintptr_t)c->next)[row] = pick(p, c->vocabulary, uniform(seed, place + kept, 0));

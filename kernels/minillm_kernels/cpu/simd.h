@@ -261,6 +261,13 @@ INLINE vi vi_dot(vi sum, vs a, vs b) {
 }
 
 #else /* plain C: correct everywhere; whether the loops become vectors is up to the compiler */
+/* Not whether a product is rounded before it is added: here it would be, there not, and a row's bits would depend on how
+ * many rows there are. */
+#ifdef __clang__
+#pragma STDC FP_CONTRACT OFF
+#else
+#pragma GCC optimize("fp-contract=off")
+#endif
 #define LANES 4
 #define MAX_ROWS 2
 typedef struct { float lane[4]; } vf;
