@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillm.cache import StaticCache
+from minillm.cache import StaticCache, upload
 from minillm.decode import read_chunk, reuse_prefix
 from minillm.drafting import Draft, no_draft
 from minillm.errors import NumericalError
@@ -283,7 +283,7 @@ class Batch:
             first, end = len(row.ids), len(row.prompt) + row.max_new_tokens
             place = [*range(first, first + steps)]
             table[row.seat] = [at - 1 if at < end else -1 for at in place] + place
-        fed, place = torch.tensor(table).split(steps, dim=1)  # [n, k] each
+        fed, place = upload(table, self.cache.device).split(steps, dim=1)  # [n, k] each
         sampling, size = group.sampling.of_rows(group.index, len(table)), self.model.config.vocab_size
         token = self._token[: len(table), None]  # [n, 1]
         tokens, logits = self.model.ahead(token, fed, place, self._part, sampling, 0, size, logits=True)
