@@ -106,7 +106,7 @@ class Steps:
             spare = self._spare.pop()
         alike = spare is not None and (spare.device, spare.dtype) == (weight.device, weight.dtype)
         if alike and spare.batch_size >= rows and spare.max_cache_len >= length:
-            spare.truncate(0)
+            spare.cut(dict.fromkeys(range(spare.batch_size), 0))  # which asks no device
             return spare
         del spare  # before a larger one is made
         rounded = min(max(256, 1 << (length - 1).bit_length()), config.max_positions)
