@@ -350,6 +350,18 @@ def test_auto_drafts_more_where_drafts_are_accepted():
     assert (late.accepted, late.rejected) == (early.accepted, early.rejected)
 
 
+def test_the_dearer_a_try_the_longer_the_rest():
+    """Tries in vain take a fiftieth of the time at most; a rest that is longer than the longest is not cut short."""
+    row = DraftLength([0, 200], cost=0.05, judging=12.0, rest=32)
+    assert (row.best, row.rest) == (0, 1100)
+    for _ in range(1100):
+        assert row.choose() == 0
+        row.learn(0, 0)
+    assert row.choose() == 200
+    row.learn(200, 0)
+    assert (row.choose(), row.rest) == (0, 1100)
+
+
 def test_a_row_that_rests_tries_its_luck_now_and_then():
     """With the smallest draft, and after twice as long each time; where that is accepted it drafts again."""
     row = DraftLength([0, 2, 8], cost=0.4, judging=0.2, rest=64)
