@@ -8,8 +8,7 @@ bytes per weight at group 32 with scale and zero point, 0.52 at group 128).
            w = (q - zero) * scale, q in 0..15. Byte i of a group holds element i in its low half and
            element i + G / 2 in its high half (the kernels unpack whole runs with one AND and one shift).
 
-N outputs, K inputs. Nothing here depends on the processor but the order of scale and zero in memory; files have
-[K / G, N] contiguous.
+N outputs, K inputs. Nothing here depends on the processor but how scale and zero lie in memory, which no file shows.
 """
 
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from minillm_kernels.activation import activate
+from minillm_kernels.cpu import by_output
 from minillm_kernels.gated_mlp import gated_mlp
 from minillm_kernels.int4_linear import int4_linear
 from minillm_kernels.int8_linear import int8_linear
@@ -150,7 +150,7 @@ class Int4Linear(QuantizedLinear):
 
 def _in_order(tensor: Tensor) -> Tensor:
     """[K / G, N] in the order of memory that suits its device, see `minillm_kernels.int4_linear`."""
-    return tensor.contiguous() if tensor.is_cuda else tensor.t().contiguous().t()
+    return tensor.contiguous() if tensor.is_cuda else by_output(tensor)
 
 
 def make_linear(

@@ -44,9 +44,7 @@ Chosen = tuple[Tensor, Tensor | None]
 _SMALL = 2**27  # bytes of weights: reading them takes less than ten times as long as Python between two steps
 _STEPS_OF_SMALL = 4
 _SPARE_BYTES = 2**25  # of a cache that a CPU keeps between requests: the memory of a larger one is the host's again
-_STEP_LOGITS = (
-    8  # float32 numbers per row and token of the vocabulary that a recorded step holds: logits, shares, results
-)
+_STEP_LOGITS = 8  # float32 numbers of a recorded step per row and token of the vocabulary: logits, shares, results
 
 
 class Steps:

@@ -2,6 +2,7 @@
 
 import torch
 import torch.nn.functional as F
+from minillm_kernels.cpu import by_output
 from minillm_kernels.launch import interpreting
 from torch import Tensor
 
@@ -23,7 +24,7 @@ def linear_inputs(case: dict, dtype: torch.dtype, device, generator: torch.Gener
         inputs["scale"] = ((torch.rand(K // group, N, **random) + 0.5) / (5 * K**0.5)).half()
         inputs["zero"] = torch.randint(0, 16, (K // group, N), dtype=torch.uint8, **random)
         if inputs["x"].is_cpu:  # in the order of memory that a layer on a CPU keeps
-            inputs |= {name: inputs[name].t().contiguous().t() for name in ("scale", "zero")}
+            inputs |= {name: by_output(inputs[name]) for name in ("scale", "zero")}
         inputs["group_size"] = group
     if "activation" in case:
         inputs["activation"] = case["activation"]

@@ -102,7 +102,7 @@ def product(
     a group or block.
     """
     if zero is not None:
-        scale, zero = _of_outputs(scale), _of_outputs(zero)
+        scale, zero = by_output(scale), by_output(zero)
     x = x if x.is_contiguous() else x.contiguous()
     weight = weight if weight.is_contiguous() else weight.contiguous()
     inputs = x.shape[-1]
@@ -118,8 +118,8 @@ def product(
     return y
 
 
-def _of_outputs(tensor: Tensor) -> Tensor:
-    """[K / G, N] with the groups of an output side by side in memory, a copy where they are not."""
+def by_output(tensor: Tensor) -> Tensor:
+    """scale or zero [K / G, N] with the groups of an output side by side in memory, a copy where they are not."""
     return tensor if tensor.stride() == (1, tensor.shape[0]) else tensor.t().contiguous().t()
 
 
@@ -260,14 +260,6 @@ def draw(probs: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
     return out
 
 
-def _call(call: Call, packed: bytes, *tensors: Tensor | None) -> None:
-    """Call a C function that works on `tensors`; each returns 0, or 1 where it could not have its memory."""
-    function = getattr(library(), call.symbol)
-    if function(packed):
-        raise MemoryError(f"no memory for a {call.name} of {[tuple(t.shape) for t in tensors if t is not None]}")
-    tape.note(call, packed, tensors)
-
-
 def verify(drafted, draft_probs, target_probs, lengths, seed, position, stream) -> tuple[Tensor, Tensor]:
     """As `sampling.verify`."""
     if draft_probs.stride(2) != 1 and draft_probs.shape[2] > 1:
@@ -282,6 +274,14 @@ def verify(drafted, draft_probs, target_probs, lengths, seed, position, stream) 
     )  # fmt: skip
     _call(VERIFY, packed, drafted, draft_probs, target_probs, lengths, seed, position, accepted, following)
     return accepted, following
+
+
+def _call(call: Call, packed: bytes, *tensors: Tensor | None) -> None:
+    """Call a C function that works on `tensors`; each returns 0, or 1 where it could not have its memory."""
+    function = getattr(library(), call.symbol)
+    if function(packed):
+        raise MemoryError(f"no memory for a {call.name} of {[tuple(t.shape) for t in tensors if t is not None]}")
+    tape.note(call, packed, tensors)
 
 
 def blank_tape() -> tape.Tape:

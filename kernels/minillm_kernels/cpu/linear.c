@@ -471,6 +471,7 @@ int minillm_linear(const struct linear_call *c) {
     if (!p.x) return free(p.first), 1;
     p.x_scale = (float *)(p.x + x_bytes);
     p.x_sums = (float *)(p.x + x_bytes + scale_bytes);
+
     minillm_parallel(rows, row_threads, prepare_row, &p);
     minillm_parallel(blocks, threads, block, &p);
     free(p.x);
