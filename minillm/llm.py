@@ -18,7 +18,7 @@ from minillm.load.lora import load_adapted
 from minillm.load.tokenizer import load_tokenizer
 from minillm.model import Decoder
 from minillm.options import DTYPES, GenerationConfig, merge_options
-from minillm.parallel import ALONE, join, local_device
+from minillm.parallel import ALONE
 from minillm.progress import progress_bar
 from minillm.request import SEATS, Completion, Prompt, Request, check_drafting, completion
 from minillm.tokenizer import Tokenizer
@@ -84,8 +84,12 @@ class LLM:
         Raises a `MinillmError` that names the file or value at fault.
         """
         check_compile(compile)  # now, not after the weights are read
-        where = choose_device(local_device(device) if tensor_parallel else device)
-        ranks = join(where) if tensor_parallel else ALONE  # before a download, which one may end long before another
+        if tensor_parallel:  # before a download, which one may end long before another
+            from minillm.ranks.joined import join, local_device
+
+            ranks = join(where := choose_device(local_device(device)))
+        else:
+            ranks, where = ALONE, choose_device(device)
         folder = find_checkpoint(name, revision=revision, token=token, local_files_only=local_files_only)
         if adapter is not None:
             adapter = find_adapter(adapter, token, local_files_only)

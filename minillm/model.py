@@ -20,7 +20,7 @@ from minillm.cache import KeyView, StaticCache
 from minillm.config import LayerSpec, ModelConfig, NormSpec
 from minillm.errors import ConfigError
 from minillm.linear import Linear, QuantizedLinear, activate, make_linear, parse_quantize
-from minillm.parallel import ALONE, Ranks, TiedRows, narrow, vocabulary
+from minillm.parallel import ALONE, Ranks
 from minillm.rope import cos_sin
 
 # Builds an empty projection: (in_features, out_features, bias) -> layer.
@@ -179,13 +179,9 @@ class Decoder(nn.Module):
         self.embedding_norm = Norm(config.hidden_size, config.norm, parts, config.embedding_norm)
         self.blocks = nn.ModuleList(Block(config, i, parts) for i in range(config.num_layers))
         self.norm = Norm(config.hidden_size, config.norm, parts)
-        ids = vocabulary(config, self.ranks)
-        self.head = parts.head(config.hidden_size, len(ids), config.head_bias)
+        self.head = parts.head(config.hidden_size, len(self.ranks.vocabulary(config)), config.head_bias)
         if config.tie_word_embeddings and isinstance(self.head, Linear):  # a quantized head has its own copy
-            if len(ids) < config.vocab_size:
-                self.head = TiedRows(self.embedding, ids, self.head.bias)
-            else:
-                self.head.weight = self.embedding.weight
+            self.head = self.ranks.tie(self.head, self.embedding)
 
     def forward(self, input_ids: Tensor, cache_position: Tensor, cache: StaticCache) -> Tensor:
         """Logits of the next token after every input token.
@@ -301,6 +297,6 @@ def empty_decoder(
     spec = parse_quantize(quantize)
     head_spec = parse_quantize("int8" if quantize_head else None)
     linear, head = (partial(make_linear, dtype=dtype, spec=one) for one in (spec, head_spec))
-    config = narrow(config, ranks)
+    config = ranks.narrow(config)
     with torch.device(device):
         return Decoder(config, Parts(choose_backend(attention, config, device), linear, head, dtype, ranks))

@@ -18,14 +18,15 @@ from minillm_kernels import cpu
 
 import minillm.llm
 import minillm.load.checkpoint
-import minillm.parallel
+import minillm.ranks.joined
 import minillm.request
 from minillm.cache import StaticCache
 from minillm.errors import MinillmError
 from minillm.llm import LLM
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
-from minillm.parallel import ALONE, Ranks, join
+from minillm.parallel import ALONE, Ranks
+from minillm.ranks.joined import join
 from minillm.row import Row
 from minillm.serve.engine import Engine
 
@@ -223,7 +224,7 @@ def main(jobs: str, out: str) -> None:
 
 def die(how: str, *arguments: str) -> None:
     """The command line, where rank 1 ends or hangs after its fifth token; a rank waits for 2 s instead of 50."""
-    minillm.parallel.TIMEOUT = 2.0
+    minillm.ranks.joined.TIMEOUT = 2.0
     commit = Row.commit
 
     def last_commit(row, *arguments):

@@ -22,6 +22,7 @@ WINGS = {
     """.split(),
     "cli": "flags ranks commands".split(),
     "faster": "compiled steps".split(),
+    "ranks": "split joined".split(),
     "serve": "engine".split(),
     "train": "documents packing chat data attention initialize loss optimizer loop lora finetuning".split(),
     "measure": "plot memory bench perplexity describe".split(),
@@ -48,7 +49,8 @@ def may_import(room: str) -> set[str]:
         called = {"cli": [other for other in rooms if other != "cli"], "train": ["load", "faster"]}.get(wing, [])
         return above.union(*(rooms[other] for other in called))
     above = set(ROAD[: ROAD.index(room)])
-    return above | rooms["load"] | rooms["faster"] if room == "llm" else above  # where a model is made
+    made_of = rooms["load"] | rooms["faster"] | rooms["ranks"]
+    return above | made_of if room == "llm" else above  # where a model is made
 
 
 def imports(path: Path) -> list[tuple[str, bool]]:
@@ -89,7 +91,7 @@ def test_no_room_is_too_large():
     """A room is read in one sitting; what the road is allowed to grow to is a decision, not an accident."""
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
     assert {name: count for name, count in lines.items() if count > 420} == {}
-    assert sum(count for name, count in lines.items() if "." not in name) <= 4128
+    assert sum(count for name, count in lines.items() if "." not in name) <= 3976
 
 
 def test_an_arrow_back_up_would_be_found(tmp_path):
@@ -113,7 +115,6 @@ def test_kernels_are_called_only_where_the_design_says():
         "load.lora",
         "train.lora",
         "faster.steps",
-        "parallel",
         "rope",
     }
     for room, path in modules().items():

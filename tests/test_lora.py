@@ -26,7 +26,7 @@ from minillm.load.lora import LoraLinear, load_adapted, merge_checkpoint, read_a
 from minillm.load.quantized_copy import quantize_checkpoint
 from minillm.load.writing import write_decoder
 from minillm.measure.bench import format_name
-from minillm.parallel import Ranks
+from minillm.ranks.joined import Joined
 from minillm.train.attention import PACKED
 from minillm.train.loop import Recipe, Training
 from minillm.train.lora import add_lora, save_adapter
@@ -384,4 +384,4 @@ def test_folders_that_are_no_adapter(quantizable, text_adapter, checkpoint, tmp_
 
 def test_ranks_that_share_a_model_take_no_adapter(tmp_path):
     with pytest.raises(ConfigError, match="minillm merge"):
-        load_adapted(tmp_path, tmp_path, None, torch.float32, ranks=Ranks(0, 2, joined=True))
+        load_adapted(tmp_path, tmp_path, None, torch.float32, ranks=Joined(0, 2))

@@ -28,7 +28,7 @@ from minillm.load.quantized_copy import quantize_checkpoint
 from minillm.load.writing import write_decoder
 from minillm.measure.memory import estimate
 from minillm.model import empty_decoder
-from minillm.parallel import Ranks, narrow
+from minillm.ranks.split import Split
 
 ROOT = Path(__file__).parent.parent
 WORKER = Path(parallel_worker.__file__)
@@ -252,7 +252,7 @@ def test_memory_says_what_the_first_rank_holds(count, quantize, folders, ranks_o
     name = "biased int8 False" if quantize else "plain"
     folder = folders["biased" if quantize else "plain"]
     held = ranks_of(count)[name][0][1]
-    told = estimate(load_config(folder), 1, 100, torch.float32, quantize, ranks=count).weights
+    told = estimate(load_config(folder), 1, 100, torch.float32, quantize, ranks=Split(0, count)).weights
     assert told == sum(tensor.nbytes for tensor in held.values())
     assert told < estimate(load_config(folder), 1, 100, torch.float32, quantize).weights
 
@@ -260,7 +260,7 @@ def test_memory_says_what_the_first_rank_holds(count, quantize, folders, ranks_o
 def test_tied_rows_are_the_embeddings(folders):
     """They are counted once, and follow where it goes."""
     config = load_config(folders["tied"])
-    whole, share = (empty_decoder(config, torch.float32, device="cpu", ranks=Ranks(0, n)) for n in (1, 2))
+    whole, share = (empty_decoder(config, torch.float32, device="cpu", ranks=Split(0, n)) for n in (1, 2))
     assert share.weight_bytes < 0.6 * whole.weight_bytes + whole.embedding.weight.nbytes / 2
     share = share.to(torch.bfloat16)
     share.embedding.weight.data.fill_(3.0)
@@ -288,10 +288,10 @@ def test_a_count_that_does_not_divide_is_refused(name, count, problem, folders, 
         (tmp_path / "config.json").write_text(json.dumps(recipe))  # and no weights: none are read
     config = load_config(folder)
     if problem is None:
-        assert narrow(config, Ranks(1, count)).num_heads * count == config.num_heads
+        assert Split(1, count).narrow(config).num_heads * count == config.num_heads
         return
     with pytest.raises(ConfigError, match=re.escape(problem)):
-        narrow(config, Ranks(0, count))
+        Split(0, count).narrow(config)
 
 
 def test_groups_that_a_share_would_cut_are_refused(folders, ranks_of):
@@ -299,12 +299,12 @@ def test_groups_that_a_share_would_cut_are_refused(folders, ranks_of):
     assert ranks_of(2)["does not fit"][1].startswith(error + '"int4-g32" or "int4-g64" or "int8"')
     config = load_config(folders["int4-g32 file"])
     with pytest.raises(ConfigError, match=r"groups of 32 do not divide a share of 96 inputs"):
-        narrow(type(config)(**vars(config) | {"head_dim": 24, "intermediate_size": 128}), Ranks(0, 2))
+        Split(0, 2).narrow(type(config)(**vars(config) | {"head_dim": 24, "intermediate_size": 128}))
 
 
 def test_a_share_is_not_written_as_if_it_were_the_model(folders, tmp_path):
     raw = json.loads((Path(folders["plain"]) / "config.json").read_text())
-    share = empty_decoder(load_config(folders["plain"]), torch.float32, device="cpu", ranks=Ranks(0, 2))
+    share = empty_decoder(load_config(folders["plain"]), torch.float32, device="cpu", ranks=Split(0, 2))
     with pytest.raises(CheckpointError, match="holds a share of the model"):
         write_decoder(share, tmp_path, raw, torch.float32)
 
@@ -443,7 +443,7 @@ def test_a_rank_that_leaves_or_hangs_ends_the_others(how):
 
 def parallel_worker_timeout() -> float:
     """What `parallel_worker.die` sets; the rule itself is 60 s."""
-    from minillm.parallel import TIMEOUT
+    from minillm.ranks.joined import TIMEOUT
 
     assert TIMEOUT <= 60
     return 2.0

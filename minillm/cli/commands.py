@@ -259,6 +259,7 @@ def memory(options: argparse.Namespace) -> None:
     from minillm.load.config_json import load_config
     from minillm.load.hub import hub_stored_numbers
     from minillm.measure.memory import model_sizes, save_plot
+    from minillm.ranks.split import Split
 
     folder = _find(options)
     config = load_config(folder)
@@ -266,8 +267,9 @@ def memory(options: argparse.Namespace) -> None:
     stored = stored_numbers(folder)
     if not stored and not Path(options.model).exists() and not options.local_files_only:  # a Hub id
         stored = hub_stored_numbers(options.model, options.revision)
-    sizes = model_sizes(config, dtype, options.batch, options.context, options.model, stored, options.ranks or 1)
-    _tell(options, sizes, lambda path: save_plot(path, config, dtype, options.batch, sizes.context, sizes.ranks))
+    first = Split(0, options.ranks or 1)
+    sizes = model_sizes(config, dtype, options.batch, options.context, options.model, stored, first)
+    _tell(options, sizes, lambda path: save_plot(path, config, dtype, options.batch, sizes.context, first))
 
 
 def _tell(options: argparse.Namespace, results, draw: Callable[[Path], None] | None = None) -> None:

@@ -26,7 +26,7 @@ from minillm.load.quantize import fill_rows
 from minillm.load.share import Cut, share_plan
 from minillm.load.tensors import Destination, arrangement, file_names, file_shape, plain_name
 from minillm.model import Decoder, empty_decoder
-from minillm.parallel import ALONE, Ranks, vocabulary
+from minillm.parallel import ALONE, Ranks
 from minillm.progress import progress_bar
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8, "U8": torch.uint8}
@@ -74,7 +74,7 @@ def load_decoder(
                 tensor = change(name, tensor)
                 _fill(model, plan[name], tensor, name in cuts and cuts[name].columns is not None)
                 if own_head and plan[name].module == "embedding":
-                    ids = vocabulary(config, ranks)
+                    ids = ranks.vocabulary(config)
                     fill_rows(model.head, 0, tensor[ids.start : ids.stop])
     return model.eval().requires_grad_(False)
 

@@ -1,4 +1,4 @@
-"""Which part of every tensor a rank of `parallel.py` holds, and which bytes of the files that is."""
+"""Which part of every tensor a rank (`parallel.py`) holds, and which bytes of the files that is."""
 
 from dataclasses import dataclass, replace
 
@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from minillm.config import ModelConfig
 from minillm.load.tensors import Destination, is_transposed
-from minillm.parallel import Ranks, vocabulary
+from minillm.parallel import Ranks
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def share(config: ModelConfig, ranks: Ranks, module: str) -> Share:
         "gate_up": Share((hidden, _shifted(hidden, config.intermediate_size))),
         "up": Share((hidden,)),
         "down": Share(columns=hidden),
-        "head": Share((vocabulary(config, ranks),)),
+        "head": Share((ranks.vocabulary(config),)),
     }.get(module.rpartition(".")[2], Share())
 
 

@@ -28,7 +28,6 @@ from minillm.llm import LLM
 from minillm.measure.memory import format_bytes
 from minillm.measure.plot import picture
 from minillm.model import Decoder
-from minillm.parallel import TiedRows
 from minillm.progress import progress_bar
 
 LENGTHS = (64, 256, 1024)  # prompts, and so positions at which decoding is timed
@@ -278,9 +277,11 @@ def bytes_per_token(model: Decoder, position: int) -> int:
     """
     config, embedding = model.config, model.embedding.weight
     size = model.weight_bytes
-    if getattr(model.head, "weight", None) is not embedding:
+    head = model.head.weight
+    if head is not embedding:
         size -= embedding.nbytes - embedding[0].nbytes
-        size += model.head.weight.nbytes if isinstance(model.head, TiedRows) else 0
+        tied = head.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr()  # a rank's part of it
+        size += head.nbytes if tied else 0
     per_key = 2 * config.num_kv_heads * config.head_dim * embedding.dtype.itemsize
     return size + sum(per_key * min(position + 1, layer.window or position + 1) for layer in config.layers)
 

@@ -17,7 +17,7 @@ from minillm.errors import CheckpointError, RequestError, shown
 from minillm.linear import QuantizedLinear
 from minillm.measure.plot import picture
 from minillm.model import Decoder, empty_decoder
-from minillm.parallel import Ranks, narrow
+from minillm.parallel import ALONE, Ranks
 
 # Sizes of memory people have, GiB: laptops and graphics cards.
 MEMORY_SIZES = (1, 2, 4, 6, 8, 12, 16, 24, 32, 40, 48, 64, 80, 96, 128, 141, 192, 256, 384, 512, 768, 1024)
@@ -53,13 +53,13 @@ def estimate(
     quantize: str | None = None,
     quantize_head: bool = False,
     max_step: int = MAX_STEP,
-    ranks: int = 1,
+    ranks: Ranks = ALONE,
 ) -> Estimate:
     """What generating takes with `batch_size` rows of up to `context` tokens each, read `max_step` at a time.
 
-    Of several ranks that share the model it is what the first takes; the others take no more.
+    Of several ranks that share the model it is what one takes; no other takes more than the first.
     """
-    model = empty_decoder(config, dtype, quantize=quantize, quantize_head=quantize_head, ranks=Ranks(0, ranks))
+    model = empty_decoder(config, dtype, quantize=quantize, quantize_head=quantize_head, ranks=ranks)
     config = model.config
     full, sliding = cache_bytes(config, batch_size, context, dtype, max_step)
     activations, logits = activation_bytes(config, batch_size, context, dtype, max_step)
@@ -169,7 +169,7 @@ def model_sizes(
     context: int | None,
     name: str,
     stored: dict[str, int],
-    ranks: int = 1,
+    ranks: Ranks = ALONE,
 ) -> Sizes:
     """The estimates for `batch_size` rows. `context` None: 4096 tokens, or as many as the model has positions.
 
@@ -182,12 +182,12 @@ def model_sizes(
         raise RequestError(f"context must be from 1 to the model's {config.max_positions} positions, not {context}")
     estimates = {
         word: estimate(config, batch_size, context, dtype, quantize, ranks=ranks)
-        for word, quantize in formats(narrow(config, Ranks(0, ranks)), dtype)
+        for word, quantize in formats(ranks.narrow(config), dtype)
     }
     per_head = kv_values(config.num_layers, 1, config.head_dim, batch_size * context) * dtype.itemsize
     sharing = {"MHA": config.num_heads, "this model": config.num_kv_heads, "MQA": 1}
     sharing = {word: heads * per_head for word, heads in sharing.items()}
-    return Sizes(name, batch_size, context, ranks, stored_bytes(name, stored), estimates, sharing)
+    return Sizes(name, batch_size, context, ranks.count, stored_bytes(name, stored), estimates, sharing)
 
 
 def formats(config: ModelConfig, dtype: torch.dtype) -> list[tuple[str, str | None]]:
@@ -203,14 +203,14 @@ def formats(config: ModelConfig, dtype: torch.dtype) -> list[tuple[str, str | No
 
 
 def save_plot(
-    path: Path, config: ModelConfig, dtype: torch.dtype, batch_size: int, context: int, ranks: int = 1
+    path: Path, config: ModelConfig, dtype: torch.dtype, batch_size: int, context: int, ranks: Ranks = ALONE
 ) -> None:
     """Draw total memory against context, a line per format, into a PNG."""
     lengths = sorted({max(1, context * step // 32) for step in range(1, 33)})
     with picture(path, 7, 4) as figure:
         axes = figure.subplots()
         highest = 0.0
-        for name, quantize in formats(narrow(config, Ranks(0, ranks)), dtype):
+        for name, quantize in formats(ranks.narrow(config), dtype):
             sizes = [estimate(config, batch_size, n, dtype, quantize, ranks=ranks) for n in lengths]
             totals = [size.total / 2**30 for size in sizes]
             axes.plot(lengths, totals, label=name)

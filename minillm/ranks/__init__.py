@@ -1,0 +1,1 @@
+"""One model over several processes: what a rank holds, and how ranks talk."""
