@@ -28,12 +28,11 @@ from torch import Tensor
 
 from minillm.cache import StaticCache, upload
 from minillm.decode import read_chunk, reuse_prefix
-from minillm.drafting import Draft, no_draft
+from minillm.drafting import Draft, no_draft, with_drafts
 from minillm.errors import NumericalError
 from minillm.model import Decoder
 from minillm.row import Group, Row
 from minillm.sampling import Sampling, largest_of, next_token
-from minillm.speculative import judge, with_drafts
 
 FEW_TOKENS = 16  # of a step: so many are added up one by one, whatever stands beside them (the kernels' FEW_ROWS)
 _LOOK_EVERY = 8  # decode steps between two looks at an accelerator's tokens
@@ -338,7 +337,7 @@ class Batch:
             accepted, tokens = torch.zeros_like(token), token[:, None]  # [R], [R, 1]
             largest = group.largest(tokens, logits)  # [R, 1]
         else:
-            judged = judge(logits, draft, place, sampling, seen)
+            judged = group.proposer.judge(logits, draft, place, sampling, seen)
             accepted, token = map(self.model.ranks.of_first, judged)  # [R] each
             column = torch.arange(logits.shape[1], device=place.device)  # [k + 1]
             tokens = torch.where(column < accepted[:, None], F.pad(draft.tokens, (0, 1)), token[:, None])  # [R, k + 1]

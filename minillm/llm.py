@@ -20,7 +20,8 @@ from minillm.model import Decoder
 from minillm.options import DTYPES, GenerationConfig, merge_options
 from minillm.parallel import ALONE
 from minillm.progress import progress_bar
-from minillm.request import SEATS, Completion, Prompt, Request, check_drafting, completion
+from minillm.request import SEATS, Completion, Prompt, Request, completion
+from minillm.speculative.drafting import Drafting
 from minillm.tokenizer import Tokenizer
 
 _DEFAULT_CONVERSATION = 4096  # tokens a conversation's cache holds unless told otherwise
@@ -152,7 +153,7 @@ class LLM:
             cache: a `StaticCache` of yours with one row per prompt. Where it already holds the beginning of
                 a prompt, that part is not computed again; afterwards it holds prompt and answer.
             assistant_model: a smaller `LLM` with the same tokenizer that drafts `num_assistant_tokens` per step
-                for this one to check: the same text (sampling: the same law) in fewer steps, see speculative.py.
+                for this one to check: the same text (sampling: the same law) in fewer steps, see speculative/verify.py.
             seats: how many prompts run at a time; the next one takes the seat of one that has ended. Up to 16 give to
                 the last bit what they give alone. With a cache of yours all of them run at once.
             progress: show a bar on stderr, a notch for each finished prompt.
@@ -162,7 +163,7 @@ class LLM:
         Raises `RequestError` before anything is computed: an unknown option, a value out of range, or a
         prompt that together with `max_new_tokens` exceeds the cache or the model's positions.
         """
-        request = Request(self, prompt, generation_config, cache, assistant_model, options, seats=seats)
+        request = Request(self, prompt, generation_config, cache, Drafting(self, assistant_model), options, seats)
         with progress_bar(len(request.rows), "generating") if progress else nullcontext() as advance:
             for ended in request.loop():
                 if progress:
@@ -185,7 +186,7 @@ class LLM:
 
         The request is checked here and now, not at the first result.
         """
-        request = Request(self, prompts, generation_config, cache, assistant_model, options, seats=seats)
+        request = Request(self, prompts, generation_config, cache, Drafting(self, assistant_model), options, seats)
         if request.single:
             raise RequestError("as_completed takes a list of prompts; use generate or stream for one")
         return ((row.number, completion(row)) for ended in request.loop() for row in ended)
@@ -204,7 +205,7 @@ class LLM:
         The pieces never hold half a character and concatenate to exactly the text `generate` returns.
         The request is checked here and now, not at the first piece.
         """
-        request = Request(self, prompt, generation_config, cache, assistant_model, options)
+        request = Request(self, prompt, generation_config, cache, Drafting(self, assistant_model), options)
         if not request.single:
             raise RequestError("stream takes one prompt; use generate for a list")
         return request.pieces()
@@ -227,7 +228,7 @@ class Conversation:
         self.llm, self.options = llm, options
         asked = {name: value for name, value in options.items() if name != "assistant_model"}
         # Fail now, not at the first turn.
-        check_drafting(llm, options.get("assistant_model"), merge_options(llm.defaults, None, asked))
+        Drafting(llm, options.get("assistant_model")).check(merge_options(llm.defaults, None, asked))
         length = min(_DEFAULT_CONVERSATION, llm.config.max_positions) if max_cache_len is None else max_cache_len
         self.cache = StaticCache(llm.config, 1, length, device=llm.device, dtype=llm.dtype)
         self.proposer: Proposer | None = None  # the last turn's: a draft model keeps its cache as well
@@ -261,9 +262,9 @@ class Conversation:
         messages = [*self.messages, {"role": "user", "content": text}]
         ids = self.llm.tokenizer.encode_chat(messages)
         options = self.options | {name: value for name, value in options.items() if value is not None}
-        assistant = options.pop("assistant_model", None)
-        request = Request(self.llm, ids, None, self.cache, assistant, options, self.proposer)
-        self.proposer = request.proposer
+        drafting = Drafting(self.llm, options.pop("assistant_model", None), self.proposer)
+        request = Request(self.llm, ids, None, self.cache, drafting, options)
+        self.proposer = drafting.proposer
         return request
 
     def _keep(self, text: str, request: Request) -> Completion | None:

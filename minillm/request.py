@@ -7,13 +7,11 @@ from itertools import chain
 
 from minillm.batch import FEW_TOKENS, Batch
 from minillm.cache import StaticCache
-from minillm.drafting import JUDGING_BYTES, DraftModel, PromptLookup, Proposer, pass_bytes
 from minillm.errors import RequestError, shown
 from minillm.options import GenerationConfig, as_list, merge_options
 from minillm.row import Row
 from minillm.sampling import Sampling
-from minillm.speculative import AUTO_LENGTHS, DraftLength
-from minillm.tokenizer import TextStream, Tokenizer
+from minillm.tokenizer import TextStream
 
 Prompt = str | Sequence[int]
 
@@ -65,9 +63,9 @@ class Request:
     """One checked call of generate: its rows, and the batch they are.
 
     Args:
-        llm, assistant: the `LLM` that is asked, and the one that drafts for it (or None).
+        llm: the `LLM` that is asked.
         prompt, generation_config, cache, options: as for `LLM.generate`.
-        previous: the proposer of the conversation's last turn: its draft model's cache is used again.
+        drafting: who drafts for it, a `speculative.drafting.Drafting`.
         seats: how many rows run at a time in a cache of the request's own.
 
     Raises `RequestError`, and `CacheError` for a cache that does not fit.
@@ -79,9 +77,8 @@ class Request:
         prompt: Prompt | Sequence[Prompt],
         generation_config: GenerationConfig | None,
         cache: StaticCache | None,
-        assistant,
+        drafting,
         options: dict,
-        previous: Proposer | None = None,
         seats: int = SEATS,
     ):
         check_whole("seats", seats, 1)
@@ -89,23 +86,24 @@ class Request:
         room = None if cache is None else _checked(cache, llm, len(prompts))
         if llm.model.ranks.joined:  # steps of another shape on another rank would wait for each other, or add up wrong
             held = None if cache is None else (cache.max_cache_len, cache.max_step, cache.token_ids)
-            llm.model.ranks.agree(None, (seats, assistant is None, held))
+            llm.model.ranks.agree(None, (seats, drafting.assistant is None, held))
         self.rows, config = new_rows(llm, prompts, generation_config, options, room)
         self._borrowed: list[tuple] = []  # caches, and the `Steps` that get them back in the end
         if cache is None:
             longest, seats = max(row.planned_length for row in self.rows), min(seats, len(self.rows))
-            cache = llm.steps.borrow_cache(seats, longest)
-            self._borrowed.append((llm.steps, cache))
-            cache = cache.rows(0, seats)  # it may have more
+            cache = self._borrow(llm.steps, seats, longest).rows(0, seats)  # it may have more
         else:
             for row in self.rows:
                 row.planned_length = None  # whatever the cache was made for
-        self.proposer = choose_proposer(llm, assistant, config, cache, previous, bool(self._borrowed))
-        if self._borrowed and isinstance(self.proposer, DraftModel):
-            self._borrowed.append((assistant.steps, self.proposer.cache))
+        drafting.begin(config, cache, self._borrow if self._borrowed else None)
         for row in self.rows:
-            draft_with(row, self.proposer, config, cache, llm)
+            drafting.attach(row, config, cache.max_step)
         self.batch = Batch(llm.steps, cache, self.rows)
+
+    def _borrow(self, steps, rows: int, length: int) -> StaticCache:
+        cache = steps.borrow_cache(rows, length)
+        self._borrowed.append((steps, cache))
+        return cache
 
     def loop(self) -> Iterator[list[Row]]:
         """The loop over the rows, not begun yet; it yields after each tick the rows that ended."""
@@ -248,85 +246,3 @@ def _checked(cache: StaticCache, llm, rows: int) -> int:
         raise RequestError(f"cache must be a StaticCache, not {shown(cache)}")
     cache.check_model(llm.model, rows)
     return cache.max_cache_len
-
-
-def choose_proposer(
-    target, assistant, config: GenerationConfig, cache: StaticCache, previous: Proposer | None = None, borrow=False
-) -> Proposer | None:
-    """The proposer a request asks for, or None for plain decoding.
-
-    Args:
-        target, assistant: the `LLM` that generates and the one that drafts for it (or None).
-        config, cache: the request's.
-        previous: the proposer of the conversation's last turn: its draft model's cache is used again.
-        borrow: whether the draft model's cache comes from its `Steps`, to which it will be given back.
-
-    Raises `RequestError` where the options contradict each other or the assistant does not fit.
-    """
-    check_drafting(target, assistant, config)
-    if assistant is None:
-        return None if config.prompt_lookup_num_tokens is None else PromptLookup(cache.device)
-    if isinstance(previous, DraftModel) and previous.model is assistant.steps:
-        return DraftModel(assistant.steps, target.model, previous.cache)
-    size = min(cache.max_cache_len, assistant.config.max_positions)
-    if borrow:
-        own = assistant.steps.borrow_cache(cache.batch_size, size)
-    else:
-        where = assistant.device, assistant.dtype, cache.max_step
-        own = StaticCache(assistant.config, cache.batch_size, size, *where)
-    return DraftModel(assistant.steps, target.model, own)
-
-
-def draft_with(row: Row, proposer: Proposer | None, config: GenerationConfig, cache: StaticCache, target) -> None:
-    """Let the proposer draft for the row, as much as was asked for; a `RequestError` for more than a step holds.
-
-    `target` is the `LLM` that will verify.
-    """
-    if proposer is None:
-        return
-    lookup, asked = config.prompt_lookup_num_tokens, config.num_assistant_tokens or "auto"
-    longest = min(lookup or (1 if asked == "auto" else asked), row.max_new_tokens - 1)
-    if longest >= cache.max_step:
-        raise RequestError(
-            f"{longest} drafted tokens make a step of {longest + 1}, but the cache takes {cache.max_step} per step: "
-            f"draft fewer, or pass a StaticCache with max_step={longest + 1}"
-        )
-    lengths = [longest]
-    if lookup is not None:
-        lengths = [0, longest]  # where nothing is copied it is of no use
-    elif asked == "auto":
-        lengths = [length for length in AUTO_LENGTHS if length < cache.max_step]
-    judging = JUDGING_BYTES / pass_bytes(target.model)
-    row.proposer, row.draft_length = proposer, DraftLength(lengths, proposer.cost, judging, proposer.rest)
-
-
-def check_drafting(target, assistant, config: GenerationConfig) -> None:
-    """Raise `RequestError` where the options about drafts contradict each other or the assistant does not fit."""
-    if assistant is None:
-        if config.num_assistant_tokens is not None:
-            raise RequestError("num_assistant_tokens needs an assistant_model (prompt_lookup_num_tokens does not)")
-        return
-    if config.prompt_lookup_num_tokens is not None:
-        raise RequestError("assistant_model and prompt_lookup_num_tokens exclude each other: choose who drafts")
-    if not hasattr(assistant, "steps"):
-        raise RequestError(f"assistant_model must be an LLM (LLM.from_pretrained(...)), not {shown(assistant)}")
-    _check_same_tokenizer(target.tokenizer, assistant.tokenizer)
-    if assistant.model.ranks.joined and not target.model.ranks.joined:  # whose texts need not be the same on each
-        raise RequestError("ranks share assistant_model, but not the model: load both with tensor_parallel=True")
-    if assistant.device != target.device:
-        raise RequestError(f"assistant_model is on {assistant.device}, the model on {target.device}: load both on one")
-
-
-def _check_same_tokenizer(target: Tokenizer, draft: Tokenizer) -> None:
-    """Raise `RequestError` unless every id means the same token to both, which then share one table of them."""
-    if target.vocabulary is draft.vocabulary:
-        return
-    if target.vocabulary == draft.vocabulary:
-        draft.vocabulary = target.vocabulary  # 128,000 tokens take 20 ms to compare: once is enough
-        return
-    ours, theirs = ({token_id: token for token, token_id in t.vocabulary.items()} for t in (target, draft))
-    first = min(token_id for token_id in {*ours, *theirs} if ours.get(token_id) != theirs.get(token_id))
-    raise RequestError(
-        f"assistant_model has another tokenizer: id {first} is {ours.get(first)!r} for the model ({len(ours)} tokens) "
-        f"and {theirs.get(first)!r} for the assistant ({len(theirs)}); a draft needs the same vocabulary"
-    )

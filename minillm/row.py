@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from minillm.drafting import Draft, Proposer
+from minillm.drafting import Draft, DraftLength, Proposer
 from minillm.sampling import Sampling, largest_of
-from minillm.speculative import DraftLength
 from minillm.tokenizer import TextStream
 
 

@@ -16,8 +16,6 @@ from torch import Tensor
 
 from minillm.options import GenerationConfig
 
-verify_in_c = kernels.verify  # `speculative.verify` where there is C for it
-
 
 @dataclass(frozen=True)
 class Sampling:
@@ -144,25 +142,6 @@ def _in_kernels(x: Tensor) -> bool:
     """Whether a kernel takes such logits or probabilities: a tenth of the time of the PyTorch code."""
     served = x.dtype == torch.float32 and x.shape[-1] <= kernels.MAX_VOCABULARY
     return served and (not x.is_cuda or why_no_launch(x.device) is None)
-
-
-def penalized(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
-    """`penalize` at T places per row: logits and `seen` `[B, T, V]` -> `[B, T, V]`."""
-    if sampling.repetition_penalty is None:
-        return logits
-    penalty = sampling.repetition_penalty.repeat_interleave(logits.shape[1])  # [B * T]
-    return penalize(logits.flatten(0, 1), seen.flatten(0, 1), penalty).view_as(logits)
-
-
-def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
-    """`probabilities` at T places per row: logits and `seen` `[B, T, V]` -> `[B, T, V]`."""
-
-    def per_place(parameter: Tensor | None) -> Tensor | None:
-        return None if parameter is None else parameter.repeat_interleave(logits.shape[1])  # [B * T]
-
-    filters = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-    flat = penalized(logits, sampling, seen).flatten(0, 1)  # [B * T, V]
-    return probabilities(flat, *map(per_place, filters)).view_as(logits)
 
 
 def next_token(logits: Tensor, sampling: Sampling, position: Tensor, seen: Tensor | None = None) -> Tensor:

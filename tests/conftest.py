@@ -116,7 +116,7 @@ def text_reference(text_checkpoint):
 @pytest.fixture(autouse=True)
 def judging_is_free(monkeypatch):
     """Drafts are made for the tiny models too: beside their steps judging costs so much that no draft would pay."""
-    monkeypatch.setattr("minillm.request.JUDGING_BYTES", 0.0)
+    monkeypatch.setattr("minillm.speculative.drafting.JUDGING_BYTES", 0.0)
 
 
 EMULATED = "AMX, emulated"

@@ -19,7 +19,7 @@ from minillm_kernels import cpu
 import minillm.llm
 import minillm.load.checkpoint
 import minillm.ranks.joined
-import minillm.request
+import minillm.speculative.drafting
 from minillm.cache import StaticCache
 from minillm.errors import MinillmError
 from minillm.llm import LLM
@@ -73,7 +73,7 @@ def load(folder: str, ranks: Ranks, **options) -> LLM:
 
 def texts(folder: str, ranks: Ranks = ALONE, shared_draft: bool = False, device: str = "cpu", **options):
     """Token ids of every way to generate: those that one process gives as well, and those that it does not."""
-    minillm.request.JUDGING_BYTES = 0.0  # drafts pay for tiny models too
+    minillm.speculative.drafting.JUDGING_BYTES = 0.0  # drafts pay for tiny models too
     llm = load(folder, ranks, device=device, **options)
     draft = load(folder, ranks if shared_draft else ALONE, device=llm.device, quantize="int8")
 

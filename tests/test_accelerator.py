@@ -5,6 +5,7 @@ import itertools
 import sys
 import time
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,6 @@ from minillm.attention import choose_backend, why_no_kernels
 from minillm.batch import Batch
 from minillm.cache import GPU_MAX_STEP, MAX_STEP, StaticCache
 from minillm.decode import prefill
-from minillm.drafting import DraftModel, PromptLookup
 from minillm.errors import BackendError
 from minillm.faster.steps import CapturedStep, Steps
 from minillm.linear import Int4Linear, Int8Linear
@@ -27,9 +27,11 @@ from minillm.load.config_json import load_config, parse_config
 from minillm.load.quantize import fill_rows, quantize_int4, quantize_int8
 from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig
-from minillm.request import Request, draft_with
+from minillm.request import Request
 from minillm.rope import inverse_frequencies
 from minillm.sampling import Sampling, next_token, sample
+from minillm.speculative.drafting import Drafting
+from minillm.speculative.proposers import DraftModel, PromptLookup
 
 
 @pytest.fixture
@@ -202,6 +204,13 @@ def test_the_host_reads_once_a_look(accelerator, decoder, text_tokenizer_files, 
     assert per_tick and all(reads <= 1 for reads in per_tick), accelerator.reads
 
 
+def attach(rows, proposer, model, config):
+    drafting = Drafting(SimpleNamespace(model=model), None)
+    drafting.proposer = proposer
+    for row in rows:
+        drafting.attach(row, config, 64)
+
+
 @pytest.mark.parametrize("who", ["lookup", "draft"])
 def test_a_verify_step_reads_once(accelerator, decoder, text_tokenizer_files, who):
     """Drafting and judging ask the device for nothing: the look is the only read, the uploads are few."""
@@ -216,11 +225,7 @@ def test_a_verify_step_reads_once(accelerator, decoder, text_tokenizer_files, wh
         options = dict(num_assistant_tokens=3)
     rows = rows_of(tokenizer, prompts)
 
-    class Target:
-        model = steps.model
-
-    for row in rows:
-        draft_with(row, proposer, GenerationConfig(**options), cache, Target)
+    attach(rows, proposer, steps.model, GenerationConfig(**options))
     counts, uploads, drafted = [], [], []
     for _ in Batch(steps, cache, rows).run():
         counts.append(len(accelerator.reads))
@@ -247,13 +252,7 @@ def test_drafts_say_what_the_cpu_says(accelerator, decoder, ours, text_tokenizer
         rows = [
             new_row(ids, GenerationConfig(), 20, frozenset([2]), tokenizer, device=device, seed=1) for ids in prompts
         ]
-
-        class Target:
-            pass
-
-        Target.model = model
-        for row in rows:
-            draft_with(row, proposer, GenerationConfig(num_assistant_tokens=3), cache, Target)
+        attach(rows, proposer, model, GenerationConfig(num_assistant_tokens=3))
         for _ in Batch(model, cache, rows).run():
             pass
         said.append([(row.token_ids, sum(row.from_draft)) for row in rows])
@@ -341,8 +340,8 @@ def test_requests_without_a_cache_capture_once(accelerator, llm, ours):
         answer = llm.generate(ids, max_new_tokens=6)
         assert answer.token_ids == plain.generate(ids, max_new_tokens=6).token_ids
     assert len(accelerator.graphs) == 1
-    first = Request(llm, prompt_ids(5, seed=1), None, None, None, dict(max_new_tokens=4))
-    second = Request(llm, prompt_ids(5, seed=1), None, None, None, dict(max_new_tokens=4))
+    first = Request(llm, prompt_ids(5, seed=1), None, None, Drafting(llm, None), dict(max_new_tokens=4))
+    second = Request(llm, prompt_ids(5, seed=1), None, None, Drafting(llm, None), dict(max_new_tokens=4))
     assert first.batch.cache is not second.batch.cache  # two at a time
 
 

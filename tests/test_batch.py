@@ -12,14 +12,16 @@ from minillm import StaticCache
 from minillm import batch as batch_module
 from minillm.batch import FEW_TOKENS, Batch
 from minillm.decode import generate_plain, prefill
-from minillm.drafting import Draft, PromptLookup
+from minillm.drafting import Draft
 from minillm.faster.steps import Steps
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
 from minillm.options import GenerationConfig, as_list
 from minillm.row import Row
 from minillm.sampling import Sampling
-from minillm.speculative import DraftLength
+from minillm.speculative.length import AdaptiveDraftLength
+from minillm.speculative.proposers import PromptLookup
+from minillm.speculative.verify import judge
 from minillm.tokenizer import TextStream
 
 LENGTH = 64  # tokens a seat holds
@@ -46,7 +48,7 @@ def row_of(ids, config, logprobs=True, proposer=None, drafts=0):
         planned_length=len(ids) + config.max_new_tokens,
     )
     if proposer is not None:
-        row.proposer, row.draft_length = proposer, DraftLength([drafts], proposer.cost)
+        row.proposer, row.draft_length = proposer, AdaptiveDraftLength([drafts], proposer.cost)
     return row
 
 
@@ -429,6 +431,7 @@ class Parrot:
     """Proposes more tokens than a step has room for bits of, all of them wrong or right by chance."""
 
     cost, rest = 0.1, 32
+    judge = staticmethod(judge)
 
     def start(self, seat, prompt, planned_length=None):
         pass

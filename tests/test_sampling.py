@@ -21,7 +21,8 @@ from transformers import (
 )
 
 from minillm.options import GenerationConfig
-from minillm.sampling import Sampling, distribution, next_token, penalize, probabilities, sample, uniform
+from minillm.sampling import Sampling, next_token, penalize, probabilities, sample, uniform
+from minillm.speculative.verify import distribution
 
 V = 37
 

@@ -15,15 +15,18 @@ from families import FAMILIES, make_model, prompt_ids, save_checkpoint
 from minillm_kernels import cpu
 from minillm_kernels import sampling as kernels
 
-from minillm import LLM, StaticCache, speculative
+from minillm import LLM, StaticCache
 from minillm.cli import main
-from minillm.drafting import DRAFT_STREAM, JUDGING_BYTES, Draft, DraftModel, PromptLookup
+from minillm.drafting import Draft
 from minillm.errors import RequestError
 from minillm.faster.steps import Steps
 from minillm.model import Decoder
 from minillm.sampling import Sampling, next_token, sample, uniform
-from minillm.speculative import AUTO_LENGTHS, DraftLength, compare, judge
-from minillm.speculative import verify as exact
+from minillm.speculative import verify as verifying
+from minillm.speculative.length import AUTO_LENGTHS, JUDGING_BYTES, AdaptiveDraftLength
+from minillm.speculative.proposers import DRAFT_STREAM, DraftModel, PromptLookup
+from minillm.speculative.verify import compare, judge
+from minillm.speculative.verify import verify as exact
 
 # -- verify, by enumeration ----------------------------------------------------------------------
 
@@ -131,7 +134,7 @@ def without_residual(draft_tokens, draft_probs, target_probs, lengths, accept, f
     """The classical mistake: after a rejection, draw from p itself."""
     accepted, _ = verify(draft_tokens, draft_probs, target_probs, lengths, accept, fresh)
     rows = torch.arange(len(accepted))
-    return accepted, speculative.sample(target_probs[rows, accepted], fresh[rows, accepted])
+    return accepted, sample(target_probs[rows, accepted], fresh[rows, accepted])
 
 
 def test_enumeration_finds_a_wrong_verifier():
@@ -330,7 +333,7 @@ def test_prompt_lookup_reads_each_token_once():
 
 
 def test_auto_drafts_more_where_drafts_are_accepted():
-    lucky, unlucky = DraftLength(AUTO_LENGTHS, cost=0.1), DraftLength(AUTO_LENGTHS, cost=0.1)
+    lucky, unlucky = AdaptiveDraftLength(AUTO_LENGTHS, cost=0.1), AdaptiveDraftLength(AUTO_LENGTHS, cost=0.1)
     for _ in range(20):
         lucky.learn(lucky.choose(), lucky.choose())
         unlucky.learn(unlucky.choose(), 0)
@@ -339,11 +342,13 @@ def test_auto_drafts_more_where_drafts_are_accepted():
     for _ in range(40):  # luck turns
         lucky.learn(lucky.choose(), 0)
     assert lucky.choose() == 0
-    assert DraftLength(AUTO_LENGTHS, cost=1.0).choose() == 0  # a draft as slow as its target
-    assert DraftLength(AUTO_LENGTHS, cost=0.0, judging=4.0).choose() == 0  # judging costs more than all that it yields
-    assert DraftLength([5], cost=1.0).choose() == 5
+    assert AdaptiveDraftLength(AUTO_LENGTHS, cost=1.0).choose() == 0  # a draft as slow as its target
+    assert (
+        AdaptiveDraftLength(AUTO_LENGTHS, cost=0.0, judging=4.0).choose() == 0
+    )  # judging costs more than all that it yields
+    assert AdaptiveDraftLength([5], cost=1.0).choose() == 5
     # One rejection a step at most: what follows it continues a wrong text and tells nothing.
-    late, early = (DraftLength(AUTO_LENGTHS, cost=0.1) for _ in range(2))
+    late, early = (AdaptiveDraftLength(AUTO_LENGTHS, cost=0.1) for _ in range(2))
     late.learn(2, 1)
     early.learn(8, 1)
     assert (late.accepted, late.rejected) == (early.accepted, early.rejected) == pytest.approx((2.8, 2.8))
@@ -353,7 +358,7 @@ def test_auto_drafts_more_where_drafts_are_accepted():
 
 def test_the_dearer_a_try_the_longer_the_rest():
     """Tries in vain take a fiftieth of the time at most; a rest that is longer than the longest is not cut short."""
-    row = DraftLength([0, 200], cost=0.05, judging=12.0, rest=32)
+    row = AdaptiveDraftLength([0, 200], cost=0.05, judging=12.0, rest=32)
     assert (row.best, row.rest) == (0, 1100)
     for _ in range(1100):
         assert row.choose() == 0
@@ -365,7 +370,7 @@ def test_the_dearer_a_try_the_longer_the_rest():
 
 def test_a_row_that_rests_tries_its_luck_now_and_then():
     """With the smallest draft, and after twice as long each time; where that is accepted it drafts again."""
-    row = DraftLength([0, 2, 8], cost=0.4, judging=0.2, rest=64)
+    row = AdaptiveDraftLength([0, 2, 8], cost=0.4, judging=0.2, rest=64)
     drafts = []
     for _ in range(3200):
         drafts.append(row.choose())
@@ -626,7 +631,7 @@ def test_auto_equals_plain(targets, drafts, plain, cheap_drafts):
 
 def test_nobody_drafts_where_it_cannot_pay(llm, monkeypatch):
     """A tiny model's step is cheaper than judging: "auto" and prompt lookup leave it at that, a number is obeyed."""
-    monkeypatch.setattr("minillm.request.JUDGING_BYTES", JUDGING_BYTES)
+    monkeypatch.setattr("minillm.speculative.drafting.JUDGING_BYTES", JUDGING_BYTES)
     options = dict(max_new_tokens=30, eos_token_id=[], temperature=0)
     for who, drafted in (
         (dict(assistant_model=llm), False),
@@ -923,10 +928,10 @@ def test_sampled_tokens_have_the_targets_law(llm, drafts, sampling_truth):
 @pytest.mark.parametrize("mistake", ["no residual", "acceptance draws the draft's number again"])
 def test_the_chi_square_test_finds_a_biased_verifier(mistake, llm, drafts, sampling_truth, monkeypatch):
     if mistake == "no residual":
-        monkeypatch.setattr(speculative, "verify_in_c", lambda *_: None)
-        monkeypatch.setattr(speculative, "verify", without_residual)
+        monkeypatch.setattr(kernels, "verify", lambda *_: None)
+        monkeypatch.setattr(verifying, "verify", without_residual)
     else:
-        monkeypatch.setattr(speculative, "_ACCEPT_STREAM", DRAFT_STREAM)
+        monkeypatch.setattr(verifying, "_ACCEPT_STREAM", DRAFT_STREAM)
     prompt, law = sampling_truth
     texts = sampled_texts(llm, drafts["full", "noise"][0]["assistant_model"], prompt, ROWS)
     assert chi_square_p_value(law, texts) < FALSE_ALARM

@@ -26,6 +26,7 @@ from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig
 from minillm.request import Request, new_rows
 from minillm.sampling import Sampling
+from minillm.speculative.drafting import Drafting
 
 needs_c = pytest.mark.skipif(not cpu.available(), reason="steps are recorded from C calls: needs a C compiler")
 
@@ -473,7 +474,9 @@ def test_requests_without_a_cache_share_one(llm):
         assert ask(alone, rows, **more) == said
         caches += alone.steps._spare
     assert caches[0] is caches[1] is not caches[2] is caches[3]
-    request = Request(alone, [prompt_ids(4, seed=n) for n in range(3)], None, None, None, options, seats=2)
+    request = Request(
+        alone, [prompt_ids(4, seed=n) for n in range(3)], None, None, Drafting(alone, None), options, seats=2
+    )
     assert request.batch.cache is caches[3].rows(0, 2)
     assert len(request.batch.seats) == 2
     assert [len(row.token_ids) for ended in request.loop() for row in ended] == [9] * 3

@@ -109,10 +109,10 @@ def argmax(x: Tensor) -> Tensor:
 
 
 def verify(
-    drafted: Tensor,
+    draft_tokens: Tensor,
     draft_probs: Tensor,
     target_probs: Tensor,
-    lengths: Tensor,
+    draft_lengths: Tensor,
     seed: Tensor,
     position: Tensor,
     stream: int,
@@ -123,9 +123,9 @@ def verify(
     there is no C for these tensors.
 
     Args:
-        drafted: [B, k] int64; draft_probs [B, k, W] float32, what each was drawn from, nothing beyond W.
+        draft_tokens: [B, k] int64; draft_probs [B, k, W] float32, what each was drawn from, nothing beyond W.
         target_probs: [B, k + 1, V] float32, V at least W.
-        lengths: [B] int64, how many of the k a row has.
+        draft_lengths: [B] int64, how many of the k a row has.
         seed, position: [B] int64: the i-th draft of a row, which would stand at position + i, is kept where
             uniform(seed, position + i, stream) * q < p; what follows is drawn with `uniform`'s stream 0.
 
@@ -135,20 +135,21 @@ def verify(
     on_cpu = target_probs.is_cpu and draft_probs.is_cpu
     if not (on_cpu and target_probs.dtype == draft_probs.dtype == torch.float32 and cpu.available()):
         return None
-    if drafted.dim() != 2 or drafted.shape[1] == 0 or drafted.dtype != torch.int64 or not drafted.is_cpu:
-        raise ValueError(f"verify: drafted must be [B, k] int64 on a CPU, got {tuple(drafted.shape)} {drafted.dtype}")
-    (B, k), V, W = drafted.shape, target_probs.shape[-1], draft_probs.shape[-1]
+    shape, dtype = tuple(draft_tokens.shape), draft_tokens.dtype
+    if len(shape) != 2 or shape[1] == 0 or dtype != torch.int64 or not draft_tokens.is_cpu:
+        raise ValueError(f"verify: draft_tokens must be [B, k] int64 on a CPU, got {shape} {dtype}")
+    (B, k), V, W = draft_tokens.shape, target_probs.shape[-1], draft_probs.shape[-1]
     if target_probs.shape != (B, k + 1, V) or draft_probs.shape != (B, k, W) or not 1 <= W <= V:
-        shapes = f"{tuple(drafted.shape)}, {tuple(draft_probs.shape)} and {tuple(target_probs.shape)}"
+        shapes = f"{tuple(draft_tokens.shape)}, {tuple(draft_probs.shape)} and {tuple(target_probs.shape)}"
         raise ValueError(f"verify: [B, k], [B, k, W] and [B, k + 1, V] with W up to V are needed, got {shapes}")
     if type(stream) is not int or not 0 <= stream < 2**31:
         raise ValueError(f"verify: stream must be from 0 to 2^31 - 1, got {stream}")
-    for name, column in (("lengths", lengths), ("seed", seed), ("position", position)):
+    for name, column in (("draft_lengths", draft_lengths), ("seed", seed), ("position", position)):
         if column.shape != (B,) or column.dtype != torch.int64 or not column.is_cpu:
             raise ValueError(f"verify: {name} must be [{B}] int64 on a CPU, got {tuple(column.shape)} {column.dtype}")
-    if B and (int(drafted.min()) < 0 or int(drafted.max()) >= W or int(lengths.max()) > k):
+    if B and (int(draft_tokens.min()) < 0 or int(draft_tokens.max()) >= W or int(draft_lengths.max()) > k):
         raise ValueError(f"verify: drafts must be from 0 to {W - 1}, and at most {k}")
-    return cpu.verify(drafted, draft_probs, target_probs, lengths, seed, position, stream)
+    return cpu.verify(draft_tokens, draft_probs, target_probs, draft_lengths, seed, position, stream)
 
 
 # ---- the same in PyTorch, for any float dtype and any device ----

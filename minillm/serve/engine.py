@@ -22,7 +22,6 @@ from functools import partial
 
 from minillm.batch import Batch
 from minillm.cache import StaticCache
-from minillm.drafting import PromptLookup
 from minillm.errors import EngineError, EngineFull, RequestError, first_line
 from minillm.llm import LLM
 from minillm.options import GenerationConfig
@@ -30,14 +29,12 @@ from minillm.request import (
     Completion,
     Prompt,
     as_prompts,
-    check_drafting,
     check_whole,
-    choose_proposer,
     completion,
-    draft_with,
     new_rows,
 )
 from minillm.row import Row
+from minillm.speculative.drafting import Drafting
 
 
 @dataclass(frozen=True)
@@ -189,14 +186,15 @@ class Engine:
         check_whole("seats", seats, 1)
         check_whole("max_cache_len", max_cache_len, 1)
         check_whole("max_waiting", max_waiting, 0)
-        check_drafting(llm, assistant_model, GenerationConfig())
+        self._lookup, self._draft = Drafting(llm, None), Drafting(llm, assistant_model)
+        self._draft.check(GenerationConfig())
         if llm.model.ranks.joined:
             raise EngineError("an Engine serves callers of one process: ranks share a model for the same calls on each")
         length = min(max_cache_len, llm.config.max_positions)
         cache = StaticCache(llm.config, seats, length, device=llm.device, dtype=llm.dtype)
-        self._llm, self._assistant = llm, assistant_model
-        self._lookup = PromptLookup(cache.device)
-        self._draft = choose_proposer(llm, assistant_model, GenerationConfig(), cache)
+        self._llm = llm
+        self._lookup.begin(GenerationConfig(prompt_lookup_num_tokens=1), cache)
+        self._draft.begin(GenerationConfig(), cache)
         self._worker = _Worker(Batch(llm.steps, cache, one_request=False), max_waiting)
         # Without waiting: a collector works anywhere, also under a lock that the thread needs, also in the thread.
         weakref.finalize(self, self._worker.close, cancel=True, wait=False)
@@ -215,9 +213,9 @@ class Engine:
         if not single:
             raise RequestError("submit takes one prompt: call it for each of a list")
         (row,), config = new_rows(self._llm, prompts, generation_config, options, cache.max_cache_len)
-        looks_up = config.prompt_lookup_num_tokens is not None
-        check_drafting(self._llm, None if looks_up else self._assistant, config)
-        draft_with(row, self._lookup if looks_up else self._draft, config, cache, self._llm)
+        drafting = self._draft if config.prompt_lookup_num_tokens is None else self._lookup
+        drafting.check(config)
+        drafting.attach(row, config, cache.max_step)
         return self._worker.submit(row)
 
     def stats(self) -> EngineStats:

@@ -20,76 +20,16 @@ In a batch each row accepts its own number. A row that kept fewer tokens than it
 the cache (`StaticCache.truncate`), and positions are data, so nothing else has to know.
 """
 
-import math
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
+from minillm_kernels import sampling as kernels
+from minillm_kernels.sampling import argmax, sample, uniform
 from torch import Tensor
 
 from minillm.drafting import Draft
-from minillm.sampling import Sampling, argmax, distribution, draw, penalized, sample, uniform, verify_in_c
+from minillm.sampling import Sampling, draw, penalize, probabilities
 
-AUTO_LENGTHS = (0, 1, 2, 4, 8)  # what "auto" chooses from: few, so that there are few shapes of verify steps
-_DECAY = 0.9  # how fast luck is forgotten: about the last ten steps count
-_LONGEST_REST = 1024  # steps, unless a try is that dear: a text may begin to repeat itself
-_TRIED = 0.02  # the share of its time that a row spends at most on tries that were in vain
-_ACCEPT_STREAM = 2  # random numbers beside plain decoding's stream 0 and the draft's 1, see `sampling.uniform`
-
-
-class DraftLength:
-    """How many tokens to draft for one row: of several lengths the best for its luck so far.
-
-    With a chance `a` that a drafted token is accepted, k drafts yield 1 + a + ... + a^k tokens per step on
-    average, for the time of one pass of the target and k of the draft (Leviathan et al. 2022, section 3.4).
-    `a` is estimated from the row's own recent steps, so that no neighbour changes a row's text, and the times
-    from the sizes of the models, so that no clock does. Where no draft pays, none is made, but for one try now
-    and then.
-
-    Args:
-        lengths: what to choose from.
-        cost: of a drafted token, in plain steps of the target.
-        judging: what a step with any drafts at all costs on top, likewise.
-        rest: steps without drafts before luck is tried again, or more where a try costs over `_TRIED` of them; twice as
-            many after each try in vain.
-    """
-
-    def __init__(self, lengths: Sequence[int], cost: float, judging: float = 0.0, rest: int = 32):
-        self.lengths, self.cost, self.judging = lengths, cost, judging
-        self.fewest = min(filter(None, lengths), default=0)  # drafts of a try
-        self.shortest_rest = self.rest = max(rest, math.ceil((self.fewest * cost + judging) / _TRIED))
-        self.accepted, self.rejected = 2.0, 2.0  # before anything is known: one in two
-        self.rested = 0  # steps since the last draft; `rest` is how many there shall be
-        self.best = self._best()
-
-    def choose(self) -> int:
-        return self.fewest if self.best == 0 and self.rested >= self.rest else self.best
-
-    @property
-    def resting(self) -> int:
-        """How many steps there are from here on in which nothing is drafted."""
-        return max(0, self.rest - self.rested) if self.best == 0 else 0
-
-    def _best(self) -> int:
-        rate = self.accepted / (self.accepted + self.rejected)
-
-        def tokens_per_time(k: int) -> float:
-            return sum(rate**i for i in range(k + 1)) / (1 + k * self.cost + (k > 0) * self.judging)
-
-        return max(self.lengths, key=tokens_per_time)
-
-    def learn(self, drafted: int, accepted: int) -> None:
-        """Count a step. Drafts after the first rejected one tell nothing: they continue a wrong text."""
-        tried = self.rested >= self.rest
-        self.rested += 1
-        if drafted:
-            self.accepted = _DECAY * self.accepted + accepted
-            self.rejected = _DECAY * self.rejected + (accepted < drafted)
-            self.best, self.rested = self._best(), 0
-            if accepted:
-                self.rest = self.shortest_rest
-            elif tried:
-                self.rest = max(self.rest, min(2 * self.rest, _LONGEST_REST))
+_ACCEPT_STREAM = 2  # random numbers beside plain decoding's stream 0 and the draft's 1, see `uniform`
 
 
 def verify(
@@ -146,17 +86,6 @@ def _leading(keep: Tensor) -> Tensor:
     return keep.long().cumprod(dim=1).sum(dim=1)
 
 
-def with_drafts(drafts: Sequence[tuple], width: int, ids: Tensor, fed: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and positions `[n, 1]` of a pass, with drafts behind them, (rows, `Draft`) each: `[n, width]` each."""
-    drafted = F.pad(ids, (0, width - 1))  # [n, T]
-    count = torch.zeros_like(ids)  # [n, 1], drafts of each row
-    for index, draft in drafts:
-        drafted[index, 1 : 1 + draft.tokens.shape[1]] = draft.tokens
-        count[index, 0] = draft.counts
-    place = torch.arange(width, device=ids.device)  # [T]
-    return drafted, torch.where((fed < 0) | (place > count), -1, fed + place)
-
-
 def judge(
     logits: Tensor, draft: Draft, start: Tensor, sampling: Sampling, seen: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -179,8 +108,27 @@ def judge(
     if draft.probs is None:  # nothing was drawn: the target draws as in plain decoding
         tokens = draw(probs.flatten(0, 1), seed.flatten(), place.flatten()).view_as(place)  # [B, k + 1]
         return compare(draft.tokens, tokens, draft.counts)
-    judged = verify_in_c(draft.tokens, draft.probs, probs, draft.counts, sampling.seed, start, _ACCEPT_STREAM)
+    judged = kernels.verify(draft.tokens, draft.probs, probs, draft.counts, sampling.seed, start, _ACCEPT_STREAM)
     if judged is not None:
         return judged
     accept = uniform(seed[:, :-1], place[:, :-1], _ACCEPT_STREAM)  # [B, k]
     return verify(draft.tokens, draft.probs, probs, draft.counts, accept, uniform(seed, place))
+
+
+def penalized(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
+    """`penalize` at T places per row: logits and `seen` `[B, T, V]` -> `[B, T, V]`."""
+    if sampling.repetition_penalty is None:
+        return logits
+    penalty = sampling.repetition_penalty.repeat_interleave(logits.shape[1])  # [B * T]
+    return penalize(logits.flatten(0, 1), seen.flatten(0, 1), penalty).view_as(logits)
+
+
+def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Tensor:
+    """`probabilities` at T places per row: logits and `seen` `[B, T, V]` -> `[B, T, V]`."""
+
+    def per_place(parameter: Tensor | None) -> Tensor | None:
+        return None if parameter is None else parameter.repeat_interleave(logits.shape[1])  # [B * T]
+
+    filters = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    flat = penalized(logits, sampling, seen).flatten(0, 1)  # [B * T, V]
+    return probabilities(flat, *map(per_place, filters)).view_as(logits)
