@@ -16,6 +16,7 @@ A backend declares what it can do; `choose_backend` picks once, at load. A backe
 refused by name, never silently replaced.
 """
 
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -141,6 +142,10 @@ def attend_math(
     return out.reshape(B, T, H * D).to(q.dtype)
 
 
+# PyTorch's switches between its implementations are the process's: a thread would put back what another has set.
+_SWITCHES = threading.RLock()
+
+
 def attend_sdpa(
     q: Tensor,
     keys: Tensor,
@@ -163,7 +168,8 @@ def attend_sdpa(
     plain = slopes is None and (view.window is None or view.window >= T)
     whole = flash and view.from_start and plain  # causal says it all
     only = SDPBackend.EFFICIENT_ATTENTION if flash and not whole else only
-    with nullcontext() if only is None else sdpa_kernel(only):
+    alone = only is not None and not torch.compiler.is_compiling()
+    with _SWITCHES if alone else nullcontext(), nullcontext() if only is None else sdpa_kernel(only):
         try:
             if whole:
                 q, keys, values = q.transpose(1, 2), keys[:, :, :T], values[:, :, :T]  # [B, H | KV, T, D]

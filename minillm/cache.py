@@ -21,7 +21,7 @@ layers, rings and rows that were rolled back.
 
 import copy
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -34,11 +34,6 @@ from minillm.rope import rotary_table
 
 MAX_STEP = 256  # tokens a single forward pass may add to a row, unless a cache is made for more or fewer,
 GPU_MAX_STEP = 2048  # and on a GPU: a prompt should be enough work to fill it
-
-
-def num_slots(window: int | None, max_cache_len: int, max_step: int) -> int:
-    """Slots of a layer: one per position, or a ring that is long enough for a step and its rollback."""
-    return max_cache_len if window is None else min(max_cache_len, window + max_step - 1)
 
 
 @dataclass
@@ -164,8 +159,8 @@ class StaticCache:
         self.rotary = tuple(rotary_table(spec, planned, device) for spec in config.ropes)
 
     def num_slots(self, window: int | None) -> int:
-        """Slots of a layer with this window, the bin not counted."""
-        return num_slots(window, self.max_cache_len, self.max_step)
+        """Slots of a layer, the bin not counted: one per position, or a ring that holds a step and its rollback."""
+        return self.max_cache_len if window is None else min(self.max_cache_len, window + self.max_step - 1)
 
     @torch.inference_mode(False)
     def plan(self, planned_length: int | Sequence[int]) -> None:
@@ -198,6 +193,8 @@ class StaticCache:
 
         Asked again it is the same object: steps are recorded for a cache.
         """
+        if not 0 <= start < stop <= self.batch_size:
+            raise CacheError(f"rows {start} to {stop} are not in a cache of {self.batch_size} rows")
         if (start, stop) == (0, self.batch_size):
             return self
         if (start, stop) in self._parts:
@@ -317,8 +314,7 @@ class StaticCache:
             raise CacheError(f"the cache has {self.batch_size} rows, the input {rows}")
         self.hold.check_model(model.embedding)
 
-    @contextmanager
-    def writing(self, model, input_ids: Tensor, cache_position: Tensor) -> Iterator[None]:
+    def writing(self, model, input_ids: Tensor, cache_position: Tensor) -> AbstractContextManager[None]:
         """Around all that a forward pass of `model` does: checks it, and notes which ids the cache holds after it.
 
         `input_ids` and `cache_position` are `[B, T]` int64. What stood at the positions, and all that followed it in
@@ -326,7 +322,11 @@ class StaticCache:
         `CacheError` for a step that does not fit or comes from somebody who may not write. Ids and positions are only
         looked at where that is free (on the CPU, outside a compiled graph): on a GPU that would stall the queue.
         """
-        self._check_step(model, input_ids, cache_position)
+        self._check_step(model, input_ids, cache_position)  # here: what a generator raises no compiler can tell
+        return self._writing(model, input_ids, cache_position)
+
+    @contextmanager
+    def _writing(self, model, input_ids: Tensor, cache_position: Tensor) -> Iterator[None]:
         if torch.compiler.is_compiling():  # a graph can keep the books, but asks nobody who may
             self._forget(cache_position)
             yield

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from minillm.cache import StaticCache
+from minillm.errors import CacheError
 from minillm.model import Decoder
 from minillm.options import GenerationConfig, as_list
 from minillm.sampling import Sampling, argmax, next_token
@@ -39,8 +40,10 @@ def prefill(model: Decoder, cache: StaticCache, ids: Sequence[Sequence[int]], st
 
     Returns the logits after each row's last token, `[B, V]` float32 (of a row without tokens they mean nothing). Only
     those go through the head: with a vocabulary of 128,000 the logits of a whole prompt would be the largest tensor
-    of all.
+    of all. Raises `CacheError` for what does not fit the cache.
     """
+    if not len(ids) == len(start) == cache.batch_size:
+        raise CacheError(f"prefill: {len(ids)} prompts and {len(start)} starts for a cache of {cache.batch_size} rows")
     step = cache.max_step
     last = torch.zeros(len(ids), model.config.hidden_size, device=cache.device, dtype=cache.dtype)  # [B, d]
     for b, tokens in enumerate(ids):
@@ -57,6 +60,7 @@ def decode_one_token(
     cache_position: Tensor,
     cache: StaticCache,
     sampling: Sampling | None = None,
+    seen: Tensor | None = None,
 ) -> Tensor:
     """Feed one token per row and choose the next one.
 
@@ -66,6 +70,7 @@ def decode_one_token(
         cache_position: `[B, 1]` int64, where it stands; -1 for a row that is finished.
         cache: holds everything before; gains this token.
         sampling: how to choose; greedy by default.
+        seen: `[B, V]` bool, the tokens of each row so far, where `sampling` has a repetition penalty.
 
     Returns `[B, 1]` int64. The loop around it is the "advanced usage: compile decode_one_token yourself"
     of the guide "LLM inference optimization".
@@ -73,7 +78,7 @@ def decode_one_token(
     logits = model(token, cache_position, cache)[:, -1]  # [B, V]
     if sampling is None:
         return argmax(logits)[:, None]
-    return next_token(logits, sampling, cache_position[:, 0] + 1)[:, None]
+    return next_token(logits, sampling, cache_position[:, 0] + 1, seen)[:, None]
 
 
 def reuse_prefix(row: StaticCache, prompt: Sequence[int]) -> int:

@@ -14,6 +14,7 @@ from minillm_kernels.launch import why_no_launch
 from minillm_kernels.sampling import argmax, sample, uniform
 from torch import Tensor
 
+from minillm.errors import RequestError
 from minillm.options import GenerationConfig
 
 
@@ -29,20 +30,19 @@ class Sampling:
     repetition_penalty: Tensor | None = None  # [B] float32
 
     @staticmethod
-    def of(config: GenerationConfig, seeds: Sequence[int], device: torch.device) -> "Sampling":
+    def of(config: GenerationConfig, seeds: Sequence[int], device: torch.device | str) -> "Sampling":
         """What a request asks for, the same for all its rows but the seeds; a filter that would do nothing is None."""
-        penalty = None if config.repetition_penalty == 1.0 else config.repetition_penalty
+
+        def column(value: float | None, off: float | None = None, dtype: torch.dtype = torch.float32) -> Tensor | None:
+            return None if value in (None, off) else torch.full((len(seeds),), value, dtype=dtype, device=device)
+
+        seed = torch.tensor([_as_int64(seed) for seed in seeds], dtype=torch.int64, device=device)  # [B]
+        penalty = column(config.repetition_penalty, off=1)
         if not config.samples:
-            return Sampling.uniform_rows(seeds, device, repetition_penalty=penalty)
-        return Sampling.uniform_rows(
-            seeds,
-            device,
-            temperature=1.0 if config.temperature is None else config.temperature,
-            top_k=config.top_k or None,  # 0 means off, as in transformers
-            top_p=None if config.top_p == 1.0 else config.top_p,
-            min_p=config.min_p or None,
-            repetition_penalty=penalty,
-        )
+            return Sampling(seed, repetition_penalty=penalty)
+        temperature = column(1.0 if config.temperature is None else config.temperature)
+        top_k, top_p = column(config.top_k, off=0, dtype=torch.int64), column(config.top_p, off=1)
+        return Sampling(seed, temperature, top_k, top_p, column(config.min_p, off=0), penalty)
 
     @staticmethod
     def together(parts: Sequence["Sampling"]) -> "Sampling":
@@ -65,30 +65,6 @@ class Sampling:
     def filters(self) -> tuple[bool, ...]:
         """Which parameters are set. A filter that lets everything through still changes the rounding of its row."""
         return tuple(parameter is not None for parameter in vars(self).values())
-
-    @staticmethod
-    def uniform_rows(
-        seeds: Sequence[int],
-        device: torch.device | str,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        min_p: float | None = None,
-        repetition_penalty: float | None = None,
-    ) -> "Sampling":
-        """The same parameters for every row, a seed for each."""
-
-        def column(value: float | None, dtype: torch.dtype = torch.float32) -> Tensor | None:
-            return None if value is None else torch.full((len(seeds),), value, dtype=dtype, device=device)
-
-        return Sampling(
-            temperature=column(temperature),
-            seed=torch.tensor([_as_int64(seed) for seed in seeds], dtype=torch.int64, device=device),
-            top_k=column(top_k, torch.int64),
-            top_p=column(top_p),
-            min_p=column(min_p),
-            repetition_penalty=column(repetition_penalty),
-        )
 
 
 def _as_int64(seed: int) -> int:
@@ -156,8 +132,10 @@ def choose(
     logits: Tensor, sampling: Sampling, position: Tensor, seen: Tensor | None = None, stream: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """`next_token` with the random numbers of `stream`, and the distribution `[B, V]` it was drawn from; None if
-    greedy."""
+    greedy. Raises `RequestError` for a penalty without `seen`."""
     if sampling.repetition_penalty is not None:
+        if seen is None:
+            raise RequestError("a repetition penalty needs to know the tokens so far: pass seen, [B, V] bool")
         logits = penalize(logits, seen, sampling.repetition_penalty)
     if sampling.temperature is None:
         return argmax(logits), None  # what the search below would find in a one-hot distribution

@@ -233,7 +233,7 @@ def die(how: str, *arguments: str) -> None:
         return commit(row, *arguments)
 
     Row.commit = last_commit
-    from minillm.__main__ import run
+    from minillm.cli.process import run
 
     sys.argv[1:] = arguments
     sys.exit(run())

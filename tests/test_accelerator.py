@@ -12,7 +12,7 @@ import torch
 from accelerator import Accelerator
 from families import FAMILIES, prompt_ids
 from minillm_kernels.sampling import running_sum
-from rows import new_row
+from rows import new_row, sampling_of
 
 from minillm.attention import choose_backend, why_no_kernels
 from minillm.batch import Batch
@@ -29,7 +29,7 @@ from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig
 from minillm.request import Request
 from minillm.rope import inverse_frequencies
-from minillm.sampling import Sampling, next_token, sample
+from minillm.sampling import next_token, sample
 from minillm.speculative.drafting import Drafting
 from minillm.speculative.proposers import DraftModel, PromptLookup
 
@@ -309,7 +309,7 @@ def test_a_long_vocabulary_is_sampled_as_on_a_cpu(accelerator):
     logits = torch.randn(4, 128_256, generator=torch.Generator().manual_seed(1)) * 4
     place = torch.arange(4)
     for options in (dict(), dict(top_k=50), dict(top_p=0.9), dict(top_k=50, top_p=0.9), dict(min_p=0.02)):
-        chosen = [Sampling.uniform_rows(range(4), device, temperature=0.9, **options) for device in ("cpu", "cuda")]
+        chosen = [sampling_of(range(4), device, temperature=0.9, **options) for device in ("cpu", "cuda")]
         found = next_token(accelerator.put(logits), chosen[1], accelerator.put(place)).inner
         assert torch.equal(found, next_token(logits, chosen[0], place)), options
     assert accelerator.reads == []
@@ -317,7 +317,7 @@ def test_a_long_vocabulary_is_sampled_as_on_a_cpu(accelerator):
 
 def test_a_token_is_two_launches(accelerator):
     logits, place = accelerator.put(torch.randn(2, 999)), accelerator.put(torch.arange(2))
-    every = Sampling.uniform_rows([1, 2], "cuda", temperature=0.8, top_k=50, top_p=0.9, min_p=0.02)
+    every = sampling_of([1, 2], "cuda", temperature=0.8, top_k=50, top_p=0.9, min_p=0.02)
     accelerator.tape = []
     next_token(logits, every, place)
     assert [function.name() for function, *_ in accelerator.tape] == ["minillm::probabilities", "minillm::draw"]

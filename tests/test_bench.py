@@ -14,7 +14,7 @@ from families import load_reference
 from safetensors import safe_open
 from transformers import AutoTokenizer
 
-from minillm.cli import main
+from minillm.cli.parser import main
 from minillm.errors import MinillmError, RequestError
 from minillm.llm import LLM
 from minillm.load.checkpoint import load_decoder

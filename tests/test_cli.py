@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from minillm import GenerationConfig, __version__
-from minillm.cli import main
+from minillm.cli.parser import main
 from minillm.llm import LLM
 
 ROOT = Path(__file__).parent.parent
@@ -199,7 +199,7 @@ def test_help_and_mistakes_do_not_wait_for_pytorch():
     code = """
 import sys
 sys.modules["torch"] = None
-from minillm.cli import main
+from minillm.cli.parser import main
 for line in sys.stdin.read().splitlines():
     try:
         print(line, "->", main(line.split()))
@@ -360,7 +360,8 @@ runpy.run_module("minillm", run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.parametrize(
-    "module, name", [("minillm.cli", "SIGINT"), ("torch", "SIGINT"), ("numpy", "SIGINT"), ("torch._ops", "SIGTERM")]
+    "module, name",
+    [("minillm.cli.parser", "SIGINT"), ("torch", "SIGINT"), ("numpy", "SIGINT"), ("torch._ops", "SIGTERM")],
 )
 def test_an_interrupt_while_importing(module, name):
     """C code that imports turns an exception into another error, or into none: the process must end all the same."""
@@ -398,7 +399,7 @@ def test_a_signal_while_text_is_printed(command, number, status, text_checkpoint
 
 def test_an_ignored_interrupt_stays_ignored():
     """A script starts its background jobs so: Ctrl-C is meant for the script."""
-    code = INTERRUPTED.format(module="minillm.cli", signal="SIGINT").replace('"memory"', '"--version"')
+    code = INTERRUPTED.format(module="minillm.cli.parser", signal="SIGINT").replace('"memory"', '"--version"')
     ignore = lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)  # noqa: E731
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, preexec_fn=ignore)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"minillm {__version__}\n", "")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from families import prompt_ids, reference_greedy, reference_logits
-from rows import new_row
+from rows import new_row, sampling_of
 
 from minillm.batch import Batch
 from minillm.cache import StaticCache
@@ -65,11 +65,29 @@ def test_decode_one_token_samples_like_next_token(ours):
     caches = [StaticCache(model.config, 2, 16) for _ in range(2)]
     for cache in caches:
         prefill(model, cache, rows, [0, 0])
-    sampling = Sampling.uniform_rows([5, 6], "cpu", temperature=1.5, top_k=20)
+    sampling = sampling_of([5, 6], "cpu", temperature=1.5, top_k=20)
     token, position = torch.tensor([[7], [8]]), torch.tensor([[9], [9]])
     chosen = decode_one_token(model, token, position, caches[0], sampling)
     logits = model(token, position, caches[1])[:, -1]
     assert chosen[:, 0].tolist() == next_token(logits, sampling, torch.tensor([10, 10])).tolist()
+
+
+def test_a_penalty_needs_the_tokens_so_far(ours):
+    model, ids = ours("llama3"), prompt_ids(9, seed=1)
+    caches = [StaticCache(model.config, 1, 16) for _ in range(2)]
+    for cache in caches:
+        prefill(model, cache, [ids], [0])
+    sampling, (token, position) = (
+        sampling_of([5], "cpu", repetition_penalty=1e6),
+        (torch.tensor([[7]]), torch.tensor([[9]])),
+    )
+    logits = model(token, position, caches[1])[:, -1]  # [1, V]
+    best = logits.argmax(-1)  # [1]
+    seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, best[:, None], True)
+    chosen = decode_one_token(model, token, position, caches[0], sampling, seen)
+    assert chosen.item() == logits.masked_fill(seen, -torch.inf).argmax(-1).item() != best.item()
+    with pytest.raises(RequestError, match="seen"):
+        decode_one_token(model, chosen, position + 1, caches[0], sampling)
 
 
 def test_decode_past_the_end_raises(ours):

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from minillm.cli import main
+from minillm.cli.parser import main
 from minillm.errors import CheckpointError, RequestError
 from minillm.llm import LLM
 from minillm.train import finetune, finetuning

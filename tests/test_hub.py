@@ -186,7 +186,7 @@ FORKER = """
 import contextlib, io, json, os, sys
 import torch
 from minillm import LLM
-from minillm.cli import main
+from minillm.cli.parser import main
 from minillm.errors import MinillmError
 torch.set_num_threads(1)
 assert "huggingface_hub" not in sys.modules

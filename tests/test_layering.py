@@ -20,7 +20,7 @@ WINGS = {
         files families keys reader config_json tensors chat_template tokenizer hub quantize share checkpoint writing
         quantized_copy lora
     """.split(),
-    "cli": "flags ranks commands".split(),
+    "cli": "flags ranks commands parser process".split(),
     "faster": "compiled steps".split(),
     "ranks": "split joined".split(),
     "speculative": "length verify proposers drafting".split(),
@@ -65,8 +65,8 @@ def imports(path: Path) -> list[tuple[str, bool]]:
             found += [(alias.name, id(node) in top) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path.name}: relative import"
-            if node.module == "minillm":  # from minillm import x: x is a room or a public name
-                found += [(f"minillm.{alias.name}", id(node) in top) for alias in node.names]
+            if node.module in {"minillm", *(f"minillm.{wing}" for wing in WINGS)}:  # import x: a room or a public name
+                found += [(f"{node.module}.{alias.name}", id(node) in top) for alias in node.names]
             else:
                 found.append((node.module, id(node) in top))
     return found
@@ -93,7 +93,7 @@ def test_no_room_is_too_large():
     """A room is read in one sitting; what the road is allowed to grow to is a decision, not an accident."""
     lines = {name: len(path.read_text(encoding="utf-8").splitlines()) for name, path in modules().items()}
     assert {name: count for name, count in lines.items() if count > 420} == {}
-    assert sum(count for name, count in lines.items() if "." not in name) <= 3569
+    assert sum(count for name, count in lines.items() if "." not in name) <= 3510
 
 
 def test_an_arrow_back_up_would_be_found(tmp_path):

@@ -15,7 +15,7 @@ from test_writing import all_tensors
 from transformers.pytorch_utils import Conv1D
 
 from minillm.cache import StaticCache
-from minillm.cli import main
+from minillm.cli.parser import main
 from minillm.errors import CheckpointError, ConfigError, RequestError
 from minillm.faster.steps import RecordedAhead
 from minillm.linear import Linear, QuantizedLinear

@@ -11,7 +11,7 @@ from published_configs import PUBLISHED
 from safetensors.torch import save_file
 
 from minillm import StaticCache
-from minillm.cli import main
+from minillm.cli.parser import main
 from minillm.errors import RequestError
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config, parse_config
@@ -60,9 +60,14 @@ def test_parameters_are_counted_as_transformers_counts_them(name, checkpoint, re
 @pytest.mark.parametrize("batch, context", [(1, 7), (3, 300), (2, 512)])
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_cache_is_exactly_what_is_allocated(name, batch, context, checkpoint):
+    """As the design says: a slot per position and the bin, or a ring that holds a window and a step, and the bin."""
     config = load_config(checkpoint(name))
-    cache = StaticCache(config, batch, context, dtype=torch.bfloat16)
-    assert sum(cache_bytes(config, batch, context, torch.bfloat16)) == cache.nbytes
+    slot = 2 * batch * config.num_kv_heads * config.head_dim * 2  # bytes: a key and a value in bfloat16
+    slots = [min(context, layer.window + min(256, context) - 1 if layer.window else context) for layer in config.layers]
+    full = sum(slot * (n + 1) for n, layer in zip(slots, config.layers, strict=True) if layer.window is None)
+    sliding = sum(slot * (n + 1) for n, layer in zip(slots, config.layers, strict=True) if layer.window)
+    assert cache_bytes(config, batch, context, torch.bfloat16) == (full, sliding)
+    assert StaticCache(config, batch, context, dtype=torch.bfloat16).nbytes == full + sliding
 
 
 def test_sliding_layers_stop_growing():

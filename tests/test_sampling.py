@@ -11,6 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from minillm_kernels import cpu
 from minillm_kernels.sampling import draw
+from rows import sampling_of
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -180,14 +181,14 @@ def test_next_token_is_the_composition():
     logits = logits_of(6, rows=4)
     seen = torch.rand(4, V, generator=torch.Generator().manual_seed(0)) < 0.3
     position = torch.tensor([3, 900, 0, 17])
-    sampling = Sampling.uniform_rows(
+    sampling = sampling_of(
         [1, 2, 3, 4], "cpu", temperature=0.9, top_k=20, top_p=0.9, min_p=0.01, repetition_penalty=1.2
     )
     penalised = penalize(logits, seen, torch.full((4,), 1.2))
     probs = theirs(penalised, 0.9, 20, 0.9, 0.01)
     expected = sample(probs, uniform(torch.tensor([1, 2, 3, 4]), position))
     assert torch.equal(next_token(logits, sampling, position, seen), expected)
-    greedy = Sampling.uniform_rows([1, 2, 3, 4], "cpu")
+    greedy = sampling_of([1, 2, 3, 4], "cpu")
     assert torch.equal(next_token(logits, greedy, position), logits.argmax(-1))
 
 
@@ -370,7 +371,7 @@ def test_a_row_is_to_the_bit_what_it_is_alone(vocabulary, filters):
     logits = logits_of(1, 16, vocabulary) * torch.tensor([2.0, 0.3, 0.0, 1.0]).repeat(4)[:, None]
 
     def results(begin, end):
-        sampling = Sampling.uniform_rows(range(begin, end), "cpu", temperature=0.8, **filters)
+        sampling = sampling_of(range(begin, end), "cpu", temperature=0.8, **filters)
         token = next_token(logits[begin:end], sampling, torch.arange(begin, end))
         logprobs = logits[begin:end].log_softmax(dim=-1)  # what `decode.run` tells of them
         return distribution(logits[begin:end, None], sampling, None)[:, 0], token, logprobs
@@ -390,11 +391,11 @@ def test_a_row_is_to_the_bit_what_it_is_alone(vocabulary, filters):
 @pytest.mark.parametrize("filters", EVERY_FILTER, ids=named)
 def test_choosing_is_traced_whole_and_looks_at_no_value(filters):
     logits, position = logits_of(8, 3, 999), torch.arange(3)
-    sampling = Sampling.uniform_rows([1, 2, 3], "cpu", temperature=0.8, **filters)
+    sampling = sampling_of([1, 2, 3], "cpu", temperature=0.8, **filters)
     compiled = torch.compile(next_token, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(logits, sampling, position), next_token(logits, sampling, position))
     # Tensors without values, as on a GPU: whoever asked for one would raise.
-    nothing = Sampling.uniform_rows([1, 2, 3], "meta", temperature=0.8, **filters)
+    nothing = sampling_of([1, 2, 3], "meta", temperature=0.8, **filters)
     assert next_token(logits.to("meta"), nothing, position.to("meta")).shape == (3,)
 
 
@@ -449,6 +450,6 @@ def test_numbers_do_not_depend_on_the_batch():
 
 def test_any_python_integer_is_a_seed():
     seeds = [0, -1, 2**63, 2**64 - 1, 2**80 + 5]
-    sampling = Sampling.uniform_rows(seeds, "cpu", temperature=1.0)
+    sampling = sampling_of(seeds, "cpu", temperature=1.0)
     assert sampling.seed.tolist()[:2] == [0, -1]
     assert uniform(sampling.seed, torch.zeros(5, dtype=torch.int64)).isfinite().all()

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from minillm import LLM, StaticCache, decode_one_token
+from minillm.decode import prefill
 from minillm.errors import CacheError, NumericalError, RequestError
 from minillm.options import GenerationConfig
 
@@ -145,9 +146,20 @@ def step(cache, token=5, position=0):
     return torch.tensor([[token]] * cache.batch_size), torch.tensor([[position]] * cache.batch_size), cache
 
 
-@pytest.mark.parametrize("way", ["model", "steps", "decode_one_token"])
+TWO, START = torch.tensor([[5], [6]]), torch.tensor([[0], [0]])
+VALUES = [  # what is only found by looking
+    (TWO, torch.tensor([[64], [0]]), "position 64 is beyond"),
+    (TWO, torch.tensor([[-2], [0]]), "0 or more"),
+    (torch.tensor([[5, 6], [5, 6]]), torch.tensor([[1, 0], [0, 1]]), "one after the other"),
+    (torch.tensor([[1000], [0]]), START, "vocabulary"),
+    (torch.tensor([[-1], [0]]), START, "vocabulary"),
+]
+
+
+@pytest.mark.parametrize("way", ["model", "steps", "decode_one_token", "compiled"])
 def test_a_cache_of_another_kind_is_refused(way, llm, window_llm):
-    run = {"model": llm.model, "steps": llm.steps, "decode_one_token": lambda *a: decode_one_token(llm.model, *a)}[way]
+    one = torch.compile(decode_one_token, backend="eager") if way == "compiled" else decode_one_token
+    run = {"model": llm.model, "steps": llm.steps}.get(way, lambda *arguments: one(llm.model, *arguments))
     config = llm.config
     for wrong, message in [
         (StaticCache(config, 1, 64, dtype=torch.bfloat16), "bfloat16"),
@@ -158,7 +170,7 @@ def test_a_cache_of_another_kind_is_refused(way, llm, window_llm):
         with pytest.raises(CacheError, match=message):
             run(*step(wrong))
     cache = StaticCache(config, 2, 64)
-    ids, places = torch.tensor([[5], [6]]), torch.tensor([[0], [0]])
+    ids, places = TWO, START
     for bad_ids, bad_places, message in [
         (ids[:1], places[:1], "2 rows"),
         (ids, places[:1], r"must both be \[2, T\]"),
@@ -166,12 +178,8 @@ def test_a_cache_of_another_kind_is_refused(way, llm, window_llm):
         (ids.int(), places, "int64"),
         (ids, places.int(), "int64"),
         (ids, places.to("meta"), "must be on cpu"),
-        (ids, torch.tensor([[64], [0]]), "position 64 is beyond"),
-        (ids, torch.tensor([[-2], [0]]), "0 or more"),
-        (torch.tensor([[5, 6], [5, 6]]), torch.tensor([[1, 0], [0, 1]]), "one after the other"),
-        (torch.tensor([[config.vocab_size], [0]]), places, "vocabulary"),
-        (torch.tensor([[-1], [0]]), places, "vocabulary"),
         (ids[:, :0], places[:, :0], "step of 0"),
+        *(() if way == "compiled" else VALUES),  # a graph does not look at ids and positions
     ]:
         with pytest.raises(CacheError, match=message):
             run(bad_ids, bad_places, cache)
@@ -179,6 +187,40 @@ def test_a_cache_of_another_kind_is_refused(way, llm, window_llm):
     narrow = StaticCache(config, 1, 64, max_step=1)
     with pytest.raises(CacheError, match="max_step 1"):
         run(torch.tensor([[5, 6]]), torch.tensor([[0, 1]]), narrow)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_prompt_for_every_row(rows, llm):
+    cache = StaticCache(llm.config, 2, 64)
+    with pytest.raises(CacheError, match=f"{rows} prompts"):
+        prefill(llm.model, cache, [[5, 6]] * rows, [0] * rows)
+    assert cache.token_ids == [[], []]
+
+
+def test_switches_of_pytorchs_attention_are_put_back(text_checkpoint):
+    """Two threads that name implementations: each has its own, and the process the switches that it had."""
+    kinds = {word: LLM.from_pretrained(text_checkpoint, attention=f"sdpa:{word}") for word in ("math", "flash")}
+    alone = {word: one.generate(PROMPT, max_new_tokens=20, **GREEDY).token_ids for word, one in kinds.items()}
+    cuda = torch.backends.cuda
+    switches = [cuda.flash_sdp_enabled, cuda.mem_efficient_sdp_enabled, cuda.math_sdp_enabled, cuda.cudnn_sdp_enabled]
+    before, said = [switch() for switch in switches], []
+
+    def work(word):
+        for _ in range(4):
+            said.append(kinds[word].generate(PROMPT, max_new_tokens=20, **GREEDY).token_ids == alone[word])
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        threads = [threading.Thread(target=work, args=(word,)) for word in kinds]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert said == [True] * 8
+    assert [switch() for switch in switches] == before
 
 
 def test_two_requests_at_once_on_one_cache(llm):
@@ -363,6 +405,9 @@ def test_a_copied_cache_is_nobodys(llm):
         lambda c: StaticCache(c, 1, 8).truncate(None),
         lambda c: StaticCache(c, 1, 8).truncate([0, 0]),
         lambda c: StaticCache(c, 1, 8).truncate(torch.tensor(0)),
+        lambda c: StaticCache(c, 2, 8).rows(1, 3),
+        lambda c: StaticCache(c, 2, 8).rows(2, 1),
+        lambda c: StaticCache(c, 2, 8).rows(-1, 1),
     ],
 )
 def test_caches_that_cannot_be(make, llm):

@@ -14,14 +14,15 @@ import torch
 from families import FAMILIES, make_model, prompt_ids, save_checkpoint
 from minillm_kernels import cpu
 from minillm_kernels import sampling as kernels
+from rows import sampling_of
 
 from minillm import LLM, StaticCache
-from minillm.cli import main
+from minillm.cli.parser import main
 from minillm.drafting import Draft
 from minillm.errors import RequestError
 from minillm.faster.steps import Steps
 from minillm.model import Decoder
-from minillm.sampling import Sampling, next_token, sample, uniform
+from minillm.sampling import next_token, sample, uniform
 from minillm.speculative import verify as verifying
 from minillm.speculative.length import AUTO_LENGTHS, JUDGING_BYTES, AdaptiveDraftLength
 from minillm.speculative.proposers import DRAFT_STREAM, DraftModel, PromptLookup
@@ -286,7 +287,7 @@ def look_up(texts, counts):
     lookup, texts = PromptLookup(torch.device("cpu")), dict(enumerate(texts))
     for seat, text in texts.items():
         lookup.start(seat, text, None)
-    draft = lookup.propose(texts, counts, Sampling.uniform_rows([0] * len(texts), "cpu"), None)
+    draft = lookup.propose(texts, counts, sampling_of([0] * len(texts), "cpu"), None)
     return [ids[:n] for ids, n in zip(draft.tokens.tolist(), draft.lengths, strict=True)]
 
 
@@ -306,7 +307,7 @@ def test_prompt_lookup_indexes_as_the_text_grows():
     text = prompt_ids(300, seed=1, vocabulary=12)
     growing = PromptLookup(torch.device("cpu"))
     growing.start(0, text[:3], None)
-    sampling = Sampling.uniform_rows([0], "cpu")
+    sampling = sampling_of([0], "cpu")
     for end in [3, 4, 9, 10, 11, 60, 299, 300]:
         draft = growing.propose({0: text[:end]}, [5], sampling, None)
         assert draft.tokens.tolist() == look_up([text[:end]], [5])
@@ -325,7 +326,7 @@ def test_prompt_lookup_reads_each_token_once():
 
     text, lookup = list(range(200)), PromptLookup(torch.device("cpu"))  # nothing is said twice: nothing is copied
     lookup.start(0, text[:150], None)
-    sampling = Sampling.uniform_rows([0], "cpu")
+    sampling = sampling_of([0], "cpu")
     for end in (150, 151, 160):
         watched = Watched(text[:end])
         watched.first = 0 if end == 150 else 150 - 3
@@ -682,7 +683,7 @@ def test_the_draft_never_misses_a_key(llm):
     rows = [llm.tokenizer.encode(p) for p in PROMPTS[:3]]
     cache = StaticCache(llm.config, 3, 100, dtype=llm.dtype)
     drafter = DraftModel(llm.steps, llm.model, cache)
-    sampling = Sampling.uniform_rows([0] * 3, "cpu")
+    sampling = sampling_of([0] * 3, "cpu")
     texts = [list(ids) for ids in rows]
     with torch.inference_mode():
         for _ in range(4):
@@ -704,7 +705,7 @@ def test_the_draft_never_misses_a_key(llm):
 def test_a_draft_that_has_rested_forgets_what_was_rejected(llm):
     """Its cache holds drafts; when the text has gone on without it, nobody knows which of them were taken."""
     text, cache = llm.tokenizer.encode(PROMPTS[0]), StaticCache(llm.config, 1, 100, dtype=llm.dtype)
-    drafter, sampling = DraftModel(llm.steps, llm.model, cache), Sampling.uniform_rows([0], "cpu")
+    drafter, sampling = DraftModel(llm.steps, llm.model, cache), sampling_of([0], "cpu")
     with torch.inference_mode():
         for count in (4, 1, 3):
             proposed = drafter.propose({0: text}, [count], sampling, None).tokens[0].tolist()
@@ -716,7 +717,7 @@ def test_a_draft_that_has_rested_forgets_what_was_rejected(llm):
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_whatever_was_accepted_the_next_draft_continues_the_text(llm, count):
     """As a draft model that meets the text for the first time."""
-    sampling = Sampling.uniform_rows([0], "cpu")
+    sampling = sampling_of([0], "cpu")
 
     def drafter():
         return DraftModel(llm.steps, llm.model, StaticCache(llm.config, 1, 100, dtype=llm.dtype))
@@ -739,7 +740,7 @@ def test_ids_the_draft_cannot_read(llm, window_llm, text_tokenizer_files):
     assert out.token_ids == llm.generate(prompt, **options).token_ids
     # The other way round the draft's surplus ids have no place in the target's distribution.
     drafter = DraftModel(llm.steps, window_llm.model, StaticCache(llm.config, 1, 64))
-    hot = Sampling.uniform_rows([1], "cpu", temperature=50.0)  # nearly uniform
+    hot = sampling_of([1], "cpu", temperature=50.0)  # nearly uniform
     with torch.inference_mode():
         draft = drafter.propose({0: [5]}, [8], hot, None)
     assert draft.probs.shape == (1, 8, window_llm.config.vocab_size)
@@ -849,7 +850,7 @@ def test_the_target_draws_what_plain_decoding_draws(filters):
     rows, k, vocabulary = 4, 3, 40_000
     logits = torch.randn(rows, k + 1, vocabulary, generator=torch.Generator().manual_seed(0))
     logits *= torch.tensor([6.0, 3.0, 1.0, 0.0])[:, None, None]
-    sampling = Sampling.uniform_rows(range(rows), "cpu", temperature=0.8, **filters)
+    sampling = sampling_of(range(rows), "cpu", temperature=0.8, **filters)
     start = torch.tensor([5, 900, 17, 33])
     own = torch.stack([next_token(logits[:, i], sampling, start + i) for i in range(k + 1)], dim=1)  # [B, k + 1]
     right = torch.tensor([0, 1, 2, 3])  # how many drafts are the target's own tokens

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from families import FAMILIES, prompt_ids, save_checkpoint, seed_of
 from minillm_kernels import cpu
 from minillm_kernels.cpu.tape import NotRecordable
-from rows import new_row
+from rows import new_row, sampling_of
 
 from minillm import LLM, StaticCache, decode_one_token
 from minillm.batch import Batch
@@ -25,7 +25,6 @@ from minillm.load.config_json import load_config
 from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig
 from minillm.request import Request, new_rows
-from minillm.sampling import Sampling
 from minillm.speculative.drafting import Drafting
 
 needs_c = pytest.mark.skipif(not cpu.available(), reason="steps are recorded from C calls: needs a C compiler")
@@ -95,7 +94,7 @@ def test_steps_made_at_once_are_the_decoder_to_the_last_bit(name, filters, check
     at, V = torch.tensor([[3], [14], [9]]), model.config.vocab_size - 5  # [B, 1]
     newest = torch.tensor([[5], [6], [7]])  # [B, 1]
     for number, (T, k) in enumerate([(1, 3), (2, 3), (2, 3), (1, 3), (1, 4), (1, 1), (2, 1), (1, 4), (2, 3)]):
-        sampling = Sampling.uniform_rows([number, 8, 9], "cpu", **FILTERS[filters])
+        sampling = sampling_of([number, 8, 9], "cpu", **FILTERS[filters])
         place = at + 1 + torch.arange(k)  # [B, k]
         position = at + torch.arange(k)
         position[0, 2:], position[2] = -1, -1
@@ -199,7 +198,7 @@ def test_numbers_that_are_none_between_steps_made_at_once(llm, bad):
 def test_steps_made_at_once_go_with_their_cache(llm):
     steps = Steps(llm.model)
     cache = StaticCache(llm.config, 1, 16)
-    sampling = Sampling.uniform_rows([1], "cpu")
+    sampling = sampling_of([1], "cpu")
     for start in (0, 3):
         position = torch.arange(start, start + 3)[None]
         steps.ahead(torch.tensor([[5]]), position, position + 1, cache, sampling, 0, 64, logits=True)

@@ -24,6 +24,7 @@ from minillm.decode import prefill
 from minillm.load.config_json import parse_config
 from minillm.load.writing import write_decoder
 from minillm.model import empty_decoder
+from minillm.options import GenerationConfig
 from minillm.sampling import Sampling
 from minillm.train.initialize import initialize
 
@@ -71,7 +72,7 @@ def loop(llm: LLM, cache: StaticCache, new_tokens: int, sampling: dict) -> float
     """Seconds per token after the first."""
     ids = llm.tokenizer.encode(PROMPT)
     cache.truncate(0)
-    how = Sampling.uniform_rows([1], llm.device, **sampling) if sampling else None
+    how = Sampling.of(GenerationConfig(**sampling), [1], llm.device) if sampling else None
     token = prefill(llm.model, cache, [ids], [0]).argmax(-1, keepdim=True)  # [1, 1]
     began = time.perf_counter()
     for position in range(len(ids), len(ids) + new_tokens - 1):

@@ -37,6 +37,7 @@ from minillm.load.config_json import parse_config
 from minillm.measure.bench import bytes_per_token, memory_bandwidth
 from minillm.measure.memory import estimate, parameter_count
 from minillm.model import Decoder, empty_decoder
+from minillm.options import GenerationConfig
 from minillm.sampling import Sampling, next_token
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -320,7 +321,7 @@ def sampling(day: Day) -> dict[str, Cell]:
                 "top_p": dict(temperature=0.8, top_p=0.9),
                 "top_k, top_p": dict(temperature=0.8, top_k=50, top_p=0.9),
             }.items():
-                chosen = Sampling.uniform_rows(range(rows), day.device, **options)
+                chosen = Sampling.of(GenerationConfig(**options), range(rows), day.device)
                 seconds = day.seconds(lambda s=chosen, x=logits, p=place: next_token(x, s, p), 1 if day.small else 20)
                 found.append(dict(rows=rows, vocabulary=vocabulary, filters=word, microseconds=1e6 * seconds))
         return found

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from minillm.cache import MAX_STEP, num_slots
+from minillm.cache import MAX_STEP, StaticCache
 from minillm.config import ModelConfig
 from minillm.errors import CheckpointError, RequestError, shown
 from minillm.linear import QuantizedLinear
@@ -79,12 +79,9 @@ def cache_bytes(
     config: ModelConfig, batch_size: int, context: int, dtype: torch.dtype, max_step: int = MAX_STEP
 ) -> tuple[int, int]:
     """Bytes of a StaticCache for this batch and context: (layers that see everything, sliding layers)."""
-    per_slot = 2 * batch_size * config.num_kv_heads * config.head_dim * dtype.itemsize
-    full = sliding = 0
-    for layer in config.layers:
-        size = per_slot * (num_slots(layer.window, context, min(max_step, context)) + 1)
-        full, sliding = (full + size, sliding) if layer.window is None else (full, sliding + size)
-    return full, sliding
+    cache = StaticCache(config, batch_size, context, "meta", dtype, max_step)
+    sliding = sum(2 * keys.nbytes for keys, layer in zip(cache.keys, config.layers, strict=True) if layer.window)
+    return cache.nbytes - sliding, sliding
 
 
 def kv_values(layers: int, kv_heads: int, head_dim: int, tokens: int) -> int:
