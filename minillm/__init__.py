@@ -60,26 +60,16 @@ if TYPE_CHECKING:
     from minillm.serve.engine import Engine, EngineStats, Handle
     from minillm.tokenizer import TextStream
 else:
-    _ROOMS = dict(
-        LLM="llm",
-        Completion="request",
-        Conversation="llm",
-        Engine="serve.engine",
-        EngineStats="serve.engine",
-        Handle="serve.engine",
-        Sampling="sampling",
-        StaticCache="cache",
-        Stats="request",
-        TextStream="tokenizer",
-        decode_one_token="decode",
-    )
+    _ROOMS = {"cache": "StaticCache", "decode": "decode_one_token", "llm": "LLM Conversation", "sampling": "Sampling"}
+    _ROOMS |= {"request": "Completion Stats", "serve.engine": "Engine EngineStats Handle", "tokenizer": "TextStream"}
 
     def __getattr__(name):
-        if name not in _ROOMS:
+        room = next((room for room, names in _ROOMS.items() if name in names.split()), None)
+        if room is None:
             raise AttributeError(f"module 'minillm' has no attribute {name!r}")
         import importlib
 
-        value = globals()[name] = getattr(importlib.import_module(f"minillm.{_ROOMS[name]}"), name)
+        value = globals()[name] = getattr(importlib.import_module(f"minillm.{room}"), name)
         return value
 
     def __dir__():

@@ -35,7 +35,6 @@ from minillm.row import Group, Row
 from minillm.sampling import Sampling, largest_of, next_token
 
 FEW_TOKENS = 16  # of a step: so many are added up one by one, whatever stands beside them (the kernels' FEW_ROWS)
-_LOOK_EVERY = 8  # decode steps between two looks at an accelerator's tokens
 
 
 @dataclass
@@ -61,10 +60,6 @@ class Batch:
         one_request: the rows belong together: all that have a seat are read before the first step, and an error of one
             ends the loop. Otherwise a tick feeds one chunk in all, so that nobody waits longer, and an error
             of what a row says (its logits, its text) stays with it.
-        look_every: the number of steps between two looks. Looking at a token is free on a CPU: there it is 1. An
-            accelerator works through a queue, and each look waits until that is empty: there it is 8, and it is worth
-            running a few steps past a row's end (as it is for small models: `model.at_once`). Everything that a step
-            needs is a tensor, so nothing looks in between.
     """
 
     def __init__(
@@ -73,11 +68,12 @@ class Batch:
         cache: StaticCache,
         rows: Iterable[Row] = (),
         one_request: bool = True,
-        look_every: int | None = None,
     ):
         device = cache.device
         self.model, self.cache, self.one_request = model, cache, one_request
-        self.look_every = look_every or (1 if device.type == "cpu" else _LOOK_EVERY)
+        # Steps between two looks at what came out. An accelerator works through a queue, and each look waits until that
+        # is empty: there it is worth running a few steps past a row's end (as it is for small models: `model.at_once`).
+        self.look_every = 1 if device.type == "cpu" else 8
         self.waiting = deque(rows)
         self.seats: list[Row | None] = [None] * cache.batch_size
         self._unread: deque[Row] = deque()  # rows with a seat whose prompts are not fed yet

@@ -48,7 +48,15 @@ def parse_quantize(word: str | None) -> QuantizeSpec | None:
     return QuantizeSpec(8) if word == "int8" else QuantizeSpec(4, int(word.partition("-g")[2] or 64))
 
 
-class Linear(nn.Module):
+class Projection(nn.Module):
+    """What stands in the place of a matrix."""
+
+    def gated(self, x: Tensor, activation: str) -> Tensor:
+        """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
+        return activate(self(x), activation, gated=True)
+
+
+class Linear(Projection):
     """y = x W^T + b in full precision. weight [N, K], bias [N] or None, both in `dtype`."""
 
     row_dimension = {"weight": 0}  # noqa: RUF012 (which dimension of each tensor counts outputs)
@@ -65,14 +73,13 @@ class Linear(nn.Module):
         return product(x, self.weight, self.bias)
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
-        """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
         ours = x.is_cpu or torch.compiler.is_compiling() or why_no_launch(x.device) is None
         if self.bias is not None or not ours or _trains(x, self.weight):
-            return activate(self(x), activation, gated=True)
+            return super().gated(x, activation)
         return gated_mlp(x, self.weight, activation)
 
 
-class QuantizedLinear(nn.Module):
+class QuantizedLinear(Projection):
     """What Int8Linear and Int4Linear share. Buffers, not parameters: codes have no gradient."""
 
     scale: Tensor
@@ -89,10 +96,7 @@ class QuantizedLinear(nn.Module):
         return self
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
-        """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
-        if self.bias is not None:
-            return activate(self(x), activation, gated=True)
-        return gated_mlp(x, *self.gated_weights(activation))
+        return super().gated(x, activation) if self.bias is not None else gated_mlp(x, *self.gated_weights(activation))
 
 
 class Int8Linear(QuantizedLinear):

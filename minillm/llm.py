@@ -1,7 +1,7 @@
 """LLM: a checkpoint ready to use. from_pretrained, generate, stream, conversation."""
 
+import math
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -10,14 +10,15 @@ from minillm.attention import choose_backend
 from minillm.cache import StaticCache
 from minillm.config import ModelConfig
 from minillm.drafting import Proposer
-from minillm.errors import BackendError, RequestError, first_line, shown
+from minillm.errors import RequestError
 from minillm.faster.steps import Steps, check_compile
 from minillm.load.config_json import generation_defaults, load_config
 from minillm.load.hub import find_adapter, find_checkpoint
 from minillm.load.lora import load_adapted
+from minillm.load.placement import choose_device, choose_dtype
 from minillm.load.tokenizer import load_tokenizer
 from minillm.model import Decoder
-from minillm.options import DTYPES, GenerationConfig, merge_options
+from minillm.options import GenerationConfig, merge_options
 from minillm.parallel import ALONE
 from minillm.progress import progress_bar
 from minillm.request import SEATS, Completion, Prompt, Request, completion
@@ -164,11 +165,10 @@ class LLM:
         prompt that together with `max_new_tokens` exceeds the cache or the model's positions.
         """
         request = Request(self, prompt, generation_config, cache, Drafting(self, assistant_model), options, seats)
-        with progress_bar(len(request.rows), "generating") if progress else nullcontext() as advance:
+        with progress_bar(len(request.rows), "generating", after=0 if progress else math.inf) as advance:
             for ended in request.loop():
-                if progress:
-                    for _ in ended:
-                        advance()
+                for _ in ended:
+                    advance()
         completions = [completion(row) for row in request.rows]
         return completions[0] if request.single else completions
 
@@ -271,25 +271,3 @@ class Conversation:
         row = request.rows[0]
         self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": row.text}]
         return completion(row) if row.finish_reason else None
-
-
-def choose_dtype(dtype: str | torch.dtype, config: ModelConfig) -> torch.dtype:
-    """The torch dtype a user names; "auto" is what the checkpoint says, float32 if it says nothing."""
-    name = (config.dtype or "float32") if dtype == "auto" else str(dtype).removeprefix("torch.")
-    if name not in DTYPES:
-        raise BackendError(f"dtype {dtype!r} is not one of auto, {', '.join(DTYPES)}")
-    return getattr(torch, name)
-
-
-def choose_device(device: str | torch.device) -> torch.device:
-    """The torch device a user names; "auto" is a CUDA device if there is one. Raises `BackendError`."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-        torch.zeros(1, device=chosen).item()  # known to PyTorch, there, and holding numbers ("meta" does not)
-        torch.zeros(1, device=chosen, dtype=torch.float64)  # of random numbers and sums; Apple's GPUs have none
-    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
-        reason = first_line(error).partition(". ")[0]
-        raise BackendError(f"device {shown(device)} cannot be used: {reason}") from None
-    return chosen

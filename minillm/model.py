@@ -60,11 +60,7 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, spec: LayerSpec, index: int, parts: Parts):
         super().__init__()
-        self.num_heads, self.num_kv_heads, self.head_dim = (
-            config.num_heads,
-            config.num_kv_heads,
-            config.head_dim,
-        )
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         self.spec, self.index, self.backend, self.qk_norm = spec, index, parts.backend, config.qk_norm
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         self.split = (q_size, kv_size, kv_size)

@@ -81,9 +81,9 @@ class Tokenizer:
         special = {name: token or "" for name, token in self._special.items()}
         return self.chat_template.render(list(messages), add_generation_prompt=add_generation_prompt, **special)
 
-    def encode_chat(self, messages: Sequence[dict[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(self, messages: Sequence[dict[str, Any]]) -> list[int]:
         """Token ids of the rendered chat. The template writes BOS itself, so none is added here."""
-        return self.encode(self.render_chat(messages, add_generation_prompt), add_special_tokens=False)
+        return self.encode(self.render_chat(messages), add_special_tokens=False)
 
 
 class TextStream:

@@ -21,9 +21,10 @@ from minillm.decode import prefill
 from minillm.errors import BackendError
 from minillm.faster.steps import CapturedStep, Steps
 from minillm.linear import Int4Linear, Int8Linear
-from minillm.llm import LLM, choose_device
+from minillm.llm import LLM
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config, parse_config
+from minillm.load.placement import choose_device
 from minillm.load.quantize import fill_rows, quantize_int4, quantize_int8
 from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig
@@ -280,7 +281,9 @@ def test_times_are_those_of_the_steps(look_every, budget, ours, text_tokenizer_f
 
     monkeypatch.setattr(type(model), "walk", slow)
     row = new_row(prompt_ids(9, seed=1), GenerationConfig(), budget, frozenset(), tokenizer, device="cpu", seed=1)
-    for _ in Batch(model, StaticCache(model.config, 1, 64), [row], look_every=look_every).run():
+    batch = Batch(model, StaticCache(model.config, 1, 64), [row])
+    batch.look_every = look_every
+    for _ in batch.run():
         pass
     assert len(row.token_ids) == budget
     assert row.first_at - row.started == pytest.approx(pause)

@@ -427,7 +427,9 @@ def test_looking_seldom_changes_nothing(look_every, name, ours, text_tokenizer_f
             for seed, (ids, n) in enumerate(zip(prompts, budgets, strict=True), start=1)
         ]
         cache = StaticCache(model.config, 3, 64, max_step=8)
-        looks = sum(1 for _ in Batch(model, cache, rows, look_every=look).run())
+        batch = Batch(model, cache, rows)
+        batch.look_every = look
+        looks = sum(1 for _ in batch.run())
         said = [(row.token_ids, row.text, row.finish_reason, row.logprobs) for row in rows]
         return said, cache.token_ids, looks
 

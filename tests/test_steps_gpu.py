@@ -67,7 +67,8 @@ def test_the_host_waits_only_at_looks(sampled, checkpoint, text_tokenizer_files)
     for look_every in (8, 8, 4):  # the first time captures
         prompts = [prompt_ids(5, seed=1), prompt_ids(11, seed=2)]
         rows = rows_of(tokenizer, prompts, wants_logprobs=True, **sampled)
-        loop = Batch(steps, StaticCache(steps.config, 2, 64, "cuda"), rows, look_every=look_every).run()
+        batch = Batch(steps, StaticCache(steps.config, 2, 64, "cuda"), rows)
+        batch.look_every, loop = look_every, batch.run()
         next(loop)
         torch.cuda.set_sync_debug_mode("warn")
         try:

@@ -202,10 +202,10 @@ def _next_message(terminal: bool) -> str | None:
 
 def inspect(options: argparse.Namespace) -> None:
     """Show how a checkpoint's config is understood."""
-    from minillm.llm import choose_device, choose_dtype
     from minillm.load.config_json import load_config
     from minillm.load.hub import find_adapter
     from minillm.load.lora import read_adapter
+    from minillm.load.placement import choose_device, choose_dtype
     from minillm.measure.describe import facts, how_it_runs, trace
 
     config = load_config(_find(options))
@@ -254,10 +254,10 @@ def _score(options: argparse.Namespace) -> None:
 
 def memory(options: argparse.Namespace) -> None:
     """Show how much memory a model will take, from config.json and the headers of its weights alone."""
-    from minillm.llm import choose_dtype
     from minillm.load.checkpoint import stored_numbers
     from minillm.load.config_json import load_config
     from minillm.load.hub import hub_stored_numbers
+    from minillm.load.placement import choose_dtype
     from minillm.measure.memory import model_sizes, save_plot
     from minillm.ranks.split import Split
 

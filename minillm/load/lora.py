@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 from minillm_kernels.norm import add
-from torch import Tensor, nn
+from torch import Tensor
 
 from minillm.config import ModelConfig
 from minillm.errors import CheckpointError, ConfigError, shown
-from minillm.linear import Linear, QuantizedLinear, activate
+from minillm.linear import Linear, Projection, QuantizedLinear
 from minillm.load.checkpoint import (
     Destination,
     destinations,
@@ -53,15 +53,7 @@ _TENSOR = re.compile(r"(?:base_model\.model\.)?(.+)\.lora_([AB])\.weight")
 _DTYPES = {"F32", "BF16", "F16"}
 
 
-class Surrounding(nn.Module):
-    """What stands around a layer in its place: the product comes first, and gate and up of it are multiplied then."""
-
-    def gated(self, x: Tensor, activation: str) -> Tensor:
-        """act(gate) * up, [..., N / 2], where the first half of the outputs is gate and the rest is up."""
-        return activate(self(x), activation, gated=True)
-
-
-class LoraLinear(Surrounding):
+class LoraLinear(Projection):
     """base(x) + B A x. A `[R, K]` and B `[N, R]` in `dtype`; R is the sum of the ranks of all that are fused here."""
 
     def __init__(self, base: QuantizedLinear, rank: int, dtype: torch.dtype, device=None):

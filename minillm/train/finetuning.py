@@ -18,11 +18,11 @@ import torch
 
 from minillm import __version__
 from minillm.errors import CheckpointError, RequestError, first_line
-from minillm.llm import choose_device, choose_dtype
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import generation_defaults, load_config
 from minillm.load.files import read_json
 from minillm.load.hub import HUB_PATTERNS, find_checkpoint
+from minillm.load.placement import choose_device, choose_dtype
 from minillm.load.tokenizer import load_tokenizer
 from minillm.load.writing import check_new_folder, copy_small_files, new_folder, write_decoder
 from minillm.model import Decoder

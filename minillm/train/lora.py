@@ -13,12 +13,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from minillm.errors import CheckpointError, RequestError, first_line
-from minillm.linear import Int4Linear, Linear, QuantizedLinear
+from minillm.linear import Int4Linear, Linear, Projection, QuantizedLinear
 from minillm.load.lora import (
     CONFIG,
     TENSORS,
     LoraLinear,
-    Surrounding,
     adaptable,
     full_precision,
     in_our_order,
@@ -50,7 +49,7 @@ def _widened(codes: Tensor, scale: Tensor, zero: Tensor | None, group_size: int 
     return (codes.float() * scale[:, None]).to(dtype)
 
 
-class DifferentiableLinear(Surrounding):
+class DifferentiableLinear(Projection):
     """A frozen quantized layer through which gradients flow; the kernels have none."""
 
     def __init__(self, layer: QuantizedLinear):
@@ -79,7 +78,7 @@ class LowRank(nn.Module):
         self.B = Linear(rank, rows, False, torch.float32, device)
 
 
-class TrainedLinear(Surrounding):
+class TrainedLinear(Projection):
     """A frozen layer, and beside it what is trained."""
 
     def __init__(self, base: nn.Module, parts: list[LowRank]):
