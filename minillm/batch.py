@@ -9,9 +9,9 @@ A *tick* runs a step for all rows that talk (of one token each, or of a token an
 feeds chunks of their prompts, and looks at what came out.
 
 What a row says does not depend on its neighbours, to the last bit as long as a pass has at most 16 places (the seats up
-to the highest in use, rounded up to 1, 2, 4, 8, ..., times one, or drafts and one; above, the library multiplies, and
-adds up by shape): its prompt is fed by itself in chunks whose borders are the row's own, its random numbers follow
-from its seed and positions, and it is sampled with rows of the same filters only.
+to the highest in use, rounded up to 1, 2, 4, 8, ..., times one, or drafts and one; above, other products add up in
+another order): its prompt is fed by itself in chunks whose borders are the row's own, its random numbers follow from
+its seed and positions, and it is sampled with rows of the same filters only.
 """
 
 import math
@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from minillm.attention import FEW_ROWS
 from minillm.cache import StaticCache, upload
 from minillm.decode import read_chunk, reuse_prefix
 from minillm.drafting import Draft, no_draft, with_drafts
@@ -33,8 +34,6 @@ from minillm.errors import NumericalError
 from minillm.model import Decoder
 from minillm.row import Group, Row
 from minillm.sampling import Sampling, largest_of, next_token
-
-FEW_TOKENS = 16  # of a step: so many are added up one by one, whatever stands beside them (the kernels' FEW_ROWS)
 
 
 @dataclass
@@ -248,7 +247,7 @@ class Batch:
             return
         pairs = [(group, self._propose(group)) for group in self._groups]
         passes = [pairs]
-        if self._part.batch_size * self._width(pairs) > FEW_TOKENS:
+        if self._part.batch_size * self._width(pairs) > FEW_ROWS:
             # From here on sums depend on the shape of a step: those who draft shall not choose it for all.
             passes = [[pair for pair in pairs if (pair[1].tokens.shape[1] == 0) == plain] for plain in (True, False)]
         rows = [row for group in self._groups for row in group.rows]

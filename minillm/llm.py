@@ -124,14 +124,17 @@ class LLM:
 
     @property
     def model(self) -> Decoder:
+        """The decoder as it is written."""
         return self.steps.model
 
     @property
     def device(self) -> torch.device:
+        """Where the weights are, and a cache has to be."""
         return self.model.embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of activations and of a cache; quantized matrices have their own."""
         return self.model.embedding.weight.dtype
 
     def generate(

@@ -64,6 +64,7 @@ class GenerationConfig:
 
     @property
     def stops(self) -> tuple[str, ...]:
+        """`stop_strings`, however they were given."""
         return tuple(as_list(self.stop_strings))
 
     @property

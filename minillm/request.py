@@ -5,7 +5,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
-from minillm.batch import FEW_TOKENS, Batch
+from minillm.attention import FEW_ROWS
+from minillm.batch import Batch
 from minillm.cache import StaticCache
 from minillm.errors import RequestError, shown
 from minillm.options import GenerationConfig, as_list, merge_options
@@ -15,7 +16,7 @@ from minillm.tokenizer import TextStream
 
 Prompt = str | Sequence[int]
 
-SEATS = FEW_TOKENS  # rows that run at a time: so many keep their bits
+SEATS = FEW_ROWS  # rows that run at a time: so many keep their bits
 _DEFAULT_NEW_TOKENS = 256
 
 
@@ -44,6 +45,7 @@ class Stats:
 
     @property
     def tokens_per_target_step(self) -> float:
+        """What speculation gains: 1 without."""
         return self.new_tokens / self.target_steps if self.target_steps else 0.0
 
 

@@ -377,9 +377,9 @@ def test_auto_on_a_gpu_is_our_kernels_and_else_says_why(monkeypatch):
     for name in FAMILIES:  # windows, softcap, and all the rest
         assert choose_backend("auto", parse_config(FAMILIES[name].config), gpu).name == "kernels", name
     llama = parse_config(FAMILIES["llama2"].config)
-    assert dict(how_it_runs(llama, gpu, "auto", "auto"))["attention by"] == "kernels"
+    assert dict(how_it_runs(llama, gpu, "auto"))["attention by"] == "kernels"
     wide = parse_config(FAMILIES["llama2"].config | {"head_dim": 288})
-    assert "288" in dict(how_it_runs(wide, gpu, "auto", "auto"))["attention by"]
+    assert "288" in dict(how_it_runs(wide, gpu, "auto"))["attention by"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     old = torch.device("cuda", 5)  # no other test asks about this one: the answer is kept

@@ -10,7 +10,7 @@ from test_soundness import Interrupt, assert_truthful, calls_of
 
 from minillm import StaticCache
 from minillm import batch as batch_module
-from minillm.batch import FEW_TOKENS, Batch
+from minillm.batch import Batch
 from minillm.decode import generate_plain, prefill
 from minillm.drafting import Draft
 from minillm.faster.steps import Steps
@@ -423,10 +423,6 @@ def test_an_abandoned_list_leaves_a_usable_cache(way, llm):
     assert [row.token_ids for row in again] == expected
 
 
-def test_the_number_of_tokens_that_keep_their_bits_is_the_kernels():
-    assert FEW_TOKENS == FEW_ROWS
-
-
 class Parrot:
     """Proposes more tokens than a step has room for bits of, all of them wrong or right by chance."""
 
@@ -470,7 +466,7 @@ def test_one_rows_many_drafts_leave_its_neighbours_their_bits(checkpoint):
     assert wide.drafted > 20
     assert {shape for shape, _ in shapes} >= {(4, 1), (4, 21)}
     for (rows, width), fed in shapes:  # who drafts is alone in its pass, but for the last few tokens of its budget
-        assert rows * width <= FEW_TOKENS or sum(n > 0 for n in fed) == 1
+        assert rows * width <= FEW_ROWS or sum(n > 0 for n in fed) == 1
     for row in plain:
         assert said(row) == said(alone(steps, row))
 

@@ -205,7 +205,7 @@ def test_texts_equal_one_ranks(name, count, ranks_of, alone):
     assert expected["reused"] > 10
     others = [other for _, other, _ in results]
     assert all(other == others[0] for other in others)  # fresh seeds are rank 0's
-    assert (kind, results[0][2]) == ("recorded", "eager")
+    assert (kind, results[0][2]) == ("recorded", "as written")
 
 
 def test_compiled_graphs_hold_the_sums(ranks_of, alone):

@@ -202,6 +202,8 @@ def _next_message(terminal: bool) -> str | None:
 
 def inspect(options: argparse.Namespace) -> None:
     """Show how a checkpoint's config is understood."""
+    from minillm.attention import choose_backend
+    from minillm.faster.steps import how_steps_run
     from minillm.load.config_json import load_config
     from minillm.load.hub import find_adapter
     from minillm.load.lora import read_adapter
@@ -210,7 +212,10 @@ def inspect(options: argparse.Namespace) -> None:
 
     config = load_config(_find(options))
     rows = facts(config, choose_dtype(options.dtype, config), options.quantize, options.quantize_head)
-    rows += how_it_runs(config, choose_device(options.device), options.attention, COMPILE[options.compile])
+    device = choose_device(options.device)
+    rows += how_it_runs(config, device, options.attention)
+    backend = choose_backend(options.attention, config, device).name
+    rows.append(("steps", how_steps_run(device.type, backend, COMPILE[options.compile])))
     if options.adapter is not None:
         adapter = read_adapter(find_adapter(options.adapter, local_files_only=options.local_files_only), config)
         rows.append(("adapter", f"rank {adapter.rank}, scale {adapter.scale:g}, {len(adapter.pairs)} matrices"))

@@ -65,11 +65,12 @@ class Steps:
         self.embed, self.logits, self.own_dtypes = model.embed, model.logits, model.own_dtypes
         self.walk: Callable[..., Tensor] = self.compiled or model.walk
         device = model.embedding.weight.device.type
+        self.kind = how_steps_run(device, model.backend.name, compile, model.ranks.joined)
         self._make: Callable | None = None  # records a step, where steps can be recorded
         if device == "cuda" and compile is not False:
             self._make = CapturedStep
-        elif device == "cpu" and compile == "auto" and model.backend.name == "kernels" and cpu.available():
-            self._make = None if model.ranks.joined else RecordedStep  # a list of C calls waits for no other process
+        elif self.kind == "recorded":
+            self._make = RecordedStep
         # How many decode steps, their tokens chosen, are worth making one call: several where Python takes a good part
         # of each, none where choosing is not recorded. (A softcap is PyTorch's tanh, whose bits nobody else has.)
         self.at_once = 0
@@ -85,11 +86,6 @@ class Steps:
     def __deepcopy__(self, memo) -> "Steps":
         """A copy of the model records its own steps: those of this one read this one's addresses."""
         return Steps(copy.deepcopy(self.model, memo), self.compile)
-
-    @property
-    def kind(self) -> str:
-        """How steps run: "recorded", "compiled" or "eager"."""
-        return "compiled" if self.compiled is not None else "eager" if self._make is None else "recorded"
 
     @property
     def weight_bytes(self) -> int:
@@ -206,6 +202,17 @@ class Steps:
 def _inference() -> AbstractContextManager:
     """Not within another one: where an interrupt strikes, the inner would leave the mode to the caller."""
     return nullcontext() if torch.is_inference_mode_enabled() else torch.inference_mode()
+
+
+def how_steps_run(device_type: str, attention: str, compile: bool | str, shared: bool = False) -> str:
+    """ "compiled", "captured", "recorded" or "as written"; `shared`: ranks share the model."""
+    if compile is not True and compile != "auto":
+        return "as written"
+    if compile is True or device_type == "cuda":
+        return "compiled" if compile is True else "captured"
+    # A list of C calls waits for no other process.
+    recorded = device_type == "cpu" and attention == "kernels" and cpu.available() and not shared
+    return "recorded" if recorded else "as written"
 
 
 def check_compile(compile: bool | str) -> None:

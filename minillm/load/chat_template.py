@@ -53,8 +53,8 @@ class ChatTemplate:
     def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
         """The text of a conversation `[{"role": ..., "content": ...}, ...]`.
 
-        Whatever the template does, it gets 2 seconds, and 32 MiB (1 MiB of text) on top of some multiples of what it is
-        given. Raises `TokenizerError` if that is not enough, or if it fails or refuses the messages (many insist on
+        Whatever the template does, it gets 1.5 seconds, and 32 MiB (1 MiB of text) on top of some multiples of what it
+        is given. Raises `TokenizerError` if that is not enough, or if it fails or refuses the messages (many insist on
         alternating roles).
         """
         try:

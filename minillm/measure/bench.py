@@ -104,7 +104,7 @@ class Speeds:
     new_tokens: int  # decoded per measurement, after the first one
     repeats: int
     weight_bytes: int
-    steps: str  # how they run: "recorded", "compiled" or "eager"
+    steps: str  # how they run, see `faster.steps.how_steps_run`
     load_seconds: float  # without compiling
     compile_seconds: float
     compilations: int  # graphs that were compiled, in loading and in everything that was measured

@@ -74,21 +74,13 @@ def facts(
     return rows
 
 
-def how_it_runs(
-    config: ModelConfig, device: torch.device, attention: str, compile: bool | str
-) -> list[tuple[str, str]]:
-    """(name, value) pairs that say what would compute on this device, and how steps would run (see faster/steps.py)."""
+def how_it_runs(config: ModelConfig, device: torch.device, attention: str) -> list[tuple[str, str]]:
+    """(name, value) pairs that say what would compute on this device."""
     backend = choose_backend(attention, config, device).name
     lacking = why_no_kernels(config, device) if attention == "auto" and device.type == "cuda" else None
-    steps = "compiled" if compile is True else "as written"
-    if compile == "auto" and device.type == "cuda":
-        steps = "captured"
-    elif compile == "auto" and device.type == "cpu" and backend == "kernels":
-        steps = "recorded"
     return [
         ("device", device_name(device)),
         ("attention by", backend if lacking is None else f"{backend} (not by kernels: {lacking})"),
-        ("steps", steps),
     ]
 
 

@@ -52,10 +52,12 @@ class EngineStats:
 
     @property
     def tokens_per_second(self) -> float:
+        """Of all requests together."""
         return self.new_tokens / self.seconds if self.seconds else 0.0
 
     @property
     def acceptance_rate(self) -> float:
+        """Share of the drafted tokens that became text."""
         return self.accepted / self.drafted if self.drafted else 0.0
 
 
@@ -76,6 +78,7 @@ class Handle:
 
     @property
     def done(self) -> bool:
+        """Whether `result` has not to wait."""
         return self._outcome is not None
 
     def cancel(self) -> None:
@@ -219,6 +222,7 @@ class Engine:
         return self._worker.submit(row)
 
     def stats(self) -> EngineStats:
+        """What it is doing at this moment, and the counts since it began."""
         return self._worker.stats()
 
     def close(self, cancel: bool = False) -> None:

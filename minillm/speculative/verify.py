@@ -12,7 +12,7 @@ p(x) is max(p(x) - q(x), 0), the *residual*: after a rejection the token is draw
 up to p(x), whatever q is; a bad draft costs speed and never changes the text. At temperature 0 both
 are one-hot, and the same formula reads "accept if it is the argmax, else take the argmax".
 
-"Exactly" is meant up to rounding: a pass of more than `batch.FEW_TOKENS` places may add up in another order than
+"Exactly" is meant up to rounding: a pass of more than `FEW_ROWS` places (16) may add up in another order than
 k + 1 passes. In float32 that shows in no text of our tests; in bfloat16 two tokens that
 are almost equally likely may change places.
 
