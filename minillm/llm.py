@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from minillm.attention import choose_backend
 from minillm.cache import StaticCache
 from minillm.config import ModelConfig
 from minillm.drafting import Proposer
 from minillm.errors import RequestError
 from minillm.faster.steps import Steps, check_compile
+from minillm.load.backends import choose_backend
 from minillm.load.config_json import generation_defaults, load_config
 from minillm.load.hub import find_adapter, find_checkpoint
 from minillm.load.lora import load_adapted

@@ -15,7 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from minillm.attention import Backend, Rotary, choose_backend
+from minillm.attention import MATH, Backend, Rotary
 from minillm.cache import KeyView, StaticCache
 from minillm.config import LayerSpec, ModelConfig, NormSpec
 from minillm.errors import ConfigError
@@ -274,7 +274,7 @@ class Decoder(nn.Module):
 def empty_decoder(
     config: ModelConfig,
     dtype: torch.dtype,
-    attention: str | Backend = "auto",
+    backend: Backend = MATH,
     quantize: str | None = None,
     quantize_head: bool = False,
     device: torch.device | str = "meta",
@@ -295,4 +295,4 @@ def empty_decoder(
     linear, head = (partial(make_linear, dtype=dtype, spec=one) for one in (spec, head_spec))
     config = ranks.narrow(config)
     with torch.device(device):
-        return Decoder(config, Parts(choose_backend(attention, config, device), linear, head, dtype, ranks))
+        return Decoder(config, Parts(backend, linear, head, dtype, ranks))

@@ -14,14 +14,15 @@ from families import FAMILIES, prompt_ids
 from minillm_kernels.sampling import running_sum
 from rows import new_row, sampling_of
 
-from minillm.attention import choose_backend, why_no_kernels
 from minillm.batch import Batch
 from minillm.cache import GPU_MAX_STEP, MAX_STEP, StaticCache
+from minillm.cli.commands import how_it_runs
 from minillm.decode import prefill
 from minillm.errors import BackendError
 from minillm.faster.steps import CapturedStep, Steps
 from minillm.linear import Int4Linear, Int8Linear
 from minillm.llm import LLM
+from minillm.load.backends import choose_backend, why_no_kernels
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config, parse_config
 from minillm.load.placement import choose_device
@@ -370,16 +371,14 @@ def test_lengths_do_not_count_the_bin(accelerator, decoder):
 
 
 def test_auto_on_a_gpu_is_our_kernels_and_else_says_why(monkeypatch):
-    from minillm.measure.describe import how_it_runs
-
-    monkeypatch.setattr("minillm.measure.describe.device_name", str)
+    monkeypatch.setattr("minillm.measure.bench.device_name", str)
     gpu = torch.device("cuda")
     for name in FAMILIES:  # windows, softcap, and all the rest
         assert choose_backend("auto", parse_config(FAMILIES[name].config), gpu).name == "kernels", name
     llama = parse_config(FAMILIES["llama2"].config)
-    assert dict(how_it_runs(llama, gpu, "auto"))["attention by"] == "kernels"
+    assert dict(how_it_runs(llama, gpu, "auto", "auto"))["attention by"] == "kernels"
     wide = parse_config(FAMILIES["llama2"].config | {"head_dim": 288})
-    assert "288" in dict(how_it_runs(wide, gpu, "auto"))["attention by"]
+    assert "288" in dict(how_it_runs(wide, gpu, "auto", "auto"))["attention by"]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     old = torch.device("cuda", 5)  # no other test asks about this one: the answer is kept

@@ -6,10 +6,10 @@ import pytest
 import torch
 from families import FAMILIES
 
-from minillm.attention import BACKENDS, choose_backend
 from minillm.cache import StaticCache
 from minillm.config import LayerSpec
 from minillm.errors import BackendError
+from minillm.load.backends import BACKENDS, choose_backend
 from minillm.load.config_json import parse_config
 from minillm.options import ATTENTION
 

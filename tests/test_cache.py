@@ -6,9 +6,9 @@ import pytest
 import torch
 from families import FAMILIES, prompt_ids
 
-from minillm.attention import BACKENDS
 from minillm.cache import StaticCache
 from minillm.errors import CacheError, MinillmError
+from minillm.load.backends import BACKENDS
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config, parse_config
 

@@ -9,8 +9,8 @@ import torch
 from families import prompt_ids, reference_greedy
 
 from minillm import LLM, StaticCache
-from minillm.attention import BACKENDS
 from minillm.decode import prefill
+from minillm.load.backends import BACKENDS
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
 from minillm.load.tokenizer import load_tokenizer

@@ -11,6 +11,7 @@ from published_configs import PUBLISHED
 from safetensors.torch import save_file
 
 from minillm import StaticCache
+from minillm.attention import KERNELS
 from minillm.cli.parser import main
 from minillm.errors import RequestError
 from minillm.load.checkpoint import load_decoder
@@ -100,7 +101,7 @@ def test_the_activation_estimate_brackets_the_measured_peak(name):
     """
     wide = dict(hidden_size=256, intermediate_size=768, num_attention_heads=4, num_key_value_heads=2, head_dim=64)
     config = parse_config(FAMILIES[name].config | wide)
-    model = empty_decoder(config, torch.float32, attention="kernels").to_empty(device="cpu")
+    model = empty_decoder(config, torch.float32, KERNELS).to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     cache = StaticCache(config, 1, 256)
@@ -137,7 +138,7 @@ def allocated_by(step) -> int:
 def test_a_long_context_costs_no_more_than_a_short_one(dtype):
     """Neither scores nor masks are held, for 8,000 keys as for 256."""
     config = parse_config(FAMILIES["llama3"].config | dict(max_position_embeddings=8192))
-    model = empty_decoder(config, dtype, attention="kernels").to_empty(device="cpu")
+    model = empty_decoder(config, dtype, KERNELS).to_empty(device="cpu")
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     cache = StaticCache(config, 1, 8000, dtype=dtype)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from families import FAMILIES, save_checkpoint
 
-from minillm.attention import BACKENDS, choose_backend
 from minillm.decode import prefill
 from minillm.errors import BackendError
+from minillm.load.backends import BACKENDS, choose_backend
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import parse_config
 

@@ -33,6 +33,7 @@ from minillm.cache import GPU_MAX_STEP, StaticCache
 from minillm.config import ModelConfig
 from minillm.decode import prefill
 from minillm.faster.steps import Steps
+from minillm.load.backends import choose_backend
 from minillm.load.config_json import parse_config
 from minillm.measure.bench import bytes_per_token, memory_bandwidth
 from minillm.measure.memory import estimate, parameter_count
@@ -90,9 +91,9 @@ class Day:
 
     def model(self, name: str, quantize: str | None, attention: str = "auto") -> Decoder:
         """A decoder of this shape with random weights, made where it will run."""
-        model = empty_decoder(
-            self.config(name), self.dtype, attention, quantize, quantize is not None, device=self.device
-        )
+        config = self.config(name)
+        backend = choose_backend(attention, config, self.device)
+        model = empty_decoder(config, self.dtype, backend, quantize, quantize is not None, device=self.device)
         generator = torch.Generator(self.device).manual_seed(0)
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):

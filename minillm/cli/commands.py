@@ -202,20 +202,15 @@ def _next_message(terminal: bool) -> str | None:
 
 def inspect(options: argparse.Namespace) -> None:
     """Show how a checkpoint's config is understood."""
-    from minillm.attention import choose_backend
-    from minillm.faster.steps import how_steps_run
     from minillm.load.config_json import load_config
     from minillm.load.hub import find_adapter
     from minillm.load.lora import read_adapter
     from minillm.load.placement import choose_device, choose_dtype
-    from minillm.measure.describe import facts, how_it_runs, trace
+    from minillm.measure.describe import facts, trace
 
     config = load_config(_find(options))
     rows = facts(config, choose_dtype(options.dtype, config), options.quantize, options.quantize_head)
-    device = choose_device(options.device)
-    rows += how_it_runs(config, device, options.attention)
-    backend = choose_backend(options.attention, config, device).name
-    rows.append(("steps", how_steps_run(device.type, backend, COMPILE[options.compile])))
+    rows += how_it_runs(config, choose_device(options.device), options.attention, COMPILE[options.compile])
     if options.adapter is not None:
         adapter = read_adapter(find_adapter(options.adapter, local_files_only=options.local_files_only), config)
         rows.append(("adapter", f"rank {adapter.rank}, scale {adapter.scale:g}, {len(adapter.pairs)} matrices"))
@@ -224,6 +219,21 @@ def inspect(options: argparse.Namespace) -> None:
     if options.trace is not None:
         llm = _load(options, tensor_parallel=False)
         print("", *map(_fill, trace(llm, options.trace).as_text().splitlines()), sep="\n")
+
+
+def how_it_runs(config, device, attention: str, compile: bool | str) -> list[tuple[str, str]]:
+    """(name, value) pairs that say what would compute on this device, and how steps would run."""
+    from minillm.faster.steps import how_steps_run
+    from minillm.load.backends import choose_backend, why_no_kernels
+    from minillm.measure.bench import device_name
+
+    backend = choose_backend(attention, config, device).name
+    lacking = why_no_kernels(config, device) if attention == "auto" and device.type == "cuda" else None
+    return [
+        ("device", device_name(device)),
+        ("attention by", backend if lacking is None else f"{backend} (not by kernels: {lacking})"),
+        ("steps", how_steps_run(device.type, backend, compile)),
+    ]
 
 
 def bench(options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from minillm.attention import Backend
 from minillm.config import ModelConfig
 from minillm.errors import BackendError, CheckpointError, first_line, shown
 from minillm.linear import Linear, QuantizedLinear
+from minillm.load.backends import choose_backend
 from minillm.load.files import conversion, read_json
 from minillm.load.quantize import fill_rows
 from minillm.load.share import Cut, share_plan
@@ -55,7 +56,7 @@ def load_decoder(
     `BackendError` if `attention` cannot serve the model. `quantize` and `quantize_head` as for `empty_decoder`. Of a
     model that `ranks` share each reads its own part only.
     """
-    folder, asked = Path(folder), (dtype, attention, quantize, quantize_head)
+    folder, asked = Path(folder), (dtype, choose_backend(attention, config, device), quantize, quantize_head)
     mine = empty_decoder(config, *asked, ranks=ranks)  # an error, if there is one, before anything is read
     whole = mine if ranks.count == 1 else empty_decoder(config, *asked)
     plan, files = plan_loading(folder, config, whole)

@@ -14,12 +14,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from minillm.attention import choose_backend, why_no_kernels
 from minillm.cache import StaticCache
 from minillm.config import ModelConfig, RopeSpec
 from minillm.errors import RequestError
 from minillm.llm import LLM
-from minillm.measure.bench import device_name
 from minillm.measure.memory import format_bytes, parameter_count
 from minillm.model import Norm, empty_decoder
 
@@ -72,16 +70,6 @@ def facts(
         ("KV cache", f"{format_bytes(kv_bytes * config.num_layers)} per token (full layers)"),
     ]
     return rows
-
-
-def how_it_runs(config: ModelConfig, device: torch.device, attention: str) -> list[tuple[str, str]]:
-    """(name, value) pairs that say what would compute on this device."""
-    backend = choose_backend(attention, config, device).name
-    lacking = why_no_kernels(config, device) if attention == "auto" and device.type == "cuda" else None
-    return [
-        ("device", device_name(device)),
-        ("attention by", backend if lacking is None else f"{backend} (not by kernels: {lacking})"),
-    ]
 
 
 def _rope(spec: RopeSpec) -> str:

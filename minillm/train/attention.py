@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from minillm.attention import Backend, Rotary, add_norm, attend_math, attend_sdpa, norm
+from minillm.attention import Backend, Rotary, add_norm, attend_math, norm
 from minillm.config import LayerSpec, ModelConfig
 from minillm.errors import BackendError, CacheError
+from minillm.load.backends import attend_sdpa
 from minillm.rope import rotary_table, rotate
 
 _BLOCK, _BLOCKS = 128, 8  # queries at a time, at least; and in how many parts a long row is cut, at most
