@@ -168,9 +168,9 @@ class Batch:
         if row.proposer is not None and row.draft_length.choose():
             row.proposer.read(row.seat, row.prompt[: row.read])
         if row.read == len(row.prompt):
-            self._begin(self._unread.popleft(), hidden)
+            self._first_token(self._unread.popleft(), hidden)
 
-    def _begin(self, row: Row, hidden: Tensor) -> None:
+    def _first_token(self, row: Row, hidden: Tensor) -> None:
         """The prompt is read, and `hidden [1, d]` came out: choose the row's first token."""
         seat = row.seat
         with self.model.own_dtypes():

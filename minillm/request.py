@@ -97,7 +97,7 @@ class Request:
         else:
             for row in self.rows:
                 row.planned_length = None  # whatever the cache was made for
-        drafting.begin(config, cache, self._borrow if self._borrowed else None)
+        drafting.make_proposer(config, cache, self._borrow if self._borrowed else None)
         for row in self.rows:
             drafting.attach(row, config, cache.max_step)
         self.batch = Batch(llm.steps, cache, self.rows)

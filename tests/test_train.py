@@ -68,8 +68,8 @@ def test_an_epoch_scores_every_token_once_with_its_own_past(lengths, row, epoch)
     )
     rows = Rows(documents, row, seed=3)
     rows.start(epoch, 0)
-    batch = rows.next(len(rows.plan))
-    assert batch.ids.shape == (len(rows.plan), row)
+    batch = rows.next(len(rows.order))
+    assert batch.ids.shape == (len(rows.order), row)
     firsts = {end - n for end, n in zip(ends.tolist(), lengths, strict=True)}
     assert sorted(batch.labels[batch.scored].tolist()) == [i for i in range(int(ends[-1])) if i not in firsts]
     assert torch.equal(batch.labels[batch.scored], batch.ids[batch.scored] + 1)  # ids are numbered through
@@ -85,7 +85,7 @@ def test_an_epoch_scores_every_token_once_with_its_own_past(lengths, row, epoch)
 def test_rows_go_on_where_they_stood_and_epochs_differ():
     documents = some_documents()
     straight, resumed = Rows(documents, ROW, seed=1), Rows(documents, ROW, seed=1)
-    epoch = len(straight.plan)
+    epoch = len(straight.order)
     first = straight.next(epoch + 1)  # into the second epoch
     resumed.start(straight.epoch, straight.cursor)
     assert (straight.epoch, straight.cursor) == (1, 1)

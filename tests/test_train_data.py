@@ -14,7 +14,7 @@ from minillm.load.chat_template import ChatTemplate
 from minillm.load.tokenizer import load_tokenizer
 from minillm.tokenizer import Tokenizer
 from minillm.train.chat import completion_document, conversation_documents
-from minillm.train.data import read_records, tokenized
+from minillm.train.data import read_examples, tokenized
 
 # Six chat templates, written from what the models' makers publish of their form.
 LLAMA3 = (
@@ -191,7 +191,7 @@ def test_what_is_wrong_is_told_with_file_and_line(line, tmp_path, chatml):
     path = tmp_path / "chats.jsonl"
     path.write_text(f'\n{{"prompt": "a", "completion": "b"}}\n{line}\n')
     with pytest.raises(MinillmError) as caught:
-        read_records(path, chatml, {2, 3}, 90)
+        read_examples(path, chatml, {2, 3}, 90)
     assert str(caught.value).startswith(f"{path}:3: ")
     assert BAD[line] in str(caught.value)
     assert len(str(caught.value)) < 600
@@ -201,20 +201,20 @@ def test_refused_messages_and_other_files(tmp_path, tokenizer_with, chatml):
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps({"messages": [CHAT[1]]}))
     with pytest.raises(TokenizerError, match=r"chats\.jsonl:1: the chat template refused .*alternate"):
-        read_records(path, tokenizer_with(MISTRAL, kind="metaspace"), {2}, 99)
+        read_examples(path, tokenizer_with(MISTRAL, kind="metaspace"), {2}, 99)
     # It begins an answer otherwise than it asks for one.
     path.write_text(GOOD)
     asks = tokenizer_with(tiny_tokenizers.CHATML + "{% if add_generation_prompt %}<think>{% endif %}")
     with pytest.raises(TokenizerError, match=r"chats\.jsonl:1: .*asks for an answer with '<think>'"):
-        read_records(path, asks, {3}, 999)
+        read_examples(path, asks, {3}, 999)
     path.write_text("")
     with pytest.raises(RequestError, match="holds no text"):
-        read_records(path, chatml, {3}, 99)
+        read_examples(path, chatml, {3}, 99)
     (tmp_path / "a.txt").write_bytes(b"fine\nnot \xff fine\n")
     with pytest.raises(RequestError, match=r"a\.txt:2: not UTF-8"):
-        read_records(tmp_path, chatml, {3}, 99)
+        read_examples(tmp_path, chatml, {3}, 99)
     with pytest.raises(RequestError, match="neither a file nor a folder"):
-        read_records(tmp_path / "nothing", chatml, {3}, 99)
+        read_examples(tmp_path / "nothing", chatml, {3}, 99)
 
 
 def test_texts_between_separators_and_a_folder(tmp_path, chatml):
@@ -222,11 +222,11 @@ def test_texts_between_separators_and_a_folder(tmp_path, chatml):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "c.jsonl").write_text(f"{GOOD}\n\n{GOOD}")
     (tmp_path / ".hidden").write_text("no")
-    records = read_records(tmp_path, chatml, {2, 3}, 999)
-    texts = [chatml.decode(record.documents[0][0], False) for record in records if record.is_text]
+    examples = read_examples(tmp_path, chatml, {2, 3}, 999)
+    texts = [chatml.decode(example.documents[0][0], False) for example in examples if example.is_text]
     assert texts == ["<bos>The wolf\n\nsaid<eos>", "<bos>to the <eos> girl<eos>"]
-    assert [record.text_bytes for record in records] == [sum(len(a.encode()) for a in ANSWERS)] * 2 + [14, 17]
-    assert all(all(record.documents[0][1]) for record in records if record.is_text)
+    assert [example.text_bytes for example in examples] == [sum(len(a.encode()) for a in ANSWERS)] * 2 + [14, 17]
+    assert all(all(example.documents[0][1]) for example in examples if example.is_text)
 
 
 def make(data, folder, chatml, held_out=0.0, seed=0, max_length=999):
@@ -243,7 +243,7 @@ def test_tokenized_once_and_again_when_something_changed(tmp_path, chatml, monke
     data.write_text("\n".join([GOOD] * 4))
     assert make(data, tmp_path, chatml)[0].digest != first
     with monkeypatch.context() as patch:  # not made a second time
-        patch.setattr("minillm.train.data.read_records", None)
+        patch.setattr("minillm.train.data.read_examples", None)
         make(data, tmp_path, chatml)
         with pytest.raises(TypeError):
             make(data, tmp_path, chatml, max_length=998)
@@ -252,7 +252,7 @@ def test_tokenized_once_and_again_when_something_changed(tmp_path, chatml, monke
 
 
 def test_what_is_held_out_is_not_learned(tmp_path, chatml):
-    """Whole records, with all documents of each; of a long text its end; of a file of its own all."""
+    """Whole examples, with all documents of each; of a long text its end; of a file of its own all."""
     data, text = tmp_path / "c.jsonl", tmp_path / "t.txt"
     data.write_text("\n".join(json.dumps({"prompt": f"{i}", "completion": f" number {i}"}) for i in range(20)))
     learned, kept = make(data, tmp_path / ".", chatml, 0.2)

@@ -150,7 +150,7 @@ def padding() -> dict[str, float]:
     batches = [sizes[n : n + BATCH] for n in range(0, len(sizes), BATCH)]
     padded = 1 - sum(sizes) / sum(max(batch) * len(batch) for batch in batches)
     documents = make_documents([([0] * n, [True] * n) for n in sizes], 1)
-    ours = 1 - (sum(sizes) - len(sizes)) / (ROW * len(Rows(documents, ROW, 0).plan))
+    ours = 1 - (sum(sizes) - len(sizes)) / (ROW * len(Rows(documents, ROW, 0).order))
     return dict(zip(CONTESTANTS, (padded, 0.0, ours, ours), strict=True))
 
 

@@ -98,7 +98,7 @@ CHAT_TEMPLATE = "{{ bos_token }}{% for message in messages %}{{ message['content
 # --- text to tokens ---------------------------------------------------------------------------------------
 
 
-def read_records(path: Path) -> list[str]:
+def read_examples(path: Path) -> list[str]:
     """The file's records: what stands between lines holding only the separator, stripped, none empty."""
     if not path.is_file():
         sys.exit(f"train_demo: no such text file: {path} (give a UTF-8 text file)")
@@ -136,14 +136,14 @@ def prepare(args) -> tuple[Tokenizer, Documents, Documents]:
     """Tokenizer, training and validation text; made once, then read from `work`."""
     tokenizer_file = args.work / "tokenizer.json"
     if not tokenizer_file.exists():
-        made = Tokenizer.from_file(str(args.tokenizer)) if args.tokenizer else train_tokenizer(read_records(args.text))
+        made = Tokenizer.from_file(str(args.tokenizer)) if args.tokenizer else train_tokenizer(read_examples(args.text))
         made.save(str(tokenizer_file))
     tokenizer = Tokenizer.from_file(str(tokenizer_file))
     if tokenizer.get_vocab_size() != VOCAB:
         sys.exit(f"train_demo: the text gave {tokenizer.get_vocab_size()} tokens, {VOCAB} are needed: too short")
     for name, text in (("train", args.text), ("valid", args.valid)):
         if not (args.work / f"{name}.safetensors").exists():
-            save_documents(stream(tokenizer, read_records(text)), args.work / f"{name}.safetensors")
+            save_documents(stream(tokenizer, read_examples(text)), args.work / f"{name}.safetensors")
     return tokenizer, *(load_documents(args.work / f"{name}.safetensors") for name in ("train", "valid"))
 
 
@@ -235,7 +235,7 @@ def figures(folder: Path, valid: Path, held_out: Documents) -> None:
         for window in (WINDOW, LONG_WINDOW):
             bits = ScoredLoss(written[name], window).bits_per_byte(held_out)
             print(f"{name}: {bits:.4f} bits/byte in windows of {window}")
-        score = score_text(LLM.from_pretrained(place, dtype="float32"), read_records(valid))
+        score = score_text(LLM.from_pretrained(place, dtype="float32"), read_examples(valid))
         per_token = f"{score.nats_per_token:.4f} nats/token"
         print(f"{name}: {score.bits_per_byte:.4f} bits/byte, {per_token} in windows of 1,024, half of each context")
     same, overlap = agreement(written["target"], written["draft"], held_out)

@@ -24,7 +24,7 @@ from minillm.linear import Linear, QuantizedLinear
 from minillm.load.backends import choose_backend
 from minillm.load.files import conversion, read_json
 from minillm.load.quantize import fill_rows
-from minillm.load.share import Cut, share_plan
+from minillm.load.share import Cut, share_places
 from minillm.load.tensors import Destination, arrangement, file_names, file_shape, plain_name
 from minillm.model import Decoder, empty_decoder
 from minillm.parallel import ALONE, Ranks
@@ -59,9 +59,9 @@ def load_decoder(
     folder, asked = Path(folder), (dtype, choose_backend(attention, config, device), quantize, quantize_head)
     mine = empty_decoder(config, *asked, ranks=ranks)  # an error, if there is one, before anything is read
     whole = mine if ranks.count == 1 else empty_decoder(config, *asked)
-    plan, files = plan_loading(folder, config, whole)
-    plan, cuts = (plan, {}) if ranks.count == 1 else share_plan(plan, whole, mine, config, ranks)
-    files = {name: file for name, file in files.items() if name in plan}
+    places, files = match_files(folder, config, whole)
+    places, cuts = (places, {}) if ranks.count == 1 else share_places(places, whole, mine, config, ranks)
+    files = {name: file for name, file in files.items() if name in places}
     try:
         # Uninitialised memory: a page is only really taken when a tensor is copied into it.
         model = empty_decoder(config, *asked, device, ranks)
@@ -73,8 +73,8 @@ def load_decoder(
         for name, tensor in stream_tensors(folder, files, f"loading {folder.name}", check_finite, cuts, ranks.first):
             with naming(name):
                 tensor = change(name, tensor)
-                _fill(model, plan[name], tensor, name in cuts and cuts[name].columns is not None)
-                if own_head and plan[name].module == "embedding":
+                _fill(model, places[name], tensor, name in cuts and cuts[name].columns is not None)
+                if own_head and places[name].module == "embedding":
                     ids = ranks.vocabulary(config)
                     fill_rows(model.head, 0, tensor[ids.start : ids.stop])
     return model.eval().requires_grad_(False)
@@ -147,7 +147,7 @@ def tensor_files(folder: Path) -> dict[str, str]:
         return dict.fromkeys(handle.keys(), single.name)
 
 
-def plan_loading(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dict[str, Destination], dict[str, str]]:
+def match_files(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dict[str, Destination], dict[str, str]]:
     """The place and the file of every tensor to read, by its name there, or one error that lists all that is wrong."""
     places, files = destinations(config, model), tensor_files(folder)
     renamed = {plain_name(name, config): name for name in files}
@@ -173,14 +173,14 @@ def plan_loading(folder: Path, config: ModelConfig, model: Decoder) -> tuple[dic
                 problems.append(f"{original} is {dtype}, expected {place.dtype or 'F32, BF16 or F16'}")
     if problems:
         raise CheckpointError(f"{folder}: tensors do not match config.json: {listed(problems)}")
-    plan = {renamed[name]: place for name, place in places.items()}
-    embedding = next(name for name, place in plan.items() if place.module == "embedding")
+    places = {renamed[name]: place for name, place in places.items()}
+    embedding = next(name for name, place in places.items() if place.module == "embedding")
     if repeated is not None and not _equal_tensors(folder, files, repeated, embedding):
         raise CheckpointError(
             f"{folder}: {repeated} differs from {embedding}, but config.json says that the head is tied to the "
             "embedding; set tie_word_embeddings to false there to use it, or remove the tensor"
         )
-    return plan, {name: files[name] for name in plan}
+    return places, {name: files[name] for name in places}
 
 
 def listed(problems: list[str]) -> str:

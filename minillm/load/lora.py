@@ -25,8 +25,8 @@ from minillm.load.checkpoint import (
     destinations,
     listed,
     load_decoder,
+    match_files,
     open_tensors,
-    plan_loading,
     stream_tensors,
     tensor_files,
 )
@@ -253,7 +253,7 @@ def merge_checkpoint(source: str | Path, adapter: str | Path, out: str | Path) -
             f"{source} is quantized ({config.quantization}): merge the adapter into the checkpoint it was made from, "
             "or load it with adapter=..., which keeps it beside"
         )
-    plan_loading(source, config, empty_decoder(config, torch.float32))  # or an error that says what is wrong
+    match_files(source, config, empty_decoder(config, torch.float32))  # or an error that says what is wrong
     found = read_adapter(adapter, config)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:

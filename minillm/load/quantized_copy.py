@@ -8,7 +8,7 @@ from torch import Tensor
 
 from minillm.errors import CheckpointError
 from minillm.linear import Int4Linear, QuantizedLinear, QuantizeSpec, make_linear
-from minillm.load.checkpoint import naming, plan_loading, stream_tensors
+from minillm.load.checkpoint import match_files, naming, stream_tensors
 from minillm.load.config_json import load_config
 from minillm.load.files import read_json
 from minillm.load.quantize import fill_rows
@@ -46,10 +46,10 @@ def _tensors(source: Path, quantize: str, quantize_head: bool) -> Iterator[tuple
     config = load_config(source)
     # The dtype does not matter here: what is not quantized is written as it was read.
     model = empty_decoder(config, torch.float32, quantize=quantize, quantize_head=quantize_head)
-    plan, files = plan_loading(source, config, model)
+    places, files = match_files(source, config, model)
     modules = dict(model.named_modules())
     for name, tensor in stream_tensors(source, files, f"quantizing {source.name}"):
-        place, plain = plan[name], plain_name(name, config)
+        place, plain = places[name], plain_name(name, config)
         tensor = tensor if place.arrange is None else place.arrange(tensor)
         with naming(name):
             if place.tensor == "weight" and isinstance(modules[place.module], QuantizedLinear):

@@ -72,15 +72,15 @@ class Cut:
         return (tensor.t() if self.transposed else tensor).contiguous()
 
 
-def share_plan(
-    plan: dict[str, Destination], whole: nn.Module, mine: nn.Module, config: ModelConfig, ranks: Ranks
+def share_places(
+    whole_places: dict[str, Destination], whole: nn.Module, mine: nn.Module, config: ModelConfig, ranks: Ranks
 ) -> tuple[dict[str, Destination], dict[str, Cut]]:
-    """Of a plan for the whole model: where each tensor goes in a rank's, and how those are cut that it shares.
+    """Of the places in the whole model: where each tensor goes in a rank's, and how those are cut that it shares.
 
     `config` is the whole model's; `whole` and `mine` are both decoders, with or without memory.
     """
     places, cuts = {}, {}
-    for name, place in plan.items():
+    for name, place in whole_places.items():
         part = share(config, ranks, place.module)
         if place.tensor == "bias" and mine.get_submodule(place.module).bias is None:
             continue  # a bias that another rank adds

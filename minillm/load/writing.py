@@ -16,7 +16,7 @@ from torch import Tensor
 
 from minillm.errors import CheckpointError, first_line
 from minillm.linear import QuantizedLinear
-from minillm.load.checkpoint import Destination, destinations, plan_loading, stream_tensors, tensor_files
+from minillm.load.checkpoint import Destination, destinations, match_files, stream_tensors, tensor_files
 from minillm.load.hub import HUB_PATTERNS
 from minillm.load.tensors import plain_name
 from minillm.model import Decoder
@@ -131,7 +131,7 @@ def _decoder_tensors(model: Decoder, dtype: torch.dtype, source: Path | None) ->
         for name, place in places.items():
             yield name, _file_tensor(model, place, torch.zeros(place.shape, dtype=dtype))
         return
-    plan_loading(source, model.config, model)  # or an error that says what of the source does not fit
+    match_files(source, model.config, model)  # or an error that says what of the source does not fit
     for name, tensor in stream_tensors(source, tensor_files(source), f"writing {source.name}", check_finite=False):
         plain = plain_name(name, model.config)
         if plain in places:

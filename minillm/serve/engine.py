@@ -196,8 +196,8 @@ class Engine:
         length = min(max_cache_len, llm.config.max_positions)
         cache = StaticCache(llm.config, seats, length, device=llm.device, dtype=llm.dtype)
         self._llm = llm
-        self._lookup.begin(GenerationConfig(prompt_lookup_num_tokens=1), cache)
-        self._draft.begin(GenerationConfig(), cache)
+        self._lookup.make_proposer(GenerationConfig(prompt_lookup_num_tokens=1), cache)
+        self._draft.make_proposer(GenerationConfig(), cache)
         self._worker = _Worker(Batch(llm.steps, cache, one_request=False), max_waiting)
         # Without waiting: a collector works anywhere, also under a lock that the thread needs, also in the thread.
         weakref.finalize(self, self._worker.close, cancel=True, wait=False)

@@ -42,7 +42,7 @@ class Drafting:
             where = f"assistant_model is on {assistant.device}, the model on {target.device}"
             raise RequestError(f"{where}: load both on one")
 
-    def begin(
+    def make_proposer(
         self, config: GenerationConfig, cache: StaticCache, borrow: Callable[..., StaticCache] | None = None
     ) -> None:
         """Make the proposer that is asked for, beside the target's cache; a draft model's own cache comes from

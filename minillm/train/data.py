@@ -29,7 +29,7 @@ _BLOCK = 2**16  # bytes that are a notch of the progress bar
 
 
 @dataclass(frozen=True)
-class Record:
+class Example:
     """What is learned of one text or one line, and the UTF-8 bytes of the text that its scored tokens spell."""
 
     documents: list[Document]
@@ -62,36 +62,36 @@ def tokenized(
             key.update(path.suffix.encode() + hashlib.file_digest(file, "sha256").digest())
     paths = [folder / f"{part}-{key.hexdigest()[:16]}.safetensors" for part in ("learned", "held-out")]
     if not paths[0].exists():  # the second one is written first
-        learned, kept = _split(read_records(data, tokenizer, ends, max_length), share, seed, max_length, tokenizer)
+        learned, kept = _split(read_examples(data, tokenizer, ends, max_length), share, seed, max_length, tokenizer)
         if other:
-            kept = read_records(other, tokenizer, ends, max_length)
+            kept = read_examples(other, tokenizer, ends, max_length)
         if kept:
             save_documents(_together(kept), paths[1])
         save_documents(_together(learned), paths[0])
     return load_documents(paths[0]), load_documents(paths[1]) if paths[1].exists() else None
 
 
-def read_records(data: Path, tokenizer: Tokenizer, ends: Collection[int], max_length: int) -> list[Record]:
-    """All records of a file or folder. Raises a `MinillmError` that names file and line."""
+def read_examples(data: Path, tokenizer: Tokenizer, ends: Collection[int], max_length: int) -> list[Example]:
+    """All examples of a file or folder. Raises a `MinillmError` that names file and line."""
     eos = tokenizer.eos_token_id
     separator = None if eos is None else tokenizer.decode([eos], skip_special_tokens=False)
-    files, records = _files(data), []
+    files, examples = _files(data), []
     with progress_bar(sum(1 + path.stat().st_size // _BLOCK for path in files), "tokenizing", after=1.0) as advance:
         for path in files:
             lines = _lines(path, advance)
             made = _chats(lines, tokenizer, ends) if path.suffix == ".jsonl" else _texts(lines, separator, tokenizer)
-            for number, record in _told(made, path):
-                longest = max(len(ids) for ids, _ in record.documents)
-                if longest > max_length and not record.is_text:
+            for number, example in _told(made, path):
+                longest = max(len(ids) for ids, _ in example.documents)
+                if longest > max_length and not example.is_text:
                     raise RequestError(
                         f"{path}:{number}: {longest} tokens, and --max-length is {max_length}: leave it out, or "
                         "allow more"
                     )
-                packed = [(array("i", ids), bytes(scored)) for ids, scored in record.documents]
-                records.append(Record(packed, record.text_bytes, record.is_text))
-    if not records:
+                packed = [(array("i", ids), bytes(scored)) for ids, scored in example.documents]
+                examples.append(Example(packed, example.text_bytes, example.is_text))
+    if not examples:
         raise RequestError(f"{data} holds no text and no conversation")
-    return records
+    return examples
 
 
 def _files(data: Path) -> list[Path]:
@@ -125,49 +125,51 @@ def _lines(path: Path, advance: Callable[[], None]) -> Iterator[tuple[int, str]]
     advance()
 
 
-def _told(made: Iterator[tuple[int, Callable[[], Record]]], path: Path) -> Iterator[tuple[int, Record]]:
-    """Records, and whatever is wrong with one told with its file and line."""
+def _told(made: Iterator[tuple[int, Callable[[], Example]]], path: Path) -> Iterator[tuple[int, Example]]:
+    """Examples, and whatever is wrong with one told with its file and line."""
     for number, make in made:
         try:
-            record = make()
+            example = make()
         except MinillmError as error:
             raise type(error)(f"{path}:{number}: {error}") from None
-        yield number, record
+        yield number, example
 
 
 def _texts(
     lines: Iterator[tuple[int, str]], separator: str | None, tokenizer: Tokenizer
-) -> Iterator[tuple[int, Callable[[], Record]]]:
-    """A record for each text, with the number of its first line."""
+) -> Iterator[tuple[int, Callable[[], Example]]]:
+    """An example for each text, with the number of its first line."""
 
-    def record(text: str) -> Record:
+    def example(text: str) -> Example:
         ids, eos = tokenizer.encode(text), tokenizer.eos_token_id
         ids = ids if eos is None else [*ids, eos]
         if len(ids) < 2:
             raise RequestError(f"a text of one token, {shown(text)}: nothing to learn; leave it out")
-        return Record([(ids, [True] * len(ids))], len(text.encode()), is_text=True)
+        return Example([(ids, [True] * len(ids))], len(text.encode()), is_text=True)
 
     first, text = 1, []
     for number, line in lines:
         if separator and line.rstrip("\r\n") == separator:
-            yield from _not_empty(first, "".join(text).strip(), record)
+            yield from _not_empty(first, "".join(text).strip(), example)
             first, text = number + 1, []
         else:
             text.append(line)
-    yield from _not_empty(first, "".join(text).strip(), record)
+    yield from _not_empty(first, "".join(text).strip(), example)
 
 
-def _not_empty(number: int, text: str, record: Callable[[str], Record]) -> Iterator[tuple[int, Callable[[], Record]]]:
+def _not_empty(
+    number: int, text: str, example: Callable[[str], Example]
+) -> Iterator[tuple[int, Callable[[], Example]]]:
     if text:
-        yield number, lambda: record(text)
+        yield number, lambda: example(text)
 
 
 def _chats(
     lines: Iterator[tuple[int, str]], tokenizer: Tokenizer, ends: Collection[int]
-) -> Iterator[tuple[int, Callable[[], Record]]]:
-    """A record for each line that is not blank."""
+) -> Iterator[tuple[int, Callable[[], Example]]]:
+    """An example for each line that is not blank."""
 
-    def record(line: str) -> Record:
+    def example(line: str) -> Example:
         try:
             content = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -180,10 +182,10 @@ def _chats(
         else:
             prompt, answers = _text(content, "prompt"), [_said(content, "completion")]
             documents = [completion_document(prompt, answers[0], tokenizer, ends)]
-        return Record(documents, sum(len(answer.encode()) for answer in answers), is_text=False)
+        return Example(documents, sum(len(answer.encode()) for answer in answers), is_text=False)
 
     for number, line in lines:
-        yield from _not_empty(number, line.strip(), record)
+        yield from _not_empty(number, line.strip(), example)
 
 
 def _check_messages(messages: Any) -> list[str]:
@@ -215,32 +217,32 @@ def _said(content: dict[str, Any], key: str) -> str:
 
 
 def _split(
-    records: list[Record], share: float, seed: int, longest: int, tokenizer: Tokenizer
-) -> tuple[list[Record], list[Record]]:
+    examples: list[Example], share: float, seed: int, longest: int, tokenizer: Tokenizer
+) -> tuple[list[Example], list[Example]]:
     """Those that are learned and a share that is held out: of texts of over `longest` tokens the end of each, of
-    everything else whole records."""
+    everything else whole examples."""
     if share == 0:
-        return records, []
-    long = {i for i, record in enumerate(records) if record.is_text and len(record.documents[0][0]) > longest}
-    short = [i for i in range(len(records)) if i not in long]
+        return examples, []
+    long = {i for i, example in enumerate(examples) if example.is_text and len(example.documents[0][0]) > longest}
+    short = [i for i in range(len(examples)) if i not in long]
     if not long and len(short) < 2:
         raise RequestError("one document cannot be learned and held out: hold out another file, or 0")
     order = torch.randperm(len(short), generator=torch.Generator().manual_seed(seed)).tolist()
     count = max(0 if long else 1, round(share * len(short)))
-    chosen = {short[place] for place in order[: min(count, len(records) - 1)]}
+    chosen = {short[place] for place in order[: min(count, len(examples) - 1)]}
     learned, kept = [], []
-    for i, record in enumerate(records):
+    for i, example in enumerate(examples):
         if i not in long:
-            (kept if i in chosen else learned).append(record)
+            (kept if i in chosen else learned).append(example)
             continue
-        ids, scored = record.documents[0]
+        ids, scored = example.documents[0]
         at = max(2, min(len(ids) - 2, round(len(ids) * (1 - share))))
         size = len(tokenizer.decode(ids[at + 1 :]).encode())  # of what is scored
-        learned.append(Record([(ids[:at], scored[:at])], record.text_bytes - size, is_text=True))
-        kept.append(Record([(ids[at:], scored[at:])], size, is_text=True))
+        learned.append(Example([(ids[:at], scored[:at])], example.text_bytes - size, is_text=True))
+        kept.append(Example([(ids[at:], scored[at:])], size, is_text=True))
     return learned, kept
 
 
-def _together(records: list[Record]) -> Documents:
-    documents = (document for record in records for document in record.documents)
-    return make_documents(documents, sum(record.text_bytes for record in records))
+def _together(examples: list[Example]) -> Documents:
+    documents = (document for example in examples for document in example.documents)
+    return make_documents(documents, sum(example.text_bytes for example in examples))

@@ -149,7 +149,7 @@ class _Run:
         if length > self.config.max_positions:
             raise RequestError(f"max_length {length} is over the model's {self.config.max_positions} positions")
         self.partial, self.notes = out.with_name(out.name + ".partial"), {}
-        self.notes = self._begin()
+        self.notes = self._resumed()
 
         ends = generation_defaults(self.source, self.config, self.tokenizer.eos_token_id).eos_token_id
         described_by = [path for name in HUB_PATTERNS if (path := self.source / name).suffix in (".json", ".jinja")]
@@ -164,7 +164,7 @@ class _Run:
             )
         self.tokens = len(self.learned.ids) - len(self.learned)  # the last of each is a label only
         self.length = min(length, self.tokens)
-        epoch = len(Rows(self.learned, self.length, options.seed).plan)
+        epoch = len(Rows(self.learned, self.length, options.seed).order)
         at_once = options.rows_at_once
         self.rows = options.rows if epoch >= options.rows else max(at_once, epoch // at_once * at_once)
         self.filled = self.tokens / (epoch * self.length)
@@ -172,7 +172,7 @@ class _Run:
 
     # --- what lies beside the result ---
 
-    def _begin(self) -> dict[str, Any]:
+    def _resumed(self) -> dict[str, Any]:
         """What is known of the run that began in the folder; {"command": ...} of a new one."""
         try:
             self.partial.mkdir(parents=True, exist_ok=True)
@@ -291,7 +291,7 @@ class _Run:
         return Finetuned(
             command=self.command,
             steps=training.step,
-            epochs=training.rows.epoch + training.rows.cursor / len(training.rows.plan),
+            epochs=training.rows.epoch + training.rows.cursor / len(training.rows.order),
             tokens=round(tokens * training.step),
             seconds=sum(seconds for _, seconds in training.log),
             filled=self.filled,

@@ -121,7 +121,7 @@ class Training:
         warmup = round(recipe.warmup * recipe.steps)
         norm = self.optimizer.step(learning_rate_factor(self.step, recipe.steps, warmup))
         self.step += 1
-        epoch = self.rows.epoch + self.rows.cursor / len(self.rows.plan)
+        epoch = self.rows.epoch + self.rows.cursor / len(self.rows.order)
         step = Step(self.step, epoch, nats / max(1, scored), scored, norm, time.perf_counter() - began)
         self.log.append((step.loss, step.seconds))
         return step

@@ -143,11 +143,11 @@ class ScoredLoss:
 
         Documents longer than a row are cut into windows without overlap. `rows` are computed at a time.
         """
-        plan = pack(cut(documents, self.length), self.length)
-        plan += [[]] * (-len(plan) % rows)  # a compiled graph has one shape
+        packed = pack(cut(documents, self.length), self.length)
+        packed += [[]] * (-len(packed) % rows)  # a compiled graph has one shape
         nats = 0.0
-        with progress_bar(len(plan) // rows, "scoring", after=1.0) as advance:
-            for n in range(0, len(plan), rows):
-                nats += self.total(fill(documents, plan[n : n + rows], self.length).to(self.device))
+        with progress_bar(len(packed) // rows, "scoring", after=1.0) as advance:
+            for n in range(0, len(packed), rows):
+                nats += self.total(fill(documents, packed[n : n + rows], self.length).to(self.device))
                 advance()
         return nats / math.log(2) / documents.text_bytes

@@ -99,16 +99,16 @@ class Rows:
         pieces = cut(self.documents, self.length, generator)
         pieces = [pieces[i] for i in torch.randperm(len(pieces), generator=generator).tolist()]
         rows = pack(pieces, self.length)
-        self.plan = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
+        self.order = [rows[i] for i in torch.randperm(len(rows), generator=generator).tolist()]
         self.epoch, self.cursor = epoch, cursor
 
     def next(self, count: int) -> Batch:
         """The next `count` rows, the last of an epoch beside the first of the one that follows."""
         rows: list[list[Piece]] = []
         while len(rows) < count:
-            if self.cursor == len(self.plan):
+            if self.cursor == len(self.order):
                 self.start(self.epoch + 1, 0)
-            taken = self.plan[self.cursor : self.cursor + count - len(rows)]
+            taken = self.order[self.cursor : self.cursor + count - len(rows)]
             self.cursor += len(taken)
             rows += taken
         return fill(self.documents, rows, self.length)
