@@ -25,7 +25,7 @@ from minillm.config import ModelConfig
 from minillm.errors import RequestError
 from minillm.linear import Int4Linear, QuantizedLinear
 from minillm.llm import LLM
-from minillm.measure.memory import format_bytes
+from minillm.measure.memory import format_bytes, kv_values
 from minillm.measure.plot import picture
 from minillm.model import Decoder
 from minillm.progress import progress_bar
@@ -282,7 +282,7 @@ def bytes_per_token(model: Decoder, position: int) -> int:
         size -= embedding.nbytes - embedding[0].nbytes
         tied = head.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr()  # a rank's part of it
         size += head.nbytes if tied else 0
-    per_key = 2 * config.num_kv_heads * config.head_dim * embedding.dtype.itemsize
+    per_key = kv_values(1, config.num_kv_heads, config.head_dim, 1) * embedding.dtype.itemsize
     return size + sum(per_key * min(position + 1, layer.window or position + 1) for layer in config.layers)
 
 

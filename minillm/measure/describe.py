@@ -18,7 +18,7 @@ from minillm.cache import StaticCache
 from minillm.config import ModelConfig, RopeSpec
 from minillm.errors import RequestError
 from minillm.llm import LLM
-from minillm.measure.memory import format_bytes, parameter_count
+from minillm.measure.memory import format_bytes, kv_values, parameter_count
 from minillm.model import Norm, empty_decoder
 
 
@@ -29,7 +29,7 @@ def facts(
     model = empty_decoder(config, dtype, quantize=quantize, quantize_head=quantize_head)
     embedding = model.embedding.weight.numel()
     held_as = quantize or config.quantization or str(dtype).removeprefix("torch.")
-    kv_bytes = 2 * config.num_kv_heads * config.head_dim * dtype.itemsize  # one position of one layer
+    kv_bytes = kv_values(config.num_layers, config.num_kv_heads, config.head_dim, 1) * dtype.itemsize  # of a token
     group = config.num_heads // config.num_kv_heads
     sharing = "MHA" if group == 1 else "MQA" if config.num_kv_heads == 1 else f"GQA, {group} queries per key"
     tied = "tied to" if config.tie_word_embeddings else "apart from"
@@ -67,7 +67,7 @@ def facts(
         ("EOS ids", ", ".join(map(str, config.eos_token_ids)) or "none"),
         ("parameters", f"{parameter_count(model):,} ({embedding:,} of them embedding)"),
         ("weights", f"{format_bytes(model.weight_bytes)} in {held_as}"),
-        ("KV cache", f"{format_bytes(kv_bytes * config.num_layers)} per token (full layers)"),
+        ("KV cache", f"{format_bytes(kv_bytes)} per token (full layers)"),
     ]
     return rows
 
