@@ -8,7 +8,6 @@ limit, provided that the T x T scores never go to memory: they live in registers
 import torch
 from torch import Tensor
 
-from minillm_kernels import cpu
 from minillm_kernels.decode_attention import check_attention, decode_attention
 from minillm_kernels.op import op
 
@@ -31,9 +30,6 @@ def check(
 @op(
     check=check,
     fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device),
-    c=lambda q, k, v, scale, window, softcap, alibi_slopes, cache_position: cpu.decode_attention(
-        q, k, v, cache_position, scale, window, softcap, alibi_slopes
-    ),
     triton="minillm_kernels.gpu.flash_attention",
 )
 def flash_attention(

@@ -20,22 +20,27 @@ are told. It looks at types, shapes, strides and devices, never at values, and c
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
+from itertools import compress
+from typing import get_args
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 from torch.nn import Parameter
 
 from minillm_kernels import cpu
 from minillm_kernels.cpu.call import DTYPES as DTYPES  # of activations, in every op
 from minillm_kernels.launch import interpreting
 
+INTERPRETING = interpreting()
+
 
 def op(
     *,
     check: Callable,
-    c: Callable,
+    c: Callable | None = None,
     fake: Callable | None = None,
     triton: str | None = None,
     mutates_args: Sequence[str] = (),
@@ -44,7 +49,7 @@ def op(
 
     Args:
         check: takes the arguments; raises ValueError or TypeError unless they fit together.
-        c: takes the arguments; the same in C, on tensors in a CPU's memory.
+        c: takes the arguments; the same in C, on tensors in a CPU's memory. The function itself where there is none.
         fake: takes the arguments (`*_` for those it does not need); returns empty tensors like the results.
         triton: the module whose function of the op's name launches the Triton kernel, with the op's arguments.
         mutates_args: names of the tensors that the op writes into.
@@ -53,18 +58,20 @@ def op(
     """
 
     def register(function: Callable) -> Callable:
-        name = function.__name__
+        name, in_c = function.__name__, c or function
         signature = inspect.signature(function)
         first = next(iter(signature.parameters))
+        annotations = [parameter.annotation for parameter in signature.parameters.values()]
+        tensors = [Tensor in (annotation, *get_args(annotation)) for annotation in annotations]
 
         @functools.wraps(function)
         def implementation(*arguments, **keywords):
             check(*arguments, **keywords)
             x = arguments[0] if arguments else keywords[first]
-            if triton is not None and (x.is_cuda or interpreting()):
+            if triton is not None and (x.is_cuda or INTERPRETING):
                 run = getattr(importlib.import_module(triton), name)
             else:
-                run = c if x.is_cpu and cpu.available() else function
+                run = in_c if x.is_cpu and cpu.available() else function
             with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
                 return _contiguous(run(*arguments, **keywords))
 
@@ -77,14 +84,14 @@ def op(
 
         @functools.wraps(function)
         def call(*arguments, **keywords):
-            if torch.compiler.is_compiling():
+            if is_compiling():
                 return elsewhere(*arguments, **keywords)
             try:
                 x = arguments[0] if arguments else keywords.get(first)
-                values = (*arguments, *keywords.values()) if keywords else arguments
-                if _in_memory(x, values) and not (fake is None and _differentiated(values)):
+                values = (*arguments, *keywords.values()) if keywords else compress(arguments, tensors)
+                if _in_memory(x, values) and not (fake is None and _differentiated(arguments, keywords)):
                     check(*arguments, **keywords)
-                    return (c if cpu.available() else function)(*arguments, **keywords)
+                    return (in_c if cpu.available() else function)(*arguments, **keywords)
                 return elsewhere(*arguments, **keywords)
             except Exception:
                 _refuse_wrong_types(name, signature, arguments, keywords)
@@ -111,29 +118,27 @@ def _node(name: str, implementation: Callable, check: Callable, fake: Callable, 
     return getattr(torch.ops.minillm, name).default
 
 
-def _in_memory(x: object, values: Sequence[object]) -> bool:
+def _in_memory(x: object, values: Iterable[object]) -> bool:
     """Whether `x`, the first argument, is on a CPU, and its and the other tensors' numbers are what lies at their
     addresses: the one answer to "eagerly on a CPU?".
 
     Not so a fake one, a subclass that may do anything, zeros without memory (`torch._efficientzerotensor`), and
     numbers whose sign has yet to be turned (`torch._neg_view`): PyTorch's dispatcher makes plain tensors of these two.
     """
-    if type(x) is not Tensor or not x.is_cpu or interpreting():
+    if type(x) is not Tensor or not x.is_cpu or INTERPRETING:
         return False
     for value in values:
         kind = type(value)
         if kind is Tensor or kind is Parameter:
             if value.is_neg() or (not value.data_ptr() and value.numel()):
                 return False
-        elif kind not in _SCALARS and isinstance(value, Tensor):
+        elif value is not None and isinstance(value, Tensor):
             return False
     return True
 
 
-_SCALARS = frozenset((type(None), bool, int, float, str))
-
-
-def _differentiated(values: Sequence[object]) -> bool:
+def _differentiated(arguments: tuple, keywords: dict) -> bool:
+    values = (*arguments, *keywords.values())
     return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
 
 
@@ -162,7 +167,7 @@ def _refuse_wrong_types(name: str, signature: inspect.Signature, arguments: tupl
 
 def check_devices(name: str, x: Tensor, *others: Tensor | None) -> None:
     """Raise ValueError unless all tensors are on x's device."""
-    device = x.device
+    on_cpu = x.is_cpu  # cheaper to ask than which device
     for other in others:
-        if other is not None and other.device != device:
-            raise ValueError(f"{name}: all tensors must be on one device, got {device} and {other.device}")
+        if other is not None and not (other.is_cpu if on_cpu else other.device == x.device):
+            raise ValueError(f"{name}: all tensors must be on one device, got {x.device} and {other.device}")

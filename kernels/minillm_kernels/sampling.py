@@ -121,8 +121,8 @@ def check_verify(
     if draft_probs.shape != (B, k, W) or target_probs.shape != (B, k + 1, V) or not k or not 1 <= W <= V:
         shapes = f"{tuple(draft_tokens.shape)}, {tuple(draft_probs.shape)} and {tuple(target_probs.shape)}"
         raise ValueError(f"verify: [B, k], [B, k, W] and [B, k + 1, V] with W up to V are needed, got {shapes}")
-    if not draft_probs.is_floating_point() or draft_probs.dtype != target_probs.dtype:
-        raise TypeError(f"verify: two of one float dtype are needed, got {draft_probs.dtype} and {target_probs.dtype}")
+    if not draft_probs.is_floating_point() or not target_probs.is_floating_point():
+        raise TypeError(f"verify: probabilities must be floats, got {draft_probs.dtype} and {target_probs.dtype}")
     if not 0 <= stream < 2**31:
         raise ValueError(f"verify: stream must be from 0 to 2^31 - 1, got {stream}")
     if draft_tokens.dtype != torch.int64:
@@ -136,7 +136,7 @@ def check_verify(
 def verify_in_c(
     draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tensor, draft_lengths: Tensor, *place, **named
 ) -> tuple[Tensor, Tensor] | None:
-    if target_probs.dtype != torch.float32:
+    if not draft_probs.dtype == target_probs.dtype == torch.float32:
         return None
     k, W = draft_probs.shape[1:]
     if len(draft_tokens):

@@ -63,7 +63,8 @@ REPLAY = Call("replay", "int64_t function, arguments;")
 
 def threads() -> int:
     """How many threads share a call: as many as PyTorch's operators use, but no more than may run at a time."""
-    return min(torch.get_num_threads(), cores())
+    wanted, most = torch.get_num_threads(), cores()
+    return wanted if wanted < most else most  # a call to `min` takes longer
 
 
 @functools.cache
