@@ -131,3 +131,12 @@ def test_the_instructions_of_chips_that_are_not_at_hand(chip, instruction):
     done = subprocess.run([*command, str(source)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert instruction in done.stdout
+
+
+def test_the_cache_folder_is_made_or_there_is_none(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert build.cache_folder("anything") == tmp_path / "minillm" / "anything"
+    assert (tmp_path / "minillm" / "anything").is_dir()
+    (tmp_path / "a file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "a file"))
+    assert build.cache_folder("anything") is None

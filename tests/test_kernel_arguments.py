@@ -9,11 +9,16 @@ import numpy as np
 import pytest
 import torch
 from catalog import CATALOG
-from catalog.entry import DTYPES, Entry
+from catalog.entry import DTYPES, Entry, Results, rounding
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 from minillm_kernels import cpu
+from minillm_kernels.int4_linear import dequantize_int4
+from minillm_kernels.quantize import quantize_int4
+from minillm_kernels.sampling import uniform, verify
 from torch import Tensor
+
+from minillm.speculative.verify import verify as verify_in_pytorch
 
 EXAMPLES = 100  # of each op, in C and in PyTorch
 ALL_DTYPES = (
@@ -34,18 +39,93 @@ INTEGERS = (0, -1, 1, 2, 32, 33, 2**31, 2**62, 10**30, 2.5)
 FLOATS = (0.0, -1.0, 0.5, 1e30, float("nan"), float("inf"), 2, 10**400)
 
 
+# ---- what only C computes, and is None elsewhere ----
+
+
+def verify_inputs(case: dict, dtype: torch.dtype, device, generator: torch.Generator) -> dict:
+    B, k, W, V = case["shape"]
+    random = {"generator": generator, "device": device}
+    seed, position = torch.randint(2**40, (2, B), **random)
+    return {
+        "draft_tokens": torch.randint(W, (B, k), **random),
+        "draft_probs": torch.rand(B, k, W, **random).softmax(-1),
+        "target_probs": torch.rand(B, k + 1, V, **random).softmax(-1),
+        "draft_lengths": torch.randint(k + 1, (B,), **random),
+        "seed": seed, "position": position, "stream": 2,
+    }  # fmt: skip
+
+
+def verify_reference(draft_tokens, draft_probs, target_probs, draft_lengths, seed, position, stream) -> Results:
+    place = position[:, None] + torch.arange(draft_tokens.shape[1] + 1)  # [B, k + 1]
+    seeds = seed[:, None].expand_as(place)
+    numbers = uniform(seeds[:, :-1], place[:, :-1], stream), uniform(seeds, place)
+    return verify_in_pytorch(draft_tokens, draft_probs, target_probs, draft_lengths, *numbers)
+
+
+def requantized(weight: Tensor, group_size: int) -> Tensor | None:
+    """The weights that int4 keeps of `weight`."""
+    if (found := quantize_int4(weight, group_size)) is None:
+        return None
+    packed, scale, zero = found
+    return dequantize_int4(packed, scale.t(), zero.t(), group_size).to(weight.dtype)
+
+
+def least_error(expected: Results, weight: Tensor, group_size: int) -> Results:
+    """No group's squared error is more than that of rounding to 16 steps from its smallest to its largest, so no
+    weight's error is more than the root of that; scales are float16, sums float32, and the result has a dtype too."""
+    groups = weight.double().unflatten(1, (-1, group_size))  # [N, K / G, G]
+    low, high = groups.amin(2, keepdim=True).clamp(max=0), groups.amax(2, keepdim=True).clamp(min=0)
+    scale = ((high - low) / 15).half().double().clamp(min=2.0**-24)
+    zero = (-low / scale).round().clamp(0, 15)
+    error = ((groups / scale + zero).round().clamp(0, 15) - zero) * scale - groups
+    bound = error.square().sum(2, keepdim=True).sqrt().expand_as(groups).flatten(1)
+    return (1.001 * bound + rounding(expected[0], torch.float32) + rounding(expected[0], weight.dtype),)
+
+
+ENTRIES_IN_C = {
+    "verify": Entry(
+        op=verify,
+        make_inputs=verify_inputs,
+        reference=verify_reference,
+        bounds=lambda expected, **_: expected,  # whole numbers are exact
+        bytes_moved=lambda **_: 0,
+        dtypes=("float32",),
+        small_cases={"one draft": dict(shape=(1, 1, 5, 5)), "a draft model of fewer words": dict(shape=(3, 4, 20, 33))},
+        model_cases={},
+    ),
+    "quantize_int4": Entry(
+        op=requantized,
+        make_inputs=lambda case, dtype, device, generator: {
+            "weight": torch.randn(case["shape"], generator=generator, device=device).to(dtype),
+            "group_size": case["group_size"],
+        },
+        reference=lambda weight, group_size: (weight.double(),),
+        bounds=least_error,
+        bytes_moved=lambda **_: 0,
+        small_cases={
+            "one group": dict(shape=(1, 32), group_size=32),
+            "ragged": dict(shape=(33, 128), group_size=64),
+            "two groups": dict(shape=(5, 256), group_size=128),
+        },
+        model_cases={},
+    ),
+}
+ENTRIES = CATALOG | ENTRIES_IN_C
+
+
 def test_that_is_at_least_a_thousand():
     assert 2 * len(CATALOG) * EXAMPLES >= 1000
 
 
-@pytest.mark.parametrize("name", CATALOG)
-@pytest.mark.parametrize("implementation", ["C", "PyTorch"])
+@pytest.mark.parametrize(
+    ("implementation", "name"), [*(("C", name) for name in ENTRIES), *(("PyTorch", name) for name in CATALOG)]
+)
 def test_a_right_result_or_a_clear_refusal(name, implementation, monkeypatch):
     if implementation == "PyTorch":
         monkeypatch.setattr(cpu, "library", lambda: None)
     elif not cpu.available():
         pytest.skip("no C compiler")
-    entry = CATALOG[name]
+    entry = ENTRIES[name]
     seen = {"right": 0, "refused": 0}
 
     @settings(
@@ -59,11 +139,16 @@ def test_a_right_result_or_a_clear_refusal(name, implementation, monkeypatch):
     def search(data):
         inputs = bent(entry, data)
         note(f"{name}({', '.join(f'{key}={shown(value)}' for key, value in inputs.items())})")
-        before = {key: value.clone() if isinstance(value, Tensor) else value for key, value in inputs.items()}
+        before = {key: plain(value) if isinstance(value, Tensor) else value for key, value in inputs.items()}
         try:
             results = entry.op(**inputs)
         except (ValueError, TypeError) as error:
             assert str(error), "an error without words"
+            seen["refused"] += 1
+            return
+        if results is None:
+            assert name in ENTRIES_IN_C
+            assert not all(in_c(value) for value in inputs.values())
             seen["refused"] += 1
             return
         results = results if isinstance(results, tuple) else (results,)
@@ -73,6 +158,14 @@ def test_a_right_result_or_a_clear_refusal(name, implementation, monkeypatch):
 
     search()
     assert min(seen.values()) >= 10, seen  # both happen, or the bending does not do what it should
+
+
+def in_c(value: object) -> bool:
+    """Whether C takes an argument that is right otherwise: its memory holds what PyTorch says, in a dtype of C's."""
+    if not isinstance(value, Tensor):
+        return True
+    plain = type(value) is Tensor and value.is_cpu and not value.is_neg() and not value._is_zerotensor()
+    return plain and value.dtype != torch.float64 and value.dtype not in (torch.bfloat16, torch.float16)
 
 
 def bent(entry: Entry, data) -> dict:
@@ -128,7 +221,7 @@ def resized(tensor: Tensor, dim: int, size: int) -> list[int]:
 def bent_tensor(tensor: Tensor, data):
     if tensor.layout != torch.strided:
         return tensor
-    ways = ["dtype", "gaps", "offset", "more dimensions", "meta", "sparse", "parameter"]
+    ways = ["dtype", "gaps", "offset", "more dimensions", "meta", "sparse", "parameter", "negative", "zeros"]
     if tensor.dim():
         ways += ["transposed", "expanded", "resized", "resized", "fewer dimensions"]
     way = data.draw(st.sampled_from(ways), label="way")
@@ -145,6 +238,10 @@ def bent_tensor(tensor: Tensor, data):
         return tensor.to("meta")
     if way == "sparse":
         return tensor if tensor.is_meta else tensor.to_sparse()
+    if way == "negative":  # a view whose numbers have another sign than those in memory
+        return torch._neg_view(tensor) if tensor.is_floating_point() else tensor
+    if way == "zeros":  # without memory
+        return torch._efficientzerotensor(tensor.shape, dtype=tensor.dtype)
     if way == "parameter":
         return torch.nn.Parameter(tensor, requires_grad=False)
     if way == "transposed":
@@ -163,12 +260,17 @@ def with_dimension(tensor: Tensor, dim: int, size: int) -> Tensor:
     return tensor.index_select(dim, torch.arange(size, device=tensor.device) % tensor.shape[dim])
 
 
+def plain(tensor: Tensor) -> Tensor:
+    """A copy whose numbers lie in its memory."""
+    return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor._is_zerotensor() else tensor.clone().resolve_neg()
+
+
 def shown(value) -> str:
     if not isinstance(value, Tensor):
         return repr(value)
     strides = value.stride() if value.layout == torch.strided else value.layout
     listed = value.dtype == torch.int64 and value.is_cpu and value.layout == torch.strided and value.numel() < 20
-    few = f" {value.tolist()}" if listed else ""
+    few = f" {plain(value).tolist()}" if listed else ""
     return f"<{tuple(value.shape)} {value.dtype} strides {strides} on {value.device}{few}>"
 
 
@@ -179,7 +281,7 @@ def check_results(entry: Entry, inputs: dict, results: tuple, coarse: bool) -> N
         return
     first = next(iter(inputs.values()))
     position = inputs.get("cache_position")
-    if entry.name == "decode_attention" and position.numel() and beyond_the_ring(inputs):
+    if "attention" in entry.name and position.numel() and beyond_the_ring(inputs):
         assert results[0].shape == first.shape  # which keys are left is unspecified: only memory counts
         return
     expected = entry.reference(**inputs)

@@ -219,7 +219,7 @@ def layer_launches(crosscompile, tokens: int, room: int) -> list[tuple]:
             keys, values = fake(1, KV, slots + 1, D), fake(1, KV, slots + 1, D)
             q_rotated = rope_and_cache_write.implementation(q, k, v, angle, angle, keys, values, position)
             attend = flash_attention if tokens > 16 else decode_attention
-            options = dict(cache_position=position, window=window)
+            options = dict(cache_position=position, window=window, softcap=None, alibi_slopes=None)
             keys, values = keys.narrow(2, 0, slots), values.narrow(2, 0, slots)
             attend.implementation(q_rotated, keys, values, scale=0.125, **options)
         gated_mlp.implementation(x, weight, "silu", scale)
@@ -282,7 +282,8 @@ def one_layer(x, residual, norm, qkv, qkv_scale, gate_up, gate_up_scale, cos, si
     keys, values = k_cache.narrow(2, 0, 11), v_cache.narrow(2, 0, 11)  # [...] on a fake CUDA tensor wants a GPU
     h = decode_attention(q, keys, values, position, 0.25, window=8)
     h = rms_norm(h.transpose(1, 2).reshape(2, 1, 64), norm, 1e-6, 1.0, True)
-    return flash_attention(q, q, q, 0.25), gated_mlp(h, gate_up, "silu", gate_up_scale) + residual.narrow(2, 0, 32)
+    h_prompt = flash_attention(q, keys, values, 0.25, None, None, None, position)
+    return h_prompt, gated_mlp(h, gate_up, "silu", gate_up_scale) + residual.narrow(2, 0, 32)
 
 
 def layer_inputs(device) -> list:
@@ -344,8 +345,8 @@ def test_arguments_that_do_not_fit_are_refused():
     ):
         with pytest.raises(ValueError, match=message):
             decode_attention(**dict(q=q, k=k, v=k, cache_position=position, scale=1.0) | change)
-    with pytest.raises(ValueError, match="cu_seqlens must be"):
-        flash_attention(*(torch.zeros(2, 2, 8, 16),) * 3, 1.0, cu_seqlens=torch.tensor([0, 8]))
+    with pytest.raises(ValueError, match="flash_attention: 9 tokens in one step do not fit 8 slots"):
+        flash_attention(torch.zeros(1, 4, 9, 16), k, k, 1.0, None, None, None, torch.arange(9)[None])
     with pytest.raises(ValueError, match="needs multiply_in_fp32"):
         rms_norm(torch.zeros(2, 8), torch.zeros(8), 1e-6, 1.0, False)
     with pytest.raises(ValueError, match="do not fit 3 slots"):

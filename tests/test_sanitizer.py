@@ -21,6 +21,7 @@ pytestmark = pytest.mark.skipif(
 GENERATION = """
 import torch
 from minillm import LLM
+from minillm_kernels import sampling
 
 torch.set_num_threads(2)
 for quantize in (None, "int8", "int4-g32"):
@@ -29,6 +30,16 @@ for quantize in (None, "int8", "int4-g32"):
         assert llm.generate("Once upon a time there was", max_new_tokens=20, eos_token_id=[]).stats
         assert llm.generate(" ".join(["The dog and the cat."] * 20), max_new_tokens=3, top_p=0.9).stats
         assert llm.generate(["The", "The dog and the cat"], max_new_tokens=5, prompt_lookup_num_tokens=3)
+# A draft model that samples: its own drafts come back to a verifier, which C is asked for.
+judged, verify = 0, sampling.verify
+def counting(*arguments):
+    global judged
+    found = verify(*arguments)
+    judged += found is not None
+    return found
+sampling.verify = counting
+llm.generate(["The", "The dog"], max_new_tokens=5, assistant_model=llm, num_assistant_tokens=3, temperature=1.0, seed=0)
+assert judged, "no draft was judged in C"
 """
 RAGGED_PRODUCT = """
 import torch

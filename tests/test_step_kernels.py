@@ -10,7 +10,7 @@ from minillm_kernels import cpu
 from minillm_kernels.activation import activate
 from minillm_kernels.decode_attention import decode_attention
 from minillm_kernels.norm import add, add_rms_norm, rms_norm
-from minillm_kernels.rope import rope_and_cache_write
+from minillm_kernels.rope import angles, rope_and_cache_write
 
 from minillm import StaticCache, attention
 from minillm.config import NormSpec
@@ -215,3 +215,15 @@ def test_activations_of_the_largest_numbers(name):
     assert torch.equal(activate(x, name) + 0.0, expected)
     both = torch.cat([x, torch.ones(6)])[None].repeat(3, 1)
     assert torch.equal(activate(both, name, gated=True) + 0.0, expected.repeat(3, 1))
+
+
+def test_what_is_no_op_has_a_gradient():
+    """C keeps none: where one is asked for, these are PyTorch's own operators."""
+    x, y = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8)
+    for call, plain in (
+        (lambda: add(y, x), lambda: y + x),
+        (lambda: activate(x, "silu"), lambda: torch.nn.functional.silu(x)),
+        (lambda: angles(torch.arange(3)[None], x[0, :1], 1.0)[0], lambda: (torch.arange(3)[:, None] * x[0, :1]).cos()),
+    ):
+        (ours,), (theirs,) = (torch.autograd.grad(one().sum(), x) for one in (call, plain))
+        torch.testing.assert_close(ours, theirs)

@@ -6,6 +6,8 @@ row's position, never the capacity) and having enough programs in flight when ba
 (the live range is split among programs; a second, tiny kernel combines). See `gpu/decode_attention.py`.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -13,7 +15,7 @@ from minillm_kernels import cpu
 from minillm_kernels.launch import interpreting
 from minillm_kernels.op import DTYPES, check_devices, op
 
-MAX_HEAD_DIM, MAX_HEAD_DIM_TRITON = 4096, 256  # the C code keeps a few heads per query row; Triton whole tiles of them
+MAX_HEAD_DIM_TRITON = 256  # it keeps whole tiles of heads in registers
 
 
 def check_attention(
@@ -21,12 +23,13 @@ def check_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    window: int | None,
-    softcap: float | None,
-    alibi_slopes: Tensor | None,
-    positions: Tensor | None,
+    cache_position: Tensor,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: Tensor | None = None,
 ) -> None:
-    """Raise ValueError unless these fit together: what both attention ops check; `positions` for its device."""
+    """Raise ValueError unless these fit together: what both attention ops check."""
     queries, keys = q.shape, k.shape
     if len(queries) != 4 or len(keys) != 4 or keys != v.shape:
         raise ValueError(
@@ -46,14 +49,21 @@ def check_attention(
         )
     if q.stride()[3] != 1 or k.stride()[3] != 1 or v.stride()[3] != 1:
         raise ValueError(f"{name}: the last dimension of q, k and v must be contiguous")
-    largest = MAX_HEAD_DIM if q.is_cpu and not interpreting() else MAX_HEAD_DIM_TRITON
+    largest = cpu.MAX_HEAD_DIM if q.is_cpu and not interpreting() else MAX_HEAD_DIM_TRITON
     if not 1 <= queries[3] <= largest:
         raise ValueError(f"{name}: head size {queries[3]} is not in 1 to {largest}, the largest supported")
     if window is not None and (not isinstance(window, int | torch.SymInt) or window < 1):
         raise ValueError(f"{name}: window must be a whole number of at least 1, or None, got {window}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"{name}: softcap must be positive or None, got {softcap}")
-    check_devices(name, q, k, v, alibi_slopes, positions)
+    if keys[2] < 1:
+        raise ValueError(f"{name}: the cache has no slots")
+    if cache_position.shape != (queries[0], queries[2]) or cache_position.dtype != torch.int64:
+        raise ValueError(
+            f"{name}: cache_position must be [B, T] = {(queries[0], queries[2])} int64, "
+            f"got {tuple(cache_position.shape)} {cache_position.dtype}"
+        )
+    check_devices(name, q, k, v, alibi_slopes, cache_position)
     if alibi_slopes is not None and (
         alibi_slopes.shape != (queries[1],) or alibi_slopes.dtype != torch.float32 or not alibi_slopes.is_contiguous()
     ):
@@ -63,29 +73,10 @@ def check_attention(
         )
 
 
-def check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cache_position: Tensor,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-) -> None:
-    check_attention("decode_attention", q, k, v, window, softcap, alibi_slopes, cache_position)
-    if k.shape[2] < 1:
-        raise ValueError("decode_attention: the cache has no slots")
-    if cache_position.shape != (q.shape[0], q.shape[2]) or cache_position.dtype != torch.int64:
-        raise ValueError(
-            f"decode_attention: cache_position must be [B, T] = {(q.shape[0], q.shape[2])} int64, "
-            f"got {tuple(cache_position.shape)} {cache_position.dtype}"
-        )
-
-
 @op(
-    check=check,
+    check=functools.partial(check_attention, "decode_attention"),
     fake=lambda q, *_: torch.empty(q.shape, dtype=q.dtype, device=q.device),
+    c=cpu.decode_attention,
     triton="minillm_kernels.gpu.decode_attention",
 )
 def decode_attention(
@@ -111,9 +102,7 @@ def decode_attention(
     the kernel is made for 1 to 16. Raises ValueError when shapes or dtypes do not fit together.
     """
     if not q.numel():
-        return torch.empty(q.shape, dtype=q.dtype, device="cpu")
-    if k.stride() == v.stride() and k.stride()[2] == q.shape[3] and cpu.available():
-        return cpu.decode_attention(q, k, v, cache_position, scale, window, softcap, alibi_slopes)
+        return torch.empty_like(q)
     group = q.shape[1] // k.shape[1]
     key_position = slot_positions(cache_position, k.shape[2])[:, None, None, :]  # [B, 1, 1, S]
     query_position = cache_position[:, None, :, None]  # [B, 1, T, 1]

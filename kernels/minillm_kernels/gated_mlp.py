@@ -15,7 +15,7 @@ from minillm_kernels.int8_linear import check_int8, int8_linear_torch
 from minillm_kernels.linear import check_dense
 from minillm_kernels.op import op
 
-ACTIVATIONS = ("silu", "gelu_tanh")
+ACTIVATIONS = tuple(filter(None, cpu.GATES))
 
 
 def check(
@@ -48,6 +48,7 @@ def check(
 @op(
     check=check,
     fake=lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0] // 2)),
+    c=lambda x, weight, activation, *scales, **named: cpu.product(x, weight, *scales, gate=activation, **named),
     triton="minillm_kernels.gpu.gated_mlp",
 )
 def gated_mlp(
@@ -64,8 +65,6 @@ def gated_mlp(
     with scale [2F] float32; or [2F, K / 2] uint8 (int4) with scale, zero [K / G, 2F] and group_size G, as in
     `int4_linear`. Activation and product are taken in float32. No gradient. Raises ValueError or TypeError.
     """
-    if x.is_cpu and cpu.available():
-        return cpu.product(x, weight, scale, zero, group_size, gate=activation)
     if weight.dtype == torch.int8:
         both = int8_linear_torch(x, weight, scale, None)
     elif weight.dtype == torch.uint8:

@@ -48,6 +48,7 @@ def check_int4(
 @op(
     check=functools.partial(check_int4, "int4_linear"),
     fake=lambda x, packed, *_: x.new_empty((*x.shape[:-1], packed.shape[0])),
+    c=lambda x, packed, scale, zero, group_size, bias=None: cpu.product(x, packed, scale, zero, group_size, bias),
     triton="minillm_kernels.gpu.int4_linear",
 )
 def int4_linear(
@@ -61,8 +62,6 @@ def int4_linear(
     In C a row's result does not depend on the number of threads or on the other rows, only on whether there are more
     than 16 of them: then w is rounded to bfloat16 if x is, as a checkpoint in full precision would be.
     """
-    if cpu.available():
-        return cpu.product(x, packed, scale, zero, group_size, bias)
     return int4_linear_torch(x, packed, scale, zero, group_size, bias)
 
 

@@ -36,6 +36,7 @@ def check_int8(name: str, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor
 @op(
     check=functools.partial(check_int8, "int8_linear"),
     fake=lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    c=lambda x, weight, scale, bias=None: cpu.product(x, weight, scale, bias=bias),
     triton="minillm_kernels.gpu.int8_linear",
 )
 def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -45,7 +46,7 @@ def int8_linear(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None = 
     In C a row's result does not depend on the number of threads or on the other rows, only on whether there are more
     than 16 of them: then the codes are multiplied as they are by x as it is, in bfloat16 or float32.
     """
-    return cpu.product(x, weight, scale, bias=bias) if cpu.available() else int8_linear_torch(x, weight, scale, bias)
+    return int8_linear_torch(x, weight, scale, bias)
 
 
 def int8_linear_torch(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -63,6 +63,7 @@ TABLE: dict[str, tuple[Launch, ...]] = {
         Launch({"BLOCK_M": 128, "BLOCK_N": 64}, 8, 2, max_size=128, chips=HOPPER_AND_LATER, half_only=True),
         Launch({"BLOCK_M": 128, "BLOCK_N": 32}, 8, 2, chips=(100,), half_only=True),
         Launch({"BLOCK_M": 64, "BLOCK_N": 32}, 8, 2, half_only=True),
+        Launch({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 2, max_size=64, chips=(80,)),  # the next one would spill
         Launch({"BLOCK_M": 32, "BLOCK_N": 16}, 4, 2, max_size=128, chips=(80,)),
         Launch({"BLOCK_M": 16, "BLOCK_N": 16}, 4, 2),
     ),

@@ -8,6 +8,8 @@ row the same result whatever stands beside it, takes quantized weights, and wait
 On a GPU the library's own matrix-vector product is at the limit already.
 """
 
+import functools
+
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -43,11 +45,11 @@ def check_dense(name: str, x: Tensor, weight: Tensor, bias: Tensor | None = None
     check_product(name, x, weight, bias)
 
 
-def check(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> None:
-    check_dense("linear", x, weight, bias)
-
-
-@op(check=check, fake=lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])))
+@op(
+    check=functools.partial(check_dense, "linear"),
+    fake=lambda x, weight, *_: x.new_empty((*x.shape[:-1], weight.shape[0])),
+    c=lambda x, weight, bias=None: cpu.product(x, weight, bias=bias),
+)
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x W^T + bias. x [..., K], weight [N, K], bias [N], one dtype of float32, bfloat16, float16.
 
@@ -55,4 +57,4 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     In C a row's result does not depend on the other rows, only on whether there are more than 16 of them.
     Raises ValueError or TypeError.
     """
-    return cpu.product(x, weight, bias=bias) if x.is_cpu and cpu.available() else F.linear(x, weight, bias)
+    return F.linear(x, weight, bias)

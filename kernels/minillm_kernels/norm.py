@@ -71,7 +71,12 @@ def empty_like(x: Tensor) -> Tensor:
     return torch.empty(x.shape, dtype=x.dtype, device=x.device)
 
 
-@op(check=check_norm, fake=lambda x, *_: empty_like(x), triton="minillm_kernels.gpu.norm")
+@op(
+    check=check_norm,
+    fake=lambda x, *_: empty_like(x),
+    c=lambda x, *options, **named: cpu.rms_norm(x, None, *options, **named)[0],
+    triton="minillm_kernels.gpu.norm",
+)
 def rms_norm(
     x: Tensor,
     weight: Tensor,
@@ -91,14 +96,13 @@ def rms_norm(
     dtype, is added last; both need `multiply_in_fp32=True`.
     Raises ValueError when shapes or dtypes do not fit.
     """
-    if cpu.available():
-        return cpu.rms_norm(x, None, weight, eps, offset, multiply_in_fp32, bias, center)[0]
     return norm(x, weight, eps, offset, multiply_in_fp32, bias, center)
 
 
 @op(
     check=check_add_norm,
     fake=lambda x, *_: (empty_like(x), empty_like(x)),
+    c=cpu.rms_norm,
     triton="minillm_kernels.gpu.norm",
 )
 def add_rms_norm(
@@ -112,8 +116,6 @@ def add_rms_norm(
     center: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """(rms_norm(sum), sum) with sum = x + residual, rounded to their dtype; arguments as for `rms_norm`."""
-    if cpu.available():
-        return cpu.rms_norm(x, residual, weight, eps, offset, multiply_in_fp32, bias, center)
     total = x + residual
     return norm(total, weight, eps, offset, multiply_in_fp32, bias, center), total
 
@@ -131,14 +133,10 @@ def norm(
     return wide.to(x.dtype) * weight
 
 
+@op(check=check_add, c=cpu.add)
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, of one shape and one dtype of float32, bfloat16, float16. Raises ValueError or TypeError.
 
-    In C on a CPU, so that a pass can be recorded (`cpu/tape.py`). Elsewhere it is PyTorch's own addition and no op:
-    a compiler fuses that with its neighbours.
+    In C on a CPU, so that a pass can be recorded (`cpu/tape.py`); no op elsewhere.
     """
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor) or not x.layout == y.layout == torch.strided:
-        raise TypeError(f"add: x and y must be dense tensors, got {type(x).__name__} and {type(y).__name__}")
-    check_add(x, y)
-    in_c = not torch.compiler.is_compiling() and type(x) is type(y) is Tensor and x.is_cpu and cpu.available()
-    return cpu.add(x, y) if in_c else x + y
+    return x + y

@@ -10,8 +10,6 @@ from torch import Tensor
 from minillm_kernels import cpu
 from minillm_kernels.op import DTYPES, check_devices, op
 
-MAX_HEAD_DIM = 4096  # the C code holds two heads on a thread's stack
-
 
 def check(
     q: Tensor,
@@ -41,8 +39,8 @@ def check(
             f"rope_and_cache_write: cos and sin must be float32 with 1 to {head_dim // 2} angles, "
             f"got {angles[2]} angles in {cos.dtype}, {sin.dtype}"
         )
-    if head_dim > MAX_HEAD_DIM:
-        raise ValueError(f"rope_and_cache_write: head size {head_dim} is over the largest supported, {MAX_HEAD_DIM}")
+    if head_dim > cpu.MAX_HEAD_DIM:
+        raise ValueError(f"rope_and_cache_write: head size {head_dim} is over the largest, {cpu.MAX_HEAD_DIM}")
     cache = k_cache.shape
     if cache != v_cache.shape or len(cache) != 4 or cache != (batch, kv_heads, cache[2], head_dim):
         raise ValueError(
@@ -73,7 +71,13 @@ def fake(q: Tensor, *_) -> Tensor:
     return torch.empty((batch, heads, tokens, head_dim), dtype=q.dtype, device=q.device)
 
 
-@op(check=check, fake=fake, triton="minillm_kernels.gpu.rope", mutates_args=("k_cache", "v_cache"))
+@op(
+    check=check,
+    fake=fake,
+    c=cpu.rope_and_cache_write,
+    triton="minillm_kernels.gpu.rope",
+    mutates_args=("k_cache", "v_cache"),
+)
 def rope_and_cache_write(
     q: Tensor,
     k: Tensor,
@@ -93,8 +97,6 @@ def rope_and_cache_write(
     Returns the rotated queries [B, H, T, D], as `decode_attention` takes them. Computes in float32, rounds
     once. Raises ValueError when shapes or dtypes do not fit.
     """
-    if cpu.available():
-        return cpu.rope_and_cache_write(q, k, v, cos, sin, k_cache, v_cache, cache_position)
     slots = k_cache.shape[2] - 1
     slot = torch.where(cache_position < 0, slots, cache_position % slots)  # [B, T]
     row = torch.arange(q.shape[0], device=q.device)[:, None]  # [B, 1]
@@ -111,17 +113,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat(turned, dim=-1).to(x.dtype)  # [B, T, heads, D]
 
 
-def angles(position: Tensor, frequency: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of position * frequency, both times `scale`: position [B, T] int64, frequency [B | 1, R / 2]
-    float32; two [B, T, R / 2] float32.
-
-    No op: off the CPU it is PyTorch's own, which a compiler fuses; in C on a CPU, so that a pass can be recorded.
-    Raises ValueError when shapes or dtypes do not fit.
-    """
-    for name, value in (("position", position), ("frequency", frequency)):
-        if not isinstance(value, Tensor) or value.layout != torch.strided:
-            raise TypeError(f"angles: {name} must be a dense tensor, got {type(value).__name__}")
-    if isinstance(scale, bool) or not isinstance(scale, int | float) or not abs(scale) < 2**64:
+def check_angles(position: Tensor, frequency: Tensor, scale: float) -> None:
+    if not abs(scale) < 2**64:
         raise ValueError(f"angles: scale must be a finite number, got {scale!r}")
     if position.dim() != 2 or position.dtype != torch.int64:
         raise ValueError(f"angles: position must be [B, T] int64, got {tuple(position.shape)} {position.dtype}")
@@ -130,7 +123,14 @@ def angles(position: Tensor, frequency: Tensor, scale: float) -> tuple[Tensor, T
             f"angles: frequency must be [B | 1, R / 2] float32, got {tuple(frequency.shape)} {frequency.dtype}"
         )
     check_devices("angles", position, frequency)
-    if not torch.compiler.is_compiling() and type(position) is Tensor and position.is_cpu and cpu.available():
-        return cpu.angles(position, frequency, scale)
+
+
+@op(check=check_angles, c=cpu.angles)
+def angles(position: Tensor, frequency: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of position * frequency, both times `scale`: position [B, T] int64, frequency [B | 1, R / 2]
+    float32; two [B, T, R / 2] float32.
+
+    In C on a CPU, so that a pass can be recorded; no op elsewhere. Raises ValueError when shapes or dtypes do not fit.
+    """
     angle = position[:, :, None].float() * frequency[:, None, :]  # [B, T, R / 2]
     return angle.cos() * scale, angle.sin() * scale

@@ -57,6 +57,7 @@ def check_draw(probs: Tensor, seed: Tensor, position: Tensor, stream: int) -> No
 @op(
     check=check_probabilities,
     fake=lambda logits, *_: torch.empty(logits.shape, dtype=logits.dtype, device=logits.device),
+    c=cpu.probabilities,
     triton="minillm_kernels.gpu.sampling",
 )
 def probabilities(
@@ -73,14 +74,13 @@ def probabilities(
     Returns [B, V] float32; a row with a logit of NaN or infinity is NaN, as a softmax of it would be. Raises ValueError
     when shapes, dtypes or devices do not fit.
     """
-    if cpu.available():
-        return cpu.probabilities(logits, temperature, top_k, top_p, min_p)
     return filtered_softmax(logits, temperature, top_k, top_p, min_p)
 
 
 @op(
     check=check_draw,
     fake=lambda probs, *_: torch.empty(probs.shape[0], dtype=torch.int64, device=probs.device),
+    c=cpu.draw,
     triton="minillm_kernels.gpu.sampling",
 )
 def draw(probs: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
@@ -88,26 +88,65 @@ def draw(probs: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
 
     Raises ValueError when shapes, dtypes or devices do not fit.
     """
-    if cpu.available():
-        return cpu.draw(probs, seed, position, stream)
     return sample(probs, uniform(seed, position, stream))
 
 
+def check_argmax(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise TypeError(f"argmax: x must be floats, got {x.dtype}")
+    if not x.dim() or not x.shape[-1]:
+        raise ValueError(f"argmax: x must be [..., V] with V of 1 or more, got {tuple(x.shape)}")
+
+
+@op(check=check_argmax, c=lambda x: cpu.argmax(x) if x.dtype == torch.float32 else x.argmax(dim=-1))
 def argmax(x: Tensor) -> Tensor:
     """The first largest of each row, or the first that is no number: x [..., V] float, V 1 or more; [...] int64.
 
-    No op: `torch.argmax`, but for a CPU, where in C a pass can be recorded, and none of PyTorch's threads is woken,
-    which would have to be waited for beside a busy process. Raises ValueError or TypeError.
+    In C on a CPU, where a pass can then be recorded, and none of PyTorch's threads is woken, which would have to be
+    waited for beside a busy process; no op elsewhere. Raises ValueError or TypeError.
     """
-    if not isinstance(x, Tensor) or x.layout != torch.strided or not x.is_floating_point():
-        what = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"argmax: x must be a dense tensor of floats, got {what}")
-    if not x.dim() or not x.shape[-1]:
-        raise ValueError(f"argmax: x must be [..., V] with V of 1 or more, got {tuple(x.shape)}")
-    in_c = type(x) is Tensor and x.is_cpu and x.dtype == torch.float32 and not torch.compiler.is_compiling()
-    return cpu.argmax(x) if in_c and cpu.available() else x.argmax(dim=-1)
+    return x.argmax(dim=-1)
 
 
+def check_verify(
+    draft_tokens: Tensor,
+    draft_probs: Tensor,
+    target_probs: Tensor,
+    draft_lengths: Tensor,
+    seed: Tensor,
+    position: Tensor,
+    stream: int,
+) -> None:
+    (B, k), (V, W) = draft_tokens.shape, (target_probs.shape[-1], draft_probs.shape[-1])
+    if draft_probs.shape != (B, k, W) or target_probs.shape != (B, k + 1, V) or not k or not 1 <= W <= V:
+        shapes = f"{tuple(draft_tokens.shape)}, {tuple(draft_probs.shape)} and {tuple(target_probs.shape)}"
+        raise ValueError(f"verify: [B, k], [B, k, W] and [B, k + 1, V] with W up to V are needed, got {shapes}")
+    if not draft_probs.is_floating_point() or not target_probs.is_floating_point():
+        raise TypeError(f"verify: probabilities must be floats, got {draft_probs.dtype} and {target_probs.dtype}")
+    if not 0 <= stream < 2**31:
+        raise ValueError(f"verify: stream must be from 0 to 2^31 - 1, got {stream}")
+    if draft_tokens.dtype != torch.int64:
+        raise TypeError(f"verify: draft_tokens must be int64, got {draft_tokens.dtype}")
+    for name, column in (("draft_lengths", draft_lengths), ("seed", seed), ("position", position)):
+        if column.shape != (B,) or column.dtype != torch.int64:
+            raise ValueError(f"verify: {name} must be [{B}] int64, got {tuple(column.shape)} {column.dtype}")
+    check_devices("verify", draft_tokens, draft_probs, target_probs, draft_lengths, seed, position)
+
+
+def verify_in_c(
+    draft_tokens: Tensor, draft_probs: Tensor, target_probs: Tensor, draft_lengths: Tensor, *place, **named
+) -> tuple[Tensor, Tensor] | None:
+    if not draft_probs.dtype == target_probs.dtype == torch.float32:
+        return None
+    k, W = draft_probs.shape[1:]
+    if len(draft_tokens):
+        smallest, largest = (int(end) for end in draft_tokens.aminmax())
+        if smallest < 0 or largest >= W or int(draft_lengths.max()) > k:
+            raise ValueError(f"verify: drafts must be from 0 to {W - 1}, and at most {k}")
+    return cpu.verify(draft_tokens, draft_probs, target_probs, draft_lengths, *place, **named)
+
+
+@op(check=check_verify, c=verify_in_c)
 def verify(
     draft_tokens: Tensor,
     draft_probs: Tensor,
@@ -119,8 +158,8 @@ def verify(
 ) -> tuple[Tensor, Tensor] | None:
     """How many drafts each row keeps, and the token that follows them (speculative sampling, arXiv 2211.17192).
 
-    No op: in C what would be some forty of PyTorch's operators on tensors over which its threads wake, and None where
-    there is no C for these tensors.
+    In C what would be some forty of PyTorch's operators on tensors over which its threads wake, and None where there is
+    no C for these tensors: off a CPU, or in another dtype.
 
     Args:
         draft_tokens: [B, k] int64; draft_probs [B, k, W] float32, what each was drawn from, nothing beyond W.
@@ -129,27 +168,10 @@ def verify(
         seed, position: [B] int64: the i-th draft of a row, which would stand at position + i, is kept where
             uniform(seed, position + i, stream) * q < p; what follows is drawn with `uniform`'s stream 0.
 
-    Returns accepted and next token, [B] int64. Raises ValueError where shapes, dtypes or devices do not fit, for an id
-    that W does not have, and for more drafts than k, which is 1 or more.
+    Returns accepted and next token, [B] int64. Raises ValueError or TypeError where shapes, dtypes or devices do not
+    fit, and in C for an id that W does not have, and for more drafts than k, which is 1 or more.
     """
-    on_cpu = target_probs.is_cpu and draft_probs.is_cpu
-    if not (on_cpu and target_probs.dtype == draft_probs.dtype == torch.float32 and cpu.available()):
-        return None
-    shape, dtype = tuple(draft_tokens.shape), draft_tokens.dtype
-    if len(shape) != 2 or shape[1] == 0 or dtype != torch.int64 or not draft_tokens.is_cpu:
-        raise ValueError(f"verify: draft_tokens must be [B, k] int64 on a CPU, got {shape} {dtype}")
-    (B, k), V, W = draft_tokens.shape, target_probs.shape[-1], draft_probs.shape[-1]
-    if target_probs.shape != (B, k + 1, V) or draft_probs.shape != (B, k, W) or not 1 <= W <= V:
-        shapes = f"{tuple(draft_tokens.shape)}, {tuple(draft_probs.shape)} and {tuple(target_probs.shape)}"
-        raise ValueError(f"verify: [B, k], [B, k, W] and [B, k + 1, V] with W up to V are needed, got {shapes}")
-    if type(stream) is not int or not 0 <= stream < 2**31:
-        raise ValueError(f"verify: stream must be from 0 to 2^31 - 1, got {stream}")
-    for name, column in (("draft_lengths", draft_lengths), ("seed", seed), ("position", position)):
-        if column.shape != (B,) or column.dtype != torch.int64 or not column.is_cpu:
-            raise ValueError(f"verify: {name} must be [{B}] int64 on a CPU, got {tuple(column.shape)} {column.dtype}")
-    if B and (int(draft_tokens.min()) < 0 or int(draft_tokens.max()) >= W or int(draft_lengths.max()) > k):
-        raise ValueError(f"verify: drafts must be from 0 to {W - 1}, and at most {k}")
-    return cpu.verify(draft_tokens, draft_probs, target_probs, draft_lengths, seed, position, stream)
+    return None
 
 
 # ---- the same in PyTorch, for any float dtype and any device ----

@@ -4,7 +4,7 @@ through the model. The layouts are `linear.py`'s."""
 from collections.abc import Callable
 
 import torch
-from minillm_kernels import cpu
+from minillm_kernels import quantize as kernels
 from torch import Tensor
 
 from minillm.errors import CheckpointError
@@ -75,12 +75,12 @@ def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tens
     low, high = (end.double() for end in weight.aminmax())
     if _finite(high.clamp(min=0) - low.clamp(max=0)) > _WIDEST:
         raise CheckpointError(f'weights from {low:g} to {high:g} are too far apart for int4; use quantize="int8"')
+    if found := kernels.quantize_int4(weight.detach(), group_size):  # the same as below in C, several times faster
+        packed, scale, zero = found
+        return packed, scale.t(), zero.t()
     packed = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device=device)
     scale = torch.empty(outputs, groups, dtype=torch.float16, device=device)
     zero = torch.empty(outputs, groups, dtype=torch.uint8, device=device)
-    if weight.is_cpu and cpu.available():  # the same search and results as below, several times faster
-        cpu.quantize_int4(weight, group_size, packed, scale, zero)
-        return packed, scale.t(), zero.t()
     for rows in _pieces(weight):
         grouped = weight[rows].float().view(-1, groups, group_size)  # [n, K/G, G]
         piece_scale, piece_zero = _search(grouped)  # [n, K/G, 1] each

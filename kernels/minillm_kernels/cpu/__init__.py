@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from minillm_kernels.cpu import build, glue, tape
-from minillm_kernels.cpu.call import FORMATS, Call, address
+from minillm_kernels.cpu.call import DTYPES, FORMATS, Call, address
 
 GROUP_SIZES = (32, 64, 128)  # inputs that share a scale in int4
 FEW_ROWS = 16  # up to which the time is that of reading the weights: other code than for many rows
 GATES = {None: 0, "silu": 1, "gelu_tanh": 2}
 ACTIVATIONS = GATES | {"gelu": 3, "relu": 4, "relu2": 5}
+MAX_HEAD_DIM = 4096  # a thread keeps a few heads on its stack
 
 LINEAR = Call(
     "linear",
@@ -62,7 +63,8 @@ REPLAY = Call("replay", "int64_t function, arguments;")
 
 def threads() -> int:
     """How many threads share a call: as many as PyTorch's operators use, but no more than may run at a time."""
-    return min(torch.get_num_threads(), cores())
+    wanted, most = torch.get_num_threads(), cores()
+    return wanted if wanted < most else most  # a call to `min` takes longer
 
 
 @functools.cache
@@ -175,7 +177,7 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return out
 
 
-def activate(x: Tensor, activation: str, gated: bool) -> Tensor:
+def activate(x: Tensor, activation: str, gated: bool = False) -> Tensor:
     """As `activation.activate`."""
     x = x.contiguous()
     width = x.shape[-1] // (2 if gated else 1)
@@ -216,13 +218,15 @@ def rope_and_cache_write(q, k, v, cos, sin, k_cache, v_cache, cache_position) ->
     return out
 
 
-def decode_attention(q, k, v, cache_position, scale, window, softcap, alibi_slopes) -> Tensor:
+def decode_attention(q, k, v, cache_position, scale, window=None, softcap=None, alibi_slopes=None) -> Tensor:
     """As `minillm::decode_attention`; k and v may be views of a longer cache that cut off slots at the end.
 
     The result, [B, H, T, D] like q, lies in memory as [B, T, H, D]: what follows wants the heads side by side.
     """
     q, cache_position = q.contiguous(), cache_position.contiguous()
     batch, heads, tokens, head_dim = q.shape
+    if k.stride() != v.stride() or k.stride(2) != head_dim:
+        k, v = k.contiguous(), v.contiguous()
     out = torch.empty((batch, tokens, heads, head_dim), dtype=q.dtype, device="cpu")
     packed = ATTENTION.pack(
         q.data_ptr(), k.data_ptr(), v.data_ptr(), cache_position.data_ptr(), address(alibi_slopes),
@@ -260,11 +264,11 @@ def draw(probs: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
     return out
 
 
-def verify(drafted, draft_probs, target_probs, lengths, seed, position, stream) -> tuple[Tensor, Tensor]:
+def verify(draft_tokens, draft_probs, target_probs, draft_lengths, seed, position, stream) -> tuple[Tensor, Tensor]:
     """As `sampling.verify`."""
     if draft_probs.stride(2) != 1 and draft_probs.shape[2] > 1:
         draft_probs = draft_probs.contiguous()
-    drafted, target_probs, lengths = drafted.contiguous(), target_probs.contiguous(), lengths.contiguous()
+    drafted, target_probs, lengths = (x.contiguous() for x in (draft_tokens, target_probs, draft_lengths))
     seed, position = seed.contiguous(), position.contiguous()
     accepted, following = torch.empty_like(lengths), torch.empty_like(lengths)
     packed = VERIFY.pack(
@@ -289,27 +293,19 @@ def blank_tape() -> tape.Tape:
     return tape.Tape(library(), REPLAY.pack, glue.TWINS)
 
 
-def quantize_int4(weight: Tensor, group_size: int, packed: Tensor, scale: Tensor, zero: Tensor) -> None:
-    """Fill packed [N, K / 2], scale and zero [N, K / G] with weight [N, K] in int4: what `int4_linear` takes, but for
-    the transposition.
-
-    The weights must be finite. Raises ValueError when the tensors do not fit together.
-    """
-    (outputs, inputs), grouped = weight.shape, (weight.shape[0], weight.shape[1] // group_size)
-    if group_size not in GROUP_SIZES or inputs % group_size or packed.shape != (outputs, inputs // 2):
-        raise ValueError(
-            f"weight {tuple(weight.shape)} does not fill packed {tuple(packed.shape)} in groups of {group_size}"
-        )
-    if scale.shape != grouped or zero.shape != grouped or scale.dtype != torch.float16 or zero.dtype != torch.uint8:
-        raise ValueError(f"scale and zero must be {grouped}, float16 and uint8, got {scale.shape}, {zero.shape}")
-    weight = weight.contiguous()
-    if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        weight = weight.float()
+def quantize_int4(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor, Tensor]:
+    """As `quantize.quantize_int4`."""
+    weight = weight.contiguous() if weight.dtype in DTYPES else weight.float().contiguous()
+    outputs, inputs = weight.shape
+    packed = torch.empty(outputs, inputs // 2, dtype=torch.uint8, device="cpu")
+    scale = torch.empty(outputs, inputs // group_size, dtype=torch.float16, device="cpu")
+    zero = torch.empty(outputs, inputs // group_size, dtype=torch.uint8, device="cpu")
     arguments = QUANTIZE.pack(
-        FORMATS[weight.dtype], weight.data_ptr(), *weight.shape, group_size, address(packed), address(scale),
-        address(zero), threads(),
+        FORMATS[weight.dtype], weight.data_ptr(), outputs, inputs, group_size, packed.data_ptr(), scale.data_ptr(),
+        zero.data_ptr(), threads(),
     )  # fmt: skip
     _call(QUANTIZE, arguments, weight, packed, scale, zero)
+    return packed, scale, zero
 
 
 @functools.cache

@@ -30,16 +30,16 @@ def load() -> ctypes.CDLL:
 
     Where the cache cannot be written the library is compiled for this process alone, and its file deleted once loaded.
     """
-    folder = cache_folder()
+    folder = cache_folder("kernels")
     if folder is not None:
         return ctypes.CDLL(str(build(folder)))
     with tempfile.TemporaryDirectory(prefix="minillm-kernels-") as temporary:
         return ctypes.CDLL(str(build(Path(temporary))))
 
 
-def cache_folder() -> Path | None:
-    """Where built kernels are kept, or None where that cannot be written."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillm" / "kernels"
+def cache_folder(name: str) -> Path | None:
+    """`$XDG_CACHE_HOME/minillm/<name>`, made if need be, for what can be made again; None where that cannot be."""
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillm" / name
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError:

@@ -10,8 +10,7 @@ elsewhere PyTorch takes `to` and `contiguous` apart into others, which have no t
 import torch
 from torch import Tensor
 
-from minillm_kernels.cpu.call import FORMATS, Call
-from minillm_kernels.op import DTYPES
+from minillm_kernels.cpu.call import DTYPES, FORMATS, Call
 
 MAX_DIMS = 4
 

@@ -21,13 +21,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from minillm_kernels.cpu import FEW_ROWS
 from minillm_kernels.gpu.softmax import NEVER, NO_WINDOW, check_offsets, load_rows, scores_log2, softmax_step
 from minillm_kernels.launch import choose
 
 CHUNK = 128  # positions per program at least: below this, launching costs more than it hides
 MAX_SPLITS = 64  # with one key head and one row that is 64 programs; the combine reads this many partials
 MAX_PARTIALS = 128  # of a head, over all tokens: what a captured step keeps for them stays small
-MAX_SPLIT_TOKENS = 16  # more query tokens than this fill the GPU without splitting
 
 
 @triton.jit
@@ -144,7 +144,7 @@ def combine_kernel(
 def splits(slots: int, tokens: int) -> int:
     """How many programs share a live range; a power of two. Shapes decide, so a graph can be captured, and
     the batch size does not, so a row's bits are the same alone and in a batch."""
-    if tokens > MAX_SPLIT_TOKENS:
+    if tokens > FEW_ROWS:  # they fill the GPU without splitting
         return 1
     most = min(MAX_SPLITS, MAX_PARTIALS // triton.next_power_of_2(tokens))
     return min(triton.next_power_of_2(triton.cdiv(slots, CHUNK)), most)

@@ -3,8 +3,8 @@
     grid (query blocks, H, B); one program holds BLOCK_M query rows and walks the keys in tiles of BLOCK_N:
 
                  keys  ->
-    queries   . / / # # # \\                    .  outside the window or another sequence: never loaded
-              . . / / # # # \\                  /  left edge of the window or sequence: masked
+    queries   . / / # # # \\                    .  outside the window: never loaded
+              . . / / # # # \\                  /  left edge of the window: masked
               . . . / / # # # \\                #  visible to every row of the block: no mask at all
                                                 \\  diagonal: masked
 
@@ -12,9 +12,8 @@ The last query blocks have the most keys, so they are started first: the short o
 end. The three stretches are three loops over one function, so that the middle one, where nearly all of
 the time goes, compiles without compares and selects.
 
-A chunk in the middle of a text attends to a cache: its queries begin at a position that is read from the device, and
-a key lies in the slot of its position, modulo the slots. Nothing else differs. The decode kernel would do it too, but
-compares every score.
+The keys lie in a cache: the queries begin at a position that is read from the device, and a key lies in the slot of
+its position, modulo the slots. The decode kernel would do it too, but compares every score.
 """
 
 import torch
@@ -22,7 +21,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from minillm_kernels.flash_attention import sequence_starts
 from minillm_kernels.gpu.softmax import NEVER, NO_WINDOW, check_offsets, load_rows, scores_log2, softmax_step
 from minillm_kernels.launch import choose
 
@@ -30,7 +28,7 @@ from minillm_kernels.launch import choose
 @triton.jit
 def attend_stretch(
     acc, biggest, total, q_tile, k, v, k_token, v_token, low, high,
-    query, start, end, slots, wrapped, window, scale, softcap, slope,
+    query, end, slots, wrapped, window, scale, softcap, slope,
     MASKED: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Fold the keys [low, high), low a multiple of BLOCK_N, into the running softmax of the block. There are none
@@ -44,7 +42,7 @@ def attend_stretch(
         s = scores_log2(q_tile, k_tile, query, key, scale, softcap, slope)  # [BLOCK_M, BLOCK_N]
         if MASKED:
             seen = (key[None, :] <= query[:, None]) & (key[None, :] > query[:, None] - window)
-            s = tl.where(seen & (key[None, :] >= start[:, None]), s, NEVER)
+            s = tl.where(seen, s, NEVER)
         v_tile = load_rows(v, slot, v_token, key < end, D, BLOCK_D)
         acc, biggest, total = softmax_step(s, v_tile, acc, biggest, total)
     return acc, biggest, total
@@ -52,7 +50,7 @@ def attend_stretch(
 
 @triton.jit(do_not_specialize=["tokens", "slots", "window"])
 def flash_attention_kernel(
-    q, k, v, starts, cache_position, alibi_slopes, out,
+    q, k, v, cache_position, alibi_slopes, out,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     tokens, slots, scale, softcap, window,
     HEADS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
@@ -64,14 +62,10 @@ def flash_attention_kernel(
     token = first + tl.arange(0, BLOCK_M)
     row_mask = token < tokens
     q_tile = load_rows(q + batch * q_batch + head * q_head, token, q_token, row_mask, D, BLOCK_D)
-    # From here on everything counts in positions. Without a cache a token's position is its index.
-    if cache_position is None:
-        query = token
-        last = tl.minimum(first + BLOCK_M, tokens) - 1
-    else:
-        query = tl.load(cache_position + batch * tokens + token, mask=row_mask, other=-1).to(tl.int32)
-        last = tl.max(query, 0)  # -1 where all is padding: no key is read
-        first = tl.min(tl.where(query < 0, last + 1, query), 0)
+    # From here on everything counts in positions.
+    query = tl.load(cache_position + batch * tokens + token, mask=row_mask, other=-1).to(tl.int32)
+    last = tl.max(query, 0)  # -1 where all is padding: no key is read
+    first = tl.min(tl.where(query < 0, last + 1, query), 0)
     end = last + 1
     k += batch * k_batch + head // GROUP * k_head
     v += batch * v_batch + head // GROUP * v_head
@@ -80,15 +74,8 @@ def flash_attention_kernel(
         slope = tl.load(alibi_slopes + head) + tl.zeros([BLOCK_M], tl.float32)
 
     # The first key that the first, and that the last row of the block sees; in between lies the left edge.
-    start = tl.zeros([BLOCK_M], tl.int32)
-    first_start = 0
-    last_start = 0
-    if starts is not None:
-        start = tl.load(starts + token, mask=row_mask, other=0)
-        first_start = tl.load(starts + first)  # packed sequences lie in no cache: positions are indices
-        last_start = tl.load(starts + last)
-    low = tl.maximum(first_start, first - window + 1)
-    full = tl.maximum(last_start, last - window + 1)  # from here on every row sees every key ...
+    low = tl.maximum(0, first - window + 1)
+    full = tl.maximum(0, last - window + 1)  # from here on every row sees every key ...
     diagonal = first + 1  # ... up to here
     wrapped = low // slots * slots  # the position of slot 0 in this turn of the ring; keys span one turn at most
     low = low // BLOCK_N * BLOCK_N
@@ -100,15 +87,15 @@ def flash_attention_kernel(
     total = tl.zeros([BLOCK_M], tl.float32)
     acc, biggest, total = attend_stretch(
         acc, biggest, total, q_tile, k, v, k_token, v_token, low, full,
-        query, start, end, slots, wrapped, window, scale, softcap, slope, True, D, BLOCK_D, BLOCK_N,
+        query, end, slots, wrapped, window, scale, softcap, slope, True, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     acc, biggest, total = attend_stretch(
         acc, biggest, total, q_tile, k, v, k_token, v_token, full, diagonal,
-        query, start, end, slots, wrapped, window, scale, softcap, slope, False, D, BLOCK_D, BLOCK_N,
+        query, end, slots, wrapped, window, scale, softcap, slope, False, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
     acc, biggest, total = attend_stretch(
         acc, biggest, total, q_tile, k, v, k_token, v_token, diagonal, end,
-        query, start, end, slots, wrapped, window, scale, softcap, slope, True, D, BLOCK_D, BLOCK_N,
+        query, end, slots, wrapped, window, scale, softcap, slope, True, D, BLOCK_D, BLOCK_N,
     )  # fmt: skip
 
     column = tl.arange(0, BLOCK_D)
@@ -122,22 +109,20 @@ def flash_attention(
     k: Tensor,
     v: Tensor,
     scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    alibi_slopes: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
-    cache_position: Tensor | None = None,
+    window: int | None,
+    softcap: float | None,
+    alibi_slopes: Tensor | None,
+    cache_position: Tensor,
 ) -> Tensor:
     """Launch for `minillm::flash_attention`; see there for the arguments."""
     batch, heads, tokens, head_dim = q.shape
     check_offsets(q, k, v)
-    starts = sequence_starts(cu_seqlens, tokens)
     row = choose("flash_attention", q, size=head_dim)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if out.numel() == 0:
         return out
     flash_attention_kernel[(triton.cdiv(tokens, row.blocks["BLOCK_M"]), heads, batch)](
-        q, k, v, starts, cache_position, alibi_slopes, out, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
+        q, k, v, cache_position.contiguous(), alibi_slopes, out, *q.stride()[:3], *k.stride()[:3], *v.stride()[:3],
         tokens, k.shape[2], scale, softcap, NO_WINDOW if window is None else min(window, NO_WINDOW),
         HEADS=heads, GROUP=heads // k.shape[1], D=head_dim,
         BLOCK_D=max(16, triton.next_power_of_2(head_dim)), **row.arguments(),
