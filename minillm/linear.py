@@ -69,7 +69,8 @@ class Linear(Projection):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] -> [..., N]."""
-        product = F.linear if _library_only(x, self.weight) else linear
+        # Training needs autograd and autocast, which the ops do not have; off the CPU the library's GEMV is the best.
+        product = linear if x.is_cpu and not _trains(x, self.weight) else F.linear
         return product(x, self.weight, self.bias)
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
@@ -182,11 +183,6 @@ def check_groups(inputs: int, outputs: int, group_size: int) -> None:
 
 def _empty_bias(out_features: int, bias: bool, dtype: torch.dtype, device) -> nn.Parameter | None:
     return nn.Parameter(torch.empty(out_features, dtype=dtype, device=device)) if bias else None
-
-
-def _library_only(x: Tensor, weight: Tensor) -> bool:
-    """Training needs autograd and autocast, which the ops do not have; off the CPU the library's GEMV is the best."""
-    return not x.is_cpu or _trains(x, weight)
 
 
 def _trains(x: Tensor, weight: Tensor) -> bool:

@@ -104,18 +104,8 @@ class LLM:
         if compile is True and attention == "auto" and where.type == "cpu":
             # As a node of a graph a C kernel of ours costs more than what the compiler makes around the library's.
             attention = choose_backend("auto", config).name
-        model = load_adapted(
-            adapter,
-            folder,
-            config,
-            dtype,
-            device=where,
-            attention=attention,
-            quantize=quantize,
-            quantize_head=quantize_head,
-            check_finite=check_finite,
-            ranks=ranks,
-        )
+        how = dict(attention=attention, quantize=quantize, quantize_head=quantize_head, check_finite=check_finite)
+        model = load_adapted(adapter, folder, config, dtype, device=where, ranks=ranks, **how)
         ranks.meet()
         llm = cls(model, tokenizer, model.config, defaults, str(name), compile)
         if llm.steps.compiled is not None:

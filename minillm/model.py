@@ -234,7 +234,7 @@ class Decoder(nn.Module):
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights, a matrix that embedding and head share once."""
-        return sum({id(tensor): tensor.nbytes for tensor in self._tensors(self._all_modules())}.values())
+        return sum({id(tensor): tensor.nbytes for tensor in self._held()[1]}.values())
 
     def own_dtypes(self) -> AbstractContextManager:
         """Around arithmetic: only a decoder in training takes the dtypes that a caller's `torch.autocast` chooses."""
@@ -246,24 +246,19 @@ class Decoder(nn.Module):
         self.moves += 1
         return super()._apply(fn, recurse)
 
-    def _all_modules(self) -> list[nn.Module]:
-        """As `self.modules()`, in a tenth of its time."""
+    def _held(self) -> tuple[list[nn.Module], list[Tensor]]:
+        """All modules and their tensors, in a tenth of the time of `self.modules()`."""
         modules: list[nn.Module] = [self]
         for module in modules:  # the list grows while it is walked
             if module._modules:
                 modules += module._modules.values()
-        return modules
-
-    @staticmethod
-    def _tensors(modules: list[nn.Module]) -> list[Tensor]:
         held = [named for module in modules for named in (module._parameters, module._buffers) if named]
-        return [tensor for named in held for tensor in named.values() if tensor is not None]
+        return modules, [tensor for named in held for tensor in named.values() if tensor is not None]
 
     def fingerprint(self) -> tuple:
         """Where the weights lie, how often each was written to, and last whether anybody has hooked a module: equal as
         long as the same is computed by a step that is replayed."""
-        modules = self._all_modules()
-        tensors = self._tensors(modules)
+        modules, tensors = self._held()
         versions = [0 if t.is_inference() else t._version for t in tensors]
         everywhere = nn.modules.module
         hooks = (everywhere._global_forward_hooks, everywhere._global_forward_pre_hooks)

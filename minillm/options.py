@@ -81,23 +81,18 @@ def merge_options(defaults: GenerationConfig, given: GenerationConfig | None, op
     """
     if given is not None and not isinstance(given, GenerationConfig):
         raise RequestError(f"generation_config must be a GenerationConfig, not {shown(given)}; options are keywords")
-    check_names(options)
-    asked = {} if given is None else dict(vars(given))
-    asked |= {name: value for name, value in options.items() if value is not None}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if "do_sample" not in asked and any(name in asked for name in _SAMPLING):
-        asked["do_sample"] = None  # the caller's wish decides, whatever the file says
-    return dataclasses.replace(defaults, **asked)
-
-
-def check_names(options: dict) -> None:
-    """Raise `RequestError` for a keyword that is no field of `GenerationConfig`."""
     known = [field.name for field in dataclasses.fields(GenerationConfig)]
     for name in options:
         if name not in known:
             close = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(known)}"
             raise RequestError(f"unknown option {shown(name)}; {hint}")
+    asked = {} if given is None else dict(vars(given))
+    asked |= {name: value for name, value in options.items() if value is not None}
+    asked = {name: value for name, value in asked.items() if value is not None}
+    if "do_sample" not in asked and any(name in asked for name in _SAMPLING):
+        asked["do_sample"] = None  # the caller's wish decides, whatever the file says
+    return dataclasses.replace(defaults, **asked)
 
 
 def as_list(value: Any) -> list:

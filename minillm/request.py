@@ -85,7 +85,11 @@ class Request:
     ):
         check_whole("seats", seats, 1)
         prompts, self.single = as_prompts(prompt)
-        room = None if cache is None else _checked(cache, llm, len(prompts))
+        if cache is not None:
+            if not isinstance(cache, StaticCache):
+                raise RequestError(f"cache must be a StaticCache, not {shown(cache)}")
+            cache.check_model(llm.model, len(prompts))
+        room = None if cache is None else cache.max_cache_len
         if llm.model.ranks.joined:  # steps of another shape on another rank would wait for each other, or add up wrong
             held = None if cache is None else (cache.max_cache_len, cache.max_step, cache.token_ids)
             llm.model.ranks.agree(None, (seats, drafting.assistant is None, held))
@@ -240,11 +244,3 @@ def _seeds(config: GenerationConfig, rows: int) -> list[int]:
     if len(config.seed) != rows:
         raise RequestError(f"seed lists {len(config.seed)} numbers for {rows} prompts")
     return list(config.seed)
-
-
-def _checked(cache: StaticCache, llm, rows: int) -> int:
-    """How many tokens a row of the caller's cache takes, if it fits the model."""
-    if not isinstance(cache, StaticCache):
-        raise RequestError(f"cache must be a StaticCache, not {shown(cache)}")
-    cache.check_model(llm.model, rows)
-    return cache.max_cache_len

@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from minillm_kernels import sampling as kernels
-from minillm_kernels.launch import why_no_launch
-from minillm_kernels.sampling import argmax, sample, uniform
+from minillm_kernels.sampling import argmax, drawn, filtered
 from torch import Tensor
 
 from minillm.errors import RequestError
@@ -84,40 +82,9 @@ def penalize(logits: Tensor, seen: Tensor, penalty: Tensor) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / factor, logits * factor), logits)
 
 
-@torch.no_grad()
-def probabilities(
-    logits: Tensor,
-    temperature: Tensor | None,
-    top_k: Tensor | None = None,
-    top_p: Tensor | None = None,
-    min_p: Tensor | None = None,
-) -> Tensor:
-    """The distribution that is sampled from, `[B, V]` in the dtype of `logits`.
-
-    The filters apply in the order temperature, top-k, top-p (Holtzman et al. 2019, nucleus sampling,
-    arXiv:1904.09751), min-p (arXiv:2407.01082), each to what the one before left, as in `transformers`.
-
-    Args:
-        logits: `[B, V]` float.
-        temperature: `[B]`; a row at 0 becomes one-hot at its first largest logit, and so does every row at None.
-        top_k: `[B]` int; V or more keeps all. Ties with the k-th stay.
-        top_p, min_p: `[B]`; 1 and 0 keep all.
-    """
-    if temperature is None:
-        return kernels.one_hot(logits)
-    compute = kernels.probabilities if _in_kernels(logits) else kernels.filtered_softmax
-    return compute(logits, temperature, top_k, top_p, min_p)
-
-
 def largest_of(logits: Tensor) -> Tensor:
     """The largest logit of each row, or NaN if one is: `[..., V]` -> `[...]`."""
     return logits.gather(-1, argmax(logits)[..., None])[..., 0]
-
-
-def _in_kernels(x: Tensor) -> bool:
-    """Whether a kernel takes such logits or probabilities: a tenth of the time of the PyTorch code."""
-    served = x.dtype == torch.float32 and x.shape[-1] <= kernels.MAX_VOCABULARY
-    return served and (not x.is_cuda or why_no_launch(x.device) is None)
 
 
 def next_token(logits: Tensor, sampling: Sampling, position: Tensor, seen: Tensor | None = None) -> Tensor:
@@ -139,13 +106,5 @@ def choose(
         logits = penalize(logits, seen, sampling.repetition_penalty)
     if sampling.temperature is None:
         return argmax(logits), None  # what the search below would find in a one-hot distribution
-    probs = probabilities(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-    return draw(probs, sampling.seed, position, stream), probs
-
-
-def draw(probs: Tensor, seed: Tensor, position: Tensor, stream: int = 0) -> Tensor:
-    """A token of each row of `probs [B, V]`, `[B]` int64, with the random numbers of `seed` and `position`, `[B]` int64
-    both, in this stream (`uniform`)."""
-    if _in_kernels(probs):
-        return kernels.draw(probs, seed, position, stream)
-    return sample(probs, uniform(seed, position, stream))
+    probs = filtered(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    return drawn(probs, sampling.seed, position, stream), probs

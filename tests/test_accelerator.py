@@ -11,7 +11,7 @@ import pytest
 import torch
 from accelerator import Accelerator
 from families import FAMILIES, prompt_ids
-from minillm_kernels.sampling import running_sum
+from minillm_kernels.sampling import running_sum, sample
 from rows import new_row, sampling_of
 
 from minillm.batch import Batch
@@ -31,7 +31,7 @@ from minillm.load.tokenizer import load_tokenizer
 from minillm.options import GenerationConfig
 from minillm.request import Request
 from minillm.rope import inverse_frequencies
-from minillm.sampling import next_token, sample
+from minillm.sampling import next_token
 from minillm.speculative.drafting import Drafting
 from minillm.speculative.proposers import DraftModel, PromptLookup
 

@@ -10,7 +10,8 @@ from catalog.draw import splitmix64
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from minillm_kernels import cpu
-from minillm_kernels.sampling import draw
+from minillm_kernels.sampling import draw, sample, uniform
+from minillm_kernels.sampling import filtered as probabilities
 from rows import sampling_of
 from transformers import (
     LogitsProcessorList,
@@ -22,7 +23,7 @@ from transformers import (
 )
 
 from minillm.options import GenerationConfig
-from minillm.sampling import Sampling, next_token, penalize, probabilities, sample, uniform
+from minillm.sampling import Sampling, next_token, penalize
 from minillm.speculative.verify import distribution
 
 V = 37

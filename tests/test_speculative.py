@@ -14,6 +14,7 @@ import torch
 from families import FAMILIES, make_model, prompt_ids, save_checkpoint
 from minillm_kernels import cpu
 from minillm_kernels import sampling as kernels
+from minillm_kernels.sampling import sample, uniform
 from rows import sampling_of
 
 from minillm import LLM, StaticCache
@@ -22,7 +23,7 @@ from minillm.drafting import Draft
 from minillm.errors import RequestError
 from minillm.faster.steps import Steps
 from minillm.model import Decoder
-from minillm.sampling import next_token, sample, uniform
+from minillm.sampling import next_token
 from minillm.speculative import verify as verifying
 from minillm.speculative.length import AUTO_LENGTHS, JUDGING_BYTES, AdaptiveDraftLength
 from minillm.speculative.proposers import DRAFT_STREAM, DraftModel, PromptLookup

@@ -23,11 +23,11 @@ the cache (`StaticCache.truncate`), and positions are data, so nothing else has 
 import torch
 import torch.nn.functional as F
 from minillm_kernels import sampling as kernels
-from minillm_kernels.sampling import argmax, sample, uniform
+from minillm_kernels.sampling import argmax, drawn, filtered, sample, uniform
 from torch import Tensor
 
 from minillm.drafting import Draft
-from minillm.sampling import Sampling, draw, penalize, probabilities
+from minillm.sampling import Sampling, penalize
 
 _ACCEPT_STREAM = 2  # random numbers beside plain decoding's stream 0 and the draft's 1, see `uniform`
 
@@ -106,7 +106,7 @@ def judge(
     seed = sampling.seed[:, None].expand_as(place)  # [B, k + 1]
     probs = distribution(logits, sampling, stages)  # [B, k + 1, V]
     if draft.probs is None:  # nothing was drawn: the target draws as in plain decoding
-        tokens = draw(probs.flatten(0, 1), seed.flatten(), place.flatten()).view_as(place)  # [B, k + 1]
+        tokens = drawn(probs.flatten(0, 1), seed.flatten(), place.flatten()).view_as(place)  # [B, k + 1]
         return compare(draft.tokens, tokens, draft.counts)
     judged = kernels.verify(draft.tokens, draft.probs, probs, draft.counts, sampling.seed, start, _ACCEPT_STREAM)
     if judged is not None:
@@ -131,4 +131,4 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Ten
 
     filters = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     flat = penalized(logits, sampling, seen).flatten(0, 1)  # [B * T, V]
-    return probabilities(flat, *map(per_place, filters)).view_as(logits)
+    return filtered(flat, *map(per_place, filters)).view_as(logits)
