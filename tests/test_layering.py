@@ -117,6 +117,7 @@ def test_kernels_are_called_only_where_the_design_says():
         "load.quantize",
         "load.lora",
         "train.lora",
+        "faster.compiled",
         "faster.steps",
         "speculative.verify",
         "rope",

@@ -19,9 +19,9 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import count, islice
-from pathlib import Path
 
 import torch
+from minillm_kernels.cpu.build import cache_folder
 from torch import Tensor
 
 from minillm.attention import FEW_ROWS, Rotary
@@ -143,7 +143,7 @@ def artifact_folder() -> Iterator[None]:
     name = "TORCHINDUCTOR_CACHE_DIR"
     before = os.environ.get(name)
     # PyTorch sets the variable to its default by itself; anything else in it is the user's wish.
-    folder = _own_folder() if before in (None, default_cache_dir()) else None
+    folder = cache_folder("compiled") if before in (None, default_cache_dir()) else None
     if folder is None:
         yield
         return
@@ -154,13 +154,3 @@ def artifact_folder() -> Iterator[None]:
         os.environ.pop(name)
         if before is not None:
             os.environ[name] = before
-
-
-def _own_folder() -> Path | None:
-    """Where PyTorch may keep what it compiles, made if it is not there yet; None where it cannot be made."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "minillm" / "compiled"
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError:
-        return None
-    return folder
