@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from minillm_kernels.cpu import FEW_ROWS
-from minillm_kernels.decode_attention import decode_attention
+from minillm_kernels.cpu import FEW_ROWS  # of x, B * T: each of so many is added up by itself, whatever is beside it
+from minillm_kernels.decode_attention import MAX_HEAD_DIM_TRITON, decode_attention
 from minillm_kernels.flash_attention import flash_attention
 from minillm_kernels.norm import add, add_rms_norm, rms_norm
 from minillm_kernels.rope import rope_and_cache_write
@@ -55,7 +55,7 @@ def norm(
     x: Tensor, weight: Tensor, bias: Tensor | None, spec: NormSpec, mean: Callable[[Tensor], Tensor] = mean
 ) -> Tensor:
     """x / rms(x) * (offset + weight) over the last dimension (Zhang & Sennrich 2019, arXiv:1910.07467); with `center`
-    and bias LayerNorm (Ba et al. 2016, arXiv:1607.06450). Another `mean` is that of a vector of which x is a part."""
+    and bias LayerNorm (Ba et al. 2016, arXiv:1607.06450). With ranks x is a share, and `mean` is the whole's."""
     wide = x.float()
     if spec.center:
         wide = wide - mean(wide)
@@ -163,13 +163,13 @@ def attend_kernel(
     B, T, H, D = q.shape
     q = q.transpose(1, 2)  # [B, H, T, D]
     keys, values = keys[:, :, : view.num_slots], values[:, :, : view.num_slots]  # [B, KV, S, D], without the bin
-    position, options = view.cache_position, (spec.query_scale, view.window, spec.softcap, slopes)
-    if T <= FEW_ROWS:  # the keys are split among programs or threads
-        out = decode_attention(q, keys, values, position, *options)  # [B, H, T, D]
-    else:  # each key is read for a whole block of tokens
-        out = flash_attention(q, keys, values, *options, cache_position=position)  # [B, H, T, D]
+    # Of few tokens the keys are split among programs or threads; of more each key is read for a whole block of them.
+    kernel = decode_attention if T <= FEW_ROWS else flash_attention
+    out = kernel(q, keys, values, view.cache_position, spec.query_scale, view.window, spec.softcap, slopes)
     return out.transpose(1, 2).reshape(B, T, H * D)
 
 
 MATH = Backend("math", norm, add_norm, rotate_and_write, attend_math)
-KERNELS = Backend("kernels", norm_kernel, add_norm_kernel, rotate_and_write_kernel, attend_kernel, max_head_dim=256)
+KERNELS = Backend(
+    "kernels", norm_kernel, add_norm_kernel, rotate_and_write_kernel, attend_kernel, max_head_dim=MAX_HEAD_DIM_TRITON
+)

@@ -8,7 +8,7 @@ one prompt is a batch of one row, a list is rows of one request, plain decoding 
 A *tick* runs a step for all rows that talk (of one token each, or of a token and its drafts), seats those that wait,
 feeds chunks of their prompts, and looks at what came out.
 
-What a row says does not depend on its neighbours, to the last bit as long as a pass has at most 16 places (the seats up
+What a row says does not depend on its neighbours, to the last bit as long as a pass has at most 16 tokens (the seats up
 to the highest in use, rounded up to 1, 2, 4, 8, ..., times one, or drafts and one; above, other products add up in
 another order): its prompt is fed by itself in chunks whose borders are the row's own, its random numbers follow from
 its seed and positions, and it is sampled with rows of the same filters only.
@@ -18,7 +18,7 @@ import math
 import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -29,9 +29,9 @@ from torch import Tensor
 from minillm.attention import FEW_ROWS
 from minillm.cache import StaticCache, upload
 from minillm.decode import read_chunk, reuse_prefix
-from minillm.drafting import Draft, no_draft, with_drafts
 from minillm.errors import NumericalError
 from minillm.model import Decoder
+from minillm.proposer import Draft, no_draft, with_drafts
 from minillm.row import Group, Row
 from minillm.sampling import Sampling, largest_of, next_token
 
@@ -61,13 +61,7 @@ class Batch:
             of what a row says (its logits, its text) stays with it.
     """
 
-    def __init__(
-        self,
-        model: Decoder,
-        cache: StaticCache,
-        rows: Iterable[Row] = (),
-        one_request: bool = True,
-    ):
+    def __init__(self, model: Decoder, cache: StaticCache, rows: Iterable[Row] = (), one_request: bool = True):
         device = cache.device
         self.model, self.cache, self.one_request = model, cache, one_request
         # Steps between two looks at what came out. An accelerator works through a queue, and each look waits until that
@@ -254,12 +248,12 @@ class Batch:
         left = max(row.max_new_tokens - len(row.token_ids) for row in rows)
         resting = min((row.draft_length.resting for row in rows if row.proposer), default=left)
         # A stop string is only seen at the look, after the row has gone on: the cache must be able to forget that.
-        most = min(left, resting, self.cache.max_step)  # 0 where somebody drafts
-        at_once = min(self.model.at_once, most if self.one_request else min(most, 1))  # others may join after each
+        unwatched = min(left, resting, self.cache.max_step)  # steps in which nobody has a say; 0 where somebody drafts
+        at_once = min(self.model.at_once, unwatched, unwatched if self.one_request else 1)  # or others wait to join
         alike = len(self._groups) == 1 and rows[0].sampling.repetition_penalty is None
         if self.look_every == 1 and at_once > 0 and alike:
             return self._ahead(self._groups[0], at_once)
-        steps = max(1, min(self.look_every, most))
+        steps = max(1, min(self.look_every, unwatched))
         for _ in range(steps):
             for some in filter(None, passes):
                 self._pass(some)
@@ -367,30 +361,32 @@ class Batch:
             logprobs = [()] * len(tokens) if result.logprobs is None else next(host)
             for i, row in enumerate(result.rows):
                 rows[row] = None
-                if row.finish_reason is not None:  # it has gone on unseen
-                    past = True
-                else:
-                    kept, steps = accepted[i], len(largest[i])
-                    sound = sum(1 for _ in takewhile(math.isfinite, largest[i]))  # steps whose logits are numbers
-                    count = 0
-                    try:
-                        if sound:
-                            said = tokens[i][: kept + sound]
-                            count = row.commit(said, logprobs[i] if row.wants_logprobs else (), kept)
-                    except Exception as error:
-                        self._fail(row, error)
-                        continue
-                    if sound < steps and row.finish_reason is None:
-                        self._spoilt(row)
-                        continue
-                    row.drafted += result.proposed[i]
-                    for _ in range(steps if row.draft_length else 0):
-                        row.draft_length.learn(result.proposed[i], kept)
-                    past = past or count < result.proposed[i] + steps
+                said = tokens[i], logprobs[i] if row.wants_logprobs else (), accepted[i]
+                past |= self._hear(row, *said, largest[i], result.proposed[i])
         if past:
             # Forget rejected drafts and what came after a row's end. The newest token is not in the cache yet.
             self.cache.cut({row.seat: len(row.ids) - 1 for row in rows})
         return [self._leave(row) for row in rows if row.finish_reason is not None]
+
+    def _hear(self, row: Row, tokens: list, logprobs: Sequence, accepted: int, largest: list, proposed: int) -> bool:
+        """Commit what a step, or several, said to a row; returns whether they went on past its end or a draft."""
+        if row.finish_reason is not None:  # it has gone on unseen
+            return True
+        sound = sum(1 for _ in takewhile(math.isfinite, largest))  # steps whose logits are numbers
+        count = 0
+        try:
+            if sound:
+                count = row.commit(tokens[: accepted + sound], logprobs, accepted)
+        except Exception as error:
+            self._fail(row, error)
+            return False
+        if sound < len(largest) and row.finish_reason is None:
+            self._spoilt(row)
+            return False
+        row.drafted += proposed
+        for _ in range(len(largest) if row.draft_length else 0):
+            row.draft_length.learn(proposed, accepted)
+        return count < proposed + len(largest)
 
     def _spoilt(self, row: Row) -> None:
         """The row's logits are no numbers."""

@@ -153,7 +153,7 @@ class StaticCache:
         self.device = self._ids.device
         self._rows = torch.arange(batch_size, device=device)[:, None]  # [B, 1]
         self.hold = Hold()
-        self._cut = False  # from a larger cache
+        self._is_part = False  # from a larger cache
         self._parts: dict[tuple[int, int], StaticCache] = {}
         planned = self._planned(max_cache_len if planned_length is None else planned_length)
         self.rotary = tuple(rotary_table(spec, planned, device) for spec in config.ropes)
@@ -200,7 +200,7 @@ class StaticCache:
         if (start, stop) in self._parts:
             return self._parts[start, stop]
         part = copy.copy(self)
-        part._cut, part._parts = True, {}
+        part._is_part, part._parts = True, {}
         part.batch_size = stop - start
         part.keys, part.values = [k[start:stop] for k in self.keys], [v[start:stop] for v in self.values]
         part._ids, part._rows = self._ids[start:stop], self._rows[: stop - start]
@@ -241,7 +241,7 @@ class StaticCache:
         """Forget everything, the model too (unless these are rows of a larger cache); the memory stays."""
         with self.hold.writing():
             self._ids.fill_(_NEVER)
-            if not self._cut:
+            if not self._is_part:
                 self.hold.free()
             for tensor in (*self.keys, *self.values):  # a NaN that a pass left behind would spoil what masks it
                 tensor.zero_()
@@ -409,7 +409,7 @@ class StaticCache:
         `bound` is what the host knows of the positions: none reaches it. Reading no further is what makes a step cost
         what the text is long and not what was allocated. By default it is read off the positions on the CPU, and is
         everything elsewhere and inside a compiled graph. `from_start` is a promise that the step is the beginning of
-        every row, which lets a kernel skip the cache.
+        every row, which lets `sdpa:flash` do without a mask.
         """
         layer = next(i for i, layer in enumerate(self.config.layers) if layer.window == window)
         slots = self.keys[layer].shape[2] - 1  # as num_slots says, but read off the tensor: a compiler knows its sizes

@@ -21,7 +21,7 @@ class Hold:
         self._thread: int | None = None  # and in which thread that is at work just now
         self._embedding: weakref.ref | None = None  # of the decoder that fills it,
         self._weights: tuple | None = None  # and what its weights were then
-        self.stepped_by = None  # whose step was the last to write, if it was one
+        self.stepped_by = None  # the `faster.steps.Steps` that wrote last: it need not look at the weights again
 
     def __deepcopy__(self, memo) -> "Hold":
         """The copy of a cache belongs to the same model and to no request."""
@@ -78,7 +78,8 @@ class Hold:
             raise CacheError("the cache holds keys of another model: reset() it, or give each model its own")
 
     def bind(self, embedding: nn.Module) -> None:
-        """The decoder with this embedding fills the cache from now on."""
+        """The decoder with this embedding fills the cache from now on. Raises `CacheError` as `check_model` does."""
+        self.check_model(embedding)  # once more: whoever asked before may have waited meanwhile
         self._embedding = self._embedding or weakref.ref(embedding)
 
     def same_weights(self, weights: tuple) -> bool:

@@ -8,7 +8,7 @@ bytes per weight at group 32 with scale and zero point, 0.52 at group 128).
            w = (q - zero) * scale, q in 0..15. Byte i of a group holds element i in its low half and
            element i + G / 2 in its high half (the kernels unpack whole runs with one AND and one shift).
 
-N outputs, K inputs. Nothing here depends on the processor but how scale and zero lie in memory, which no file shows.
+N outputs, K inputs. How scale and zero lie in memory depends on the device, and no file shows it.
 """
 
 from dataclasses import dataclass
@@ -97,7 +97,9 @@ class QuantizedLinear(Projection):
         return self
 
     def gated(self, x: Tensor, activation: str) -> Tensor:
-        return super().gated(x, activation) if self.bias is not None else gated_mlp(x, *self.gated_weights(activation))
+        if self.bias is not None:
+            return super().gated(x, activation)
+        return gated_mlp(x, *self.gated_arguments(activation))
 
 
 class Int8Linear(QuantizedLinear):
@@ -116,7 +118,7 @@ class Int8Linear(QuantizedLinear):
         """x [..., K] -> [..., N]."""
         return int8_linear(x, self.weight, self.scale, self.bias)
 
-    def gated_weights(self, activation: str) -> tuple:
+    def gated_arguments(self, activation: str) -> tuple:
         return self.weight, activation, self.scale
 
 
@@ -149,7 +151,7 @@ class Int4Linear(QuantizedLinear):
         """x [..., K] -> [..., N]."""
         return int4_linear(x, self.packed, self.scale, self.zero, self.group_size, self.bias)
 
-    def gated_weights(self, activation: str) -> tuple:
+    def gated_arguments(self, activation: str) -> tuple:
         return self.packed, activation, self.scale, self.zero, self.group_size
 
 

@@ -8,7 +8,6 @@ import torch
 
 from minillm.cache import StaticCache
 from minillm.config import ModelConfig
-from minillm.drafting import Proposer
 from minillm.errors import RequestError
 from minillm.faster.steps import Steps, check_compile
 from minillm.load.backends import choose_backend
@@ -21,7 +20,8 @@ from minillm.model import Decoder
 from minillm.options import GenerationConfig, merge_options
 from minillm.parallel import ALONE
 from minillm.progress import progress_bar
-from minillm.request import SEATS, Completion, Prompt, Request, completion
+from minillm.proposer import Proposer
+from minillm.request import SEATS, Completion, Prompt, Request, as_prompts, completion
 from minillm.speculative.drafting import Drafting
 from minillm.tokenizer import Tokenizer
 
@@ -89,7 +89,8 @@ class LLM:
         if tensor_parallel:  # before a download, which one may end long before another
             from minillm.ranks.joined import join, local_device
 
-            ranks = join(where := choose_device(local_device(device)))
+            where = choose_device(local_device(device))
+            ranks = join(where)
         else:
             ranks, where = ALONE, choose_device(device)
         folder = find_checkpoint(name, revision=revision, token=token, local_files_only=local_files_only)
@@ -179,9 +180,9 @@ class LLM:
 
         The request is checked here and now, not at the first result.
         """
-        request = Request(self, prompts, generation_config, cache, Drafting(self, assistant_model), options, seats)
-        if request.single:
+        if as_prompts(prompts)[1]:
             raise RequestError("as_completed takes a list of prompts; use generate or stream for one")
+        request = Request(self, prompts, generation_config, cache, Drafting(self, assistant_model), options, seats)
         return ((row.number, completion(row)) for ended in request.loop() for row in ended)
 
     def stream(
@@ -198,10 +199,9 @@ class LLM:
         The pieces never hold half a character and concatenate to exactly the text `generate` returns.
         The request is checked here and now, not at the first piece.
         """
-        request = Request(self, prompt, generation_config, cache, Drafting(self, assistant_model), options)
-        if not request.single:
+        if not as_prompts(prompt)[1]:
             raise RequestError("stream takes one prompt; use generate for a list")
-        return request.pieces()
+        return Request(self, prompt, generation_config, cache, Drafting(self, assistant_model), options).pieces()
 
     def conversation(self, system: str | None = None, max_cache_len: int | None = None, **options) -> "Conversation":
         """A chat over one cache; `options` (as for `generate`, `assistant_model` too) hold for every turn

@@ -161,7 +161,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig, parts: Parts):
         super().__init__()
         self.config, self.backend, self.ranks, dtype = config, parts.backend, parts.ranks, parts.dtype
-        self.moves = 0  # how often all weights were moved or cast at once
+        self.moves = 0  # how often all weights were moved or cast at once: `faster.steps` then records anew
         # Gemma multiplies by sqrt(d) rounded to the model's dtype, and was trained with that rounding.
         scale = torch.tensor(config.embedding_scale, dtype=dtype, device="cpu").item()
         self.embedding_scale = scale if config.rounded_scale else config.embedding_scale

@@ -94,6 +94,7 @@ class Request:
             held = None if cache is None else (cache.max_cache_len, cache.max_step, cache.token_ids)
             llm.model.ranks.agree(None, (seats, drafting.assistant is None, held))
         self.rows, config = new_rows(llm, prompts, generation_config, options, room)
+        drafting.check(config)
         self._borrowed: list[tuple] = []  # caches, and the `Steps` that get them back in the end
         if cache is None:
             longest, seats = max(row.planned_length for row in self.rows), min(seats, len(self.rows))
@@ -151,22 +152,18 @@ def completion(row: Row) -> Completion:
 
 
 def new_rows(
-    llm,
-    prompts: Sequence[Prompt],
-    generation_config: GenerationConfig | None,
-    options: dict,
-    room: int | None,
+    llm, prompts: Sequence[Prompt], generation_config: GenerationConfig | None, options: dict, room: int | None
 ) -> tuple[list[Row], GenerationConfig]:
     """A row for each prompt, and what is asked for them all. `room`: the tokens a row of the cache holds, if there is
     one. Raises `RequestError`."""
     config = merge_options(llm.defaults, generation_config, options)
     ids = [_ids(llm, prompt, number) for number, prompt in enumerate(prompts)]
     asked = options.get("max_new_tokens") or (generation_config and generation_config.max_new_tokens)
-    limit = "the model's positions"
+    limit = "the model's positions hold"
     if room is None or room >= llm.config.max_positions:
         room = llm.config.max_positions
     else:
-        limit = "the cache"
+        limit = "the cache holds"
     budgets = [_budget(len(row), number, room, limit, asked, config) for number, row in enumerate(ids)]
     eos, seeds = frozenset(as_list(config.eos_token_id)), llm.model.ranks.agree(_seeds(config, len(ids)), (ids, config))
     rows = [
@@ -229,7 +226,7 @@ def _budget(length: int, number: int, room: int, limit: str, asked: int | None, 
     wanted = asked or min(config.max_new_tokens or _DEFAULT_NEW_TOKENS, max(room - length, 1))
     if length + wanted > room:
         raise RequestError(
-            f"prompt {number} has {length} tokens and {wanted} new ones were asked for, but {limit} hold "
+            f"prompt {number} has {length} tokens and {wanted} new ones were asked for, but {limit} "
             f"{room}: shorten the prompt, lower max_new_tokens"
             + (", or use a larger max_cache_len" * ("cache" in limit))
         )

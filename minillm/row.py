@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from minillm.drafting import Draft, DraftLength, Proposer
+from minillm.proposer import Draft, DraftLength, Proposer
 from minillm.sampling import Sampling, largest_of
 from minillm.tokenizer import TextStream
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from minillm_kernels.sampling import argmax, drawn, filtered
+from minillm_kernels.sampling import argmax, draw_from, probabilities_of
 from torch import Tensor
 
 from minillm.errors import RequestError
@@ -106,5 +106,5 @@ def choose(
         logits = penalize(logits, seen, sampling.repetition_penalty)
     if sampling.temperature is None:
         return argmax(logits), None  # what the search below would find in a one-hot distribution
-    probs = filtered(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
-    return drawn(probs, sampling.seed, position, stream), probs
+    probs = probabilities_of(logits, sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
+    return draw_from(probs, sampling.seed, position, stream), probs

@@ -12,11 +12,11 @@ from minillm import StaticCache
 from minillm import batch as batch_module
 from minillm.batch import Batch
 from minillm.decode import generate_plain, prefill
-from minillm.drafting import Draft
 from minillm.faster.steps import Steps
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
 from minillm.options import GenerationConfig, as_list
+from minillm.proposer import Draft
 from minillm.row import Row
 from minillm.sampling import Sampling
 from minillm.speculative.length import AdaptiveDraftLength

@@ -19,6 +19,7 @@ from minillm.errors import MinillmError, RequestError
 from minillm.llm import LLM
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
+from minillm.load.lora import LoraLinear
 from minillm.measure.bench import (
     Speeds,
     Spread,
@@ -201,6 +202,9 @@ def test_a_quantized_head_is_read_beside_a_tied_embedding(checkpoint):
     rows, width = config.vocab_size, config.hidden_size
     change = (rows * width + 4 * rows + 4 * width) - 4 * rows * width
     assert bytes_per_token(head, 20) - bytes_per_token(plain, 20) == change
+    head.head = LoraLinear(head.head, 2, torch.float32)  # an adapter stands around it
+    lora = head.head.A.weight.nbytes + head.head.B.weight.nbytes
+    assert bytes_per_token(head, 20) - bytes_per_token(plain, 20) == change + lora
 
 
 @pytest.mark.parametrize(

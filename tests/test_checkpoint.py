@@ -460,8 +460,9 @@ def test_unknown_backend_and_device(checkpoint):
     with pytest.raises(BackendError, match="warp"):
         load(checkpoint("llama3"), attention="warp")
     config = load_config(checkpoint("llama3"))
-    with pytest.raises(BackendError, match="cuda:99"):
-        load_decoder(checkpoint("llama3"), config, torch.float32, "cuda:99")
+    for device in ("cuda:99", "bogus"):
+        with pytest.raises(BackendError, match=device):
+            load_decoder(checkpoint("llama3"), config, torch.float32, device)
 
 
 # -- memory --------------------------------------------------------------------------------------

@@ -448,7 +448,7 @@ def test_options_that_are_the_engines(llm):
         for options in (dict(cache=None), dict(assistant_model=llm), dict(num_assistant_tokens=2), dict(seats=2)):
             with pytest.raises(RequestError):
                 engine.submit(PROMPT, **options)
-        with pytest.raises(RequestError, match="hold 32"):
+        with pytest.raises(RequestError, match="holds 32"):
             engine.submit(PROMPT, max_new_tokens=22)
         assert len(engine.submit(PROMPT, max_new_tokens=21, **GREEDY).result(SOON).token_ids) == 21
 

@@ -282,7 +282,7 @@ def one_layer(x, residual, norm, qkv, qkv_scale, gate_up, gate_up_scale, cos, si
     keys, values = k_cache.narrow(2, 0, 11), v_cache.narrow(2, 0, 11)  # [...] on a fake CUDA tensor wants a GPU
     h = decode_attention(q, keys, values, position, 0.25, window=8)
     h = rms_norm(h.transpose(1, 2).reshape(2, 1, 64), norm, 1e-6, 1.0, True)
-    h_prompt = flash_attention(q, keys, values, 0.25, None, None, None, position)
+    h_prompt = flash_attention(q, keys, values, position, 0.25, None, None, None)
     return h_prompt, gated_mlp(h, gate_up, "silu", gate_up_scale) + residual.narrow(2, 0, 32)
 
 
@@ -346,7 +346,7 @@ def test_arguments_that_do_not_fit_are_refused():
         with pytest.raises(ValueError, match=message):
             decode_attention(**dict(q=q, k=k, v=k, cache_position=position, scale=1.0) | change)
     with pytest.raises(ValueError, match="flash_attention: 9 tokens in one step do not fit 8 slots"):
-        flash_attention(torch.zeros(1, 4, 9, 16), k, k, 1.0, None, None, None, torch.arange(9)[None])
+        flash_attention(torch.zeros(1, 4, 9, 16), k, k, torch.arange(9)[None], 1.0, None, None, None)
     with pytest.raises(ValueError, match="needs multiply_in_fp32"):
         rms_norm(torch.zeros(2, 8), torch.zeros(8), 1e-6, 1.0, False)
     with pytest.raises(ValueError, match="do not fit 3 slots"):

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parent.parent
 # place in the house.
 ROAD = """
     errors options progress config rope hold cache attention linear parallel model sampling tokenizer decode
-    drafting row batch request llm
+    proposer row batch request llm
 """.split()
 WINGS = {
     "load": """

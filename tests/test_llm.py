@@ -414,7 +414,7 @@ def no_compute(llm, monkeypatch):
 
 def test_over_capacity(llm, no_compute):
     prompt = prompt_ids(20)
-    with pytest.raises(RequestError, match="hold 16"):
+    with pytest.raises(RequestError, match="holds 16"):
         llm.generate(prompt, cache=cache_for(llm, length=16), max_new_tokens=1)
     with pytest.raises(RequestError, match="max_new_tokens"):
         llm.generate(prompt, cache=cache_for(llm, length=25), max_new_tokens=6)

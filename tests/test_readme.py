@@ -12,6 +12,7 @@ import pytest
 from test_layering import ROAD, WINGS
 
 from minillm.cli.parser import _parser
+from minillm.load.families import FAMILIES
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -145,6 +146,17 @@ def test_the_wings_are_listed():
     for wing, rooms in WINGS.items():
         listed = re.search(rf"`{wing}/`\s\(([^:)]*)", README)[1]
         assert re.findall(r"`(\w+)`", listed) == rooms
+
+
+def test_every_family_is_listed():
+    """In the README, in docs/models.md, and as many as it says."""
+    table = re.findall(r"^\| (`[^|]*) \|", (ROOT / "docs" / "models.md").read_text(encoding="utf-8"), re.MULTILINE)[1:]
+    listed = re.findall(r"`(\w+)`", " ".join(table))
+    assert (
+        re.findall(r"`(\w+)`", re.search(r"^By `model_type`(.*?)\n\n", README, re.DOTALL | re.MULTILINE)[1]) == listed
+    )
+    assert set(FAMILIES) <= {*listed, *(f"{name}_text" for name in listed)}
+    assert f"{len(FAMILIES)} families" in README
 
 
 def test_strangers_questions_are_answered_by_lines_that_exist():

@@ -11,7 +11,7 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 from minillm_kernels import cpu
 from minillm_kernels.sampling import draw, sample, uniform
-from minillm_kernels.sampling import filtered as probabilities
+from minillm_kernels.sampling import probabilities_of as probabilities
 from rows import sampling_of
 from transformers import (
     LogitsProcessorList,

@@ -323,6 +323,17 @@ def test_a_cache_belongs_to_the_model_that_filled_it(llm, text_checkpoint, tmp_p
         other.model(*step(cache, position=len(held[0])))
     assert cache.token_ids == held
     cache.reset()
+    steps = [torch.tensor([[5]]), torch.tensor([[0]])]
+    first, second = llm.model.embedding, other.model.embedding
+    entered = [cache.writing(one.model, *steps) for one in (llm, other)]  # both are checked while it is nobody's
+    with entered[0]:
+        pass
+    with pytest.raises(CacheError, match="another model"), entered[1]:
+        pass
+    cache.hold.check_model(first)
+    with pytest.raises(CacheError, match="another model"):
+        cache.hold.check_model(second)
+    cache.reset()
     expected = other.generate(PROMPT, max_new_tokens=5, **GREEDY).token_ids
     assert other.generate(PROMPT, cache=cache, max_new_tokens=5, **GREEDY).token_ids == expected
 

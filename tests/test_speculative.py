@@ -19,10 +19,10 @@ from rows import sampling_of
 
 from minillm import LLM, StaticCache
 from minillm.cli.parser import main
-from minillm.drafting import Draft
 from minillm.errors import RequestError
 from minillm.faster.steps import Steps
 from minillm.model import Decoder
+from minillm.proposer import Draft
 from minillm.sampling import next_token
 from minillm.speculative import verify as verifying
 from minillm.speculative.length import AUTO_LENGTHS, JUDGING_BYTES, AdaptiveDraftLength
@@ -272,6 +272,8 @@ def test_what_the_verifier_in_c_refuses():
         (tokens.float(), q, p, lengths, seed, position),
         (tokens[:, :0], q[:, :0], p[:, :1], lengths * 0, seed, position),
         (tokens, q[0], p, lengths, seed, position),
+        (tokens[0], q, p, lengths, seed, position),
+        (tokens, q, p[0, 0, 0], lengths, seed, position),
         (tokens, q.to("meta"), p, lengths, seed, position),
     ]
     with pytest.raises(ValueError, match="verify: stream"):

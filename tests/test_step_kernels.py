@@ -217,6 +217,15 @@ def test_activations_of_the_largest_numbers(name):
     assert torch.equal(activate(both, name, gated=True) + 0.0, expected.repeat(3, 1))
 
 
+def test_an_op_has_no_gradient_and_says_so():
+    """And does not leave it out in silence: a model that computes by ops cannot be trained."""
+    x, options = torch.randn(3, 8, requires_grad=True), (torch.ones(8), 1e-5, 0.0, False)
+    with pytest.raises(RuntimeError, match="backward"):
+        rms_norm(x, *options).sum().backward()
+    with torch.no_grad():
+        assert torch.equal(rms_norm(x, *options), rms_norm(x.detach(), *options))
+
+
 def test_what_is_no_op_has_a_gradient():
     """C keeps none: where one is asked for, these are PyTorch's own operators."""
     x, y = torch.randn(2, 3, 8, requires_grad=True), torch.randn(2, 3, 8)

@@ -18,7 +18,7 @@ from rows import new_row, sampling_of
 from minillm import LLM, StaticCache, decode_one_token
 from minillm.batch import Batch
 from minillm.decode import prefill
-from minillm.errors import BackendError, NumericalError
+from minillm.errors import BackendError, NumericalError, RequestError
 from minillm.faster.steps import RecordedAhead, RecordedStep, Steps
 from minillm.load.checkpoint import load_decoder
 from minillm.load.config_json import load_config
@@ -498,6 +498,14 @@ def test_what_is_not_kept_between_requests(llm, monkeypatch):
     assert mine.steps._spare == []
     assert mine.generate(prompt, **options).token_ids == expected
     (spare,) = mine.steps._spare
+    for refused in (
+        lambda: mine.generate(prompt, num_assistant_tokens=3, **options),
+        lambda: mine.stream([prompt, prompt], **options),
+        lambda: mine.as_completed(prompt, **options),
+    ):  # before it is borrowed
+        with pytest.raises(RequestError):
+            refused()
+    assert mine.steps._spare == [spare]
     monkeypatch.setattr("minillm.faster.steps._SPARE_BYTES", spare.nbytes * 256 // 257)  # without the bins
     mine.generate(prompt, **options)
     assert mine.steps._spare == []

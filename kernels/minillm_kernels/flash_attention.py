@@ -16,11 +16,11 @@ def check(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    cache_position: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
     alibi_slopes: Tensor | None,
-    cache_position: Tensor,
 ) -> None:
     check_attention("flash_attention", q, k, v, cache_position, scale, window, softcap, alibi_slopes)
     if k.shape[2] < q.shape[2]:
@@ -36,11 +36,11 @@ def flash_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    cache_position: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
     alibi_slopes: Tensor | None,
-    cache_position: Tensor,
 ) -> Tensor:
     """`decode_attention` of more than a few tokens, and no more than there are slots: what the arguments mean, the
     result and the errors are as there."""

@@ -10,8 +10,9 @@ gives one callable that is
     on a GPU                that op, which launches `rms_norm` of the Triton module; the function where there is none
     with TRITON_INTERPRET=1 the same on a CPU, in Triton's interpreter
 
-Where there is no C, a CPU runs the function. Without a `fake` there is no op: anywhere but eagerly on a CPU the call is
-the function itself, which a compiler fuses with its neighbours and a gradient goes through.
+Where there is no C, a CPU runs the function (`verify` and `quantize_int4` are nothing but C, and return None). Without
+a `fake` there is no op: anywhere but eagerly on a CPU the call is the function itself, which a compiler fuses with its
+neighbours and a gradient goes through. An op has no gradient: asked for one it raises.
 
 The check runs on every one of these ways, because behind it stand C and Triton code that read as many bytes as they
 are told. It looks at types, shapes, strides and devices, never at values, and costs some 1 us.
@@ -89,7 +90,7 @@ def op(
             try:
                 x = arguments[0] if arguments else keywords.get(first)
                 values = (*arguments, *keywords.values()) if keywords else compress(arguments, tensors)
-                if _in_memory(x, values) and not (fake is None and _differentiated(arguments, keywords)):
+                if _in_memory(x, values) and not _differentiated(arguments, keywords):
                     check(*arguments, **keywords)
                     return (in_c if cpu.available() else function)(*arguments, **keywords)
                 return elsewhere(*arguments, **keywords)

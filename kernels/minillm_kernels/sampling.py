@@ -93,7 +93,7 @@ def draw(probs: Tensor, seed: Tensor, position: Tensor, stream: int) -> Tensor:
 
 
 @torch.no_grad()
-def filtered(
+def probabilities_of(
     logits: Tensor,
     temperature: Tensor | None,
     top_k: Tensor | None = None,
@@ -107,7 +107,7 @@ def filtered(
     return (probabilities if _served(logits) else filtered_softmax)(logits, temperature, top_k, top_p, min_p)
 
 
-def drawn(probs: Tensor, seed: Tensor, position: Tensor, stream: int = 0) -> Tensor:
+def draw_from(probs: Tensor, seed: Tensor, position: Tensor, stream: int = 0) -> Tensor:
     """`draw` from probabilities in any float dtype, with any V, on any device."""
     return draw(probs, seed, position, stream) if _served(probs) else sample(probs, uniform(seed, position, stream))
 
@@ -144,8 +144,11 @@ def check_verify(
     position: Tensor,
     stream: int,
 ) -> None:
-    (B, k), (V, W) = draft_tokens.shape, (target_probs.shape[-1], draft_probs.shape[-1])
-    if draft_probs.shape != (B, k, W) or target_probs.shape != (B, k + 1, V) or not k or not 1 <= W <= V:
+    fits = draft_tokens.dim() == 2 and draft_probs.dim() == target_probs.dim() == 3
+    if fits:
+        (B, k), V, W = draft_tokens.shape, target_probs.shape[2], draft_probs.shape[2]
+        fits = draft_probs.shape[:2] == (B, k) and target_probs.shape[:2] == (B, k + 1) and k > 0 and 1 <= W <= V
+    if not fits:
         shapes = f"{tuple(draft_tokens.shape)}, {tuple(draft_probs.shape)} and {tuple(target_probs.shape)}"
         raise ValueError(f"verify: [B, k], [B, k, W] and [B, k + 1, V] with W up to V are needed, got {shapes}")
     if not draft_probs.is_floating_point() or not target_probs.is_floating_point():
@@ -213,7 +216,7 @@ def filtered_softmax(
     probs = scaled.softmax(dim=-1)
     filters = (top_k, None if top_p is None else torch.where(top_p < 1, top_p, torch.inf), min_p)
     if any(column is not None for column in filters):
-        probs = _filtered(scaled, probs, *filters)
+        probs = _apply_filters(scaled, probs, *filters)
     return torch.where(greedy[:, None], one_hot(logits), probs)
 
 
@@ -222,7 +225,7 @@ def one_hot(logits: Tensor) -> Tensor:
     return torch.zeros_like(logits).scatter(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
 
 
-def _filtered(scaled: Tensor, probs: Tensor, *filters: Tensor | None) -> Tensor:
+def _apply_filters(scaled: Tensor, probs: Tensor, *filters: Tensor | None) -> Tensor:
     """What the filters ([B] each) leave of `probs` [B, V], the softmax of `scaled` [B, V].
 
     Sums run from the likeliest token down: beyond `probs` itself no bit depends on tokens that are dropped.

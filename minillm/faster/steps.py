@@ -205,11 +205,13 @@ def _inference() -> AbstractContextManager:
 
 
 def how_steps_run(device_type: str, attention: str, compile: bool | str, shared: bool = False) -> str:
-    """ "compiled", "captured", "recorded" or "as written"; `shared`: ranks share the model."""
-    if compile is not True and compile != "auto":
+    """In a word: "compiled", "captured", "recorded" or "as written". `shared`: ranks share the model."""
+    if compile is False:
         return "as written"
-    if compile is True or device_type == "cuda":
-        return "compiled" if compile is True else "captured"
+    if compile is True:
+        return "compiled"
+    if device_type == "cuda":
+        return "captured"
     # A list of C calls waits for no other process.
     recorded = device_type == "cpu" and attention == "kernels" and cpu.available() and not shared
     return "recorded" if recorded else "as written"

@@ -21,7 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from minillm.attention import KERNELS, MATH, Backend, add_norm, alibi, norm, rotate_and_write
 from minillm.cache import KeyView
 from minillm.config import LayerSpec, ModelConfig
-from minillm.errors import BackendError
+from minillm.errors import BackendError, first_line, shown
 from minillm.options import ATTENTION
 
 # PyTorch's switches between its implementations are the process's: a thread would put back what another has set.
@@ -102,16 +102,21 @@ def why_no_kernels(config: ModelConfig, device: torch.device | str) -> str | Non
 
 
 def choose_backend(name: str | Backend, config: ModelConfig, device: torch.device | str = "meta") -> Backend:
-    """The backend called `name`, or for "auto" the fastest that can serve every layer of `config` on this device.
+    """The backend called `name`, or for "auto" the fastest that can serve every layer of `config` on this device
+    (on "meta", where nothing runs, the library's).
 
     Raises `BackendError` for an unknown name, or saying what the named backend lacks.
     """
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise BackendError(f"device {shown(device)}: {first_line(error)}") from error
     if isinstance(name, Backend):  # of the caller's own
         return name
     if name not in ATTENTION:
         raise BackendError(f"attention={name!r} is not one of {', '.join(ATTENTION)}")
     needs_softcap = any(layer.softcap is not None for layer in config.layers)
-    lacking, device_type = why_no_kernels(config, device), torch.device(device).type
+    lacking, device_type = why_no_kernels(config, device), device.type
     if name == "auto":
         # Without a compiler the ops run PyTorch code, which is no faster than the library's.
         if lacking is None and (device_type == "cuda" or (device_type == "cpu" and cpu.available())):

@@ -277,11 +277,11 @@ def bytes_per_token(model: Decoder, position: int) -> int:
     """
     config, embedding = model.config, model.embedding.weight
     size = model.weight_bytes
-    head = model.head.weight
+    head = getattr(model.head, "weight", None)  # an adapter may stand around it
     if head is not embedding:
         size -= embedding.nbytes - embedding[0].nbytes
-        tied = head.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr()  # a rank's part of it
-        size += head.nbytes if tied else 0
+        if head is not None and head.untyped_storage().data_ptr() == embedding.untyped_storage().data_ptr():
+            size += head.nbytes  # a rank's part of it
     per_key = kv_values(1, config.num_kv_heads, config.head_dim, 1) * embedding.dtype.itemsize
     return size + sum(per_key * min(position + 1, layer.window or position + 1) for layer in config.layers)
 

@@ -1,6 +1,6 @@
 """What a checkpoint is made of, and one forward pass through it, operation by operation.
 
-For readers: `minillm inspect MODEL` prints `facts` and `how_it_runs`, and with `--trace TEXT` also `trace`.
+For readers: `minillm inspect MODEL` prints `facts`, and with `--trace TEXT` also `trace`.
 """
 
 import dataclasses

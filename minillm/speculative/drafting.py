@@ -3,9 +3,9 @@
 from collections.abc import Callable
 
 from minillm.cache import StaticCache
-from minillm.drafting import Proposer
 from minillm.errors import RequestError, shown
 from minillm.options import GenerationConfig
+from minillm.proposer import Proposer
 from minillm.row import Row
 from minillm.speculative.length import AUTO_LENGTHS, JUDGING_BYTES, AdaptiveDraftLength, pass_bytes
 from minillm.speculative.proposers import DraftModel, PromptLookup
@@ -13,7 +13,8 @@ from minillm.tokenizer import Tokenizer
 
 
 class Drafting:
-    """Who drafts for a request, or for all requests of an engine.
+    """Who drafts for a request, or for all requests of an engine: `check`, then `make_proposer` once, then `attach` for
+    each row.
 
     Args:
         target, assistant: the `LLM` that generates and the one that drafts for it (or None).
@@ -23,16 +24,19 @@ class Drafting:
     def __init__(self, target, assistant, previous: Proposer | None = None):
         self.target, self.assistant, self.previous = target, assistant, previous
         self.proposer: PromptLookup | DraftModel | None = None  # None: plain decoding
+        self.judging = 0.0  # what a step with drafts costs beside them, in passes of the target
 
     def check(self, config: GenerationConfig) -> None:
         """Raise `RequestError` where the options about drafts contradict each other or the assistant does not fit."""
         target, assistant = self.target, self.assistant
+        asked = assistant is not None or config.num_assistant_tokens is not None
+        if asked and config.prompt_lookup_num_tokens is not None:
+            both = "assistant_model (with num_assistant_tokens) and prompt_lookup_num_tokens"
+            raise RequestError(f"{both} exclude each other: choose who drafts")
         if assistant is None:
             if config.num_assistant_tokens is not None:
                 raise RequestError("num_assistant_tokens needs an assistant_model (prompt_lookup_num_tokens does not)")
             return
-        if config.prompt_lookup_num_tokens is not None:
-            raise RequestError("assistant_model and prompt_lookup_num_tokens exclude each other: choose who drafts")
         if not hasattr(assistant, "steps"):
             raise RequestError(f"assistant_model must be an LLM (LLM.from_pretrained(...)), not {shown(assistant)}")
         _check_same_tokenizer(target.tokenizer, assistant.tokenizer)
@@ -45,12 +49,14 @@ class Drafting:
     def make_proposer(
         self, config: GenerationConfig, cache: StaticCache, borrow: Callable[..., StaticCache] | None = None
     ) -> None:
-        """Make the proposer that is asked for, beside the target's cache; a draft model's own cache comes from
-        `borrow(steps, rows, length)` if that is given. Raises `RequestError` as `check` does."""
-        self.check(config)
+        """Make the proposer that is asked for, once it is checked, beside the target's cache; a draft model's own cache
+        comes from `borrow(steps, rows, length)` if that is given."""
         assistant, previous = self.assistant, self.previous
+        if assistant is None and config.prompt_lookup_num_tokens is None:
+            return
+        self.judging = JUDGING_BYTES / pass_bytes(self.target.model)
         if assistant is None:
-            self.proposer = None if config.prompt_lookup_num_tokens is None else PromptLookup(cache.device)
+            self.proposer = PromptLookup(cache.device)
             return
         rows, length = cache.batch_size, min(cache.max_cache_len, assistant.config.max_positions)
         if isinstance(previous, DraftModel) and previous.model is assistant.steps:
@@ -77,9 +83,8 @@ class Drafting:
             lengths = [0, longest]  # where nothing is copied it is of no use
         elif asked == "auto":
             lengths = [length for length in AUTO_LENGTHS if length < max_step]
-        judging = JUDGING_BYTES / pass_bytes(self.target.model)
         row.proposer = self.proposer
-        row.draft_length = AdaptiveDraftLength(lengths, self.proposer.cost, judging, self.proposer.rest)
+        row.draft_length = AdaptiveDraftLength(lengths, self.proposer.cost, self.judging, self.proposer.rest)
 
 
 def _check_same_tokenizer(target: Tokenizer, draft: Tokenizer) -> None:

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from minillm.cache import StaticCache, upload
 from minillm.decode import prefill, reuse_prefix
-from minillm.drafting import Draft, no_draft
 from minillm.model import Decoder
+from minillm.proposer import Draft, no_draft
 from minillm.sampling import Sampling
 from minillm.speculative.length import WIDER, pass_bytes
 from minillm.speculative.verify import judge

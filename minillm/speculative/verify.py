@@ -16,17 +16,20 @@ are one-hot, and the same formula reads "accept if it is the argmax, else take t
 k + 1 passes. In float32 that shows in no text of our tests; in bfloat16 two tokens that
 are almost equally likely may change places.
 
+What was proposed by a look at the text was drawn from nothing: there the target draws as ever, and a proposal is kept
+while it is what comes out (`compare`). On a CPU `judge` runs the same in C.
+
 In a batch each row accepts its own number. A row that kept fewer tokens than it was fed is cut back in
-the cache (`StaticCache.truncate`), and positions are data, so nothing else has to know.
+the cache (`StaticCache.cut`), and positions are data, so nothing else has to know.
 """
 
 import torch
 import torch.nn.functional as F
 from minillm_kernels import sampling as kernels
-from minillm_kernels.sampling import argmax, drawn, filtered, sample, uniform
+from minillm_kernels.sampling import argmax, draw_from, probabilities_of, sample, uniform
 from torch import Tensor
 
-from minillm.drafting import Draft
+from minillm.proposer import Draft
 from minillm.sampling import Sampling, penalize
 
 _ACCEPT_STREAM = 2  # random numbers beside plain decoding's stream 0 and the draft's 1, see `uniform`
@@ -106,7 +109,7 @@ def judge(
     seed = sampling.seed[:, None].expand_as(place)  # [B, k + 1]
     probs = distribution(logits, sampling, stages)  # [B, k + 1, V]
     if draft.probs is None:  # nothing was drawn: the target draws as in plain decoding
-        tokens = drawn(probs.flatten(0, 1), seed.flatten(), place.flatten()).view_as(place)  # [B, k + 1]
+        tokens = draw_from(probs.flatten(0, 1), seed.flatten(), place.flatten()).view_as(place)  # [B, k + 1]
         return compare(draft.tokens, tokens, draft.counts)
     judged = kernels.verify(draft.tokens, draft.probs, probs, draft.counts, sampling.seed, start, _ACCEPT_STREAM)
     if judged is not None:
@@ -131,4 +134,4 @@ def distribution(logits: Tensor, sampling: Sampling, seen: Tensor | None) -> Ten
 
     filters = (sampling.temperature, sampling.top_k, sampling.top_p, sampling.min_p)
     flat = penalized(logits, sampling, seen).flatten(0, 1)  # [B * T, V]
-    return filtered(flat, *map(per_place, filters)).view_as(logits)
+    return probabilities_of(flat, *map(per_place, filters)).view_as(logits)

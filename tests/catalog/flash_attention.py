@@ -14,7 +14,7 @@ def chunk_case(starts: list[int], tokens: int, heads: int, kv_heads: int, head_d
     return dict(positions=positions, heads=heads, kv_heads=kv_heads, head_dim=head_dim, slots=slots, **more)
 
 
-def causal_sdpa(q, k, v, scale, window, softcap, alibi_slopes, cache_position):
+def causal_sdpa(q, k, v, cache_position, scale, window, softcap, alibi_slopes):
     """For a prompt from its beginning; SDPA has no causal mask that begins elsewhere."""
     if window is not None or softcap is not None or alibi_slopes is not None or k.shape[2] != q.shape[2]:
         return None

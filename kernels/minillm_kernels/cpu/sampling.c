@@ -1,4 +1,4 @@
-/* From logits to a token: the softmax and its filters, and the draw. minillm/sampling.py says what they mean.
+/* From logits to a token: the softmax and its filters, and the draw. ../sampling.py says what they mean.
  *
  * A row is passed over a few times and never sorted: which tokens the filters keep is found by partitioning, as in
  * quickselect, and of a vocabulary of 128,000 only those near the best one are partitioned. Sums are float64, in an
@@ -240,7 +240,7 @@ int minillm_draw(const struct draw_call *c) {
     return 0;
 }
 
-/* ---- drafts: kept or not, and what follows them; minillm/speculative.py says why ---- */
+/* ---- drafts: kept or not, and what follows them; minillm/speculative/verify.py says why ---- */
 
 /* drafted int64 [rows, drafts]; draft_probs [rows, drafts, draft_vocabulary] with two strides, in floats; target_probs
  * [rows, drafts + 1, vocabulary]; lengths, seed, position (of the first draft): int64 [rows] -> accepted, next: int64

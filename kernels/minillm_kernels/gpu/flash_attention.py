@@ -108,11 +108,11 @@ def flash_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    cache_position: Tensor,
     scale: float,
     window: int | None,
     softcap: float | None,
     alibi_slopes: Tensor | None,
-    cache_position: Tensor,
 ) -> Tensor:
     """Launch for `minillm::flash_attention`; see there for the arguments."""
     batch, heads, tokens, head_dim = q.shape

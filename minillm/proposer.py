@@ -34,7 +34,7 @@ class Proposer(Protocol):
         """A row with this prompt takes this seat; see `row.Row` for its planned length."""
 
     def read(self, seat: int, beginning: list[int]) -> None:
-        """The target has read so much of its row's prompt, which is going to be drafted for."""
+        """The target has read so much of its row's prompt. Only called for rows that will get drafts."""
 
     def propose(self, texts: dict[int, list[int]], counts: list[int], sampling: Sampling, seen: Tensor | None) -> Draft:
         """For each seat up to as many tokens as `counts` says, to follow its text: all ids of that row so far.
@@ -46,7 +46,8 @@ class Proposer(Protocol):
         self, logits: Tensor, draft: Draft, start: Tensor, sampling: Sampling, seen: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """How many drafts each row keeps by the target's logits `[R, k + 1, V]`, and the token that follows them, `[R]`
-        int64 both, where `start [R]` is the place of the first."""
+        int64 both; the first would stand at `start [R]`. By `speculative.verify.judge` for all: it is a method since
+        the road imports no wing."""
 
 
 class DraftLength(Protocol):
@@ -67,11 +68,12 @@ def no_draft(rows: int, device: torch.device) -> Draft:
 
 
 def with_drafts(drafts: Sequence[tuple], width: int, ids: Tensor, fed: Tensor) -> tuple[Tensor, Tensor]:
-    """Ids and positions `[n, 1]` of a pass, with drafts behind them, (rows, `Draft`) each: `[n, width]` each."""
+    """Behind `ids` and where they are fed, `[n, 1]` each, the drafts of some rows, (their index, `Draft`) each: both
+    `[n, width]`, -1 where a row has none."""
     drafted = F.pad(ids, (0, width - 1))  # [n, T]
     count = torch.zeros_like(ids)  # [n, 1], drafts of each row
     for index, draft in drafts:
         drafted[index, 1 : 1 + draft.tokens.shape[1]] = draft.tokens
         count[index, 0] = draft.counts
-    place = torch.arange(width, device=ids.device)  # [T]
-    return drafted, torch.where((fed < 0) | (place > count), -1, fed + place)
+    column = torch.arange(width, device=ids.device)  # [T]
+    return drafted, torch.where((fed < 0) | (column > count), -1, fed + column)
