@@ -139,8 +139,9 @@ def _in_memory(x: object, values: Iterable[object]) -> bool:
 
 
 def _differentiated(arguments: tuple, keywords: dict) -> bool:
-    values = (*arguments, *keywords.values())
-    return torch.is_grad_enabled() and any(isinstance(value, Tensor) and value.requires_grad for value in values)
+    if not torch.is_grad_enabled():
+        return False
+    return any(isinstance(value, Tensor) and value.requires_grad for value in (*arguments, *keywords.values()))
 
 
 def _contiguous(results: Tensor | tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
