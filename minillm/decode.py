@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from minillm.cache import StaticCache
-from minillm.errors import CacheError
+from minillm.errors import CacheError, RequestError
 from minillm.model import Decoder
 from minillm.options import GenerationConfig, as_list
 from minillm.sampling import Sampling, argmax, next_token
@@ -72,9 +72,14 @@ def decode_one_token(
         sampling: how to choose; greedy by default.
         seen: `[B, V]` bool, the tokens of each row so far, where `sampling` has a repetition penalty.
 
-    Returns `[B, 1]` int64. The loop around it is the "advanced usage: compile decode_one_token yourself"
+    Returns `[B, 1]` int64. Raises `CacheError` for what does not fit the cache, `RequestError` for a penalty without
+    `seen`; then nothing is fed. The loop around it is the "advanced usage: compile decode_one_token yourself"
     of the guide "LLM inference optimization".
     """
+    if sampling is not None and sampling.repetition_penalty is not None:
+        shape = len(token), cache.config.vocab_size
+        if not isinstance(seen, Tensor) or seen.dtype != torch.bool or seen.shape != shape:
+            raise RequestError(f"a repetition penalty needs the tokens so far: seen, {list(shape)} bool")
     logits = model(token, cache_position, cache)[:, -1]  # [B, V]
     if sampling is None:
         return argmax(logits)[:, None]

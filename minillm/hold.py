@@ -21,12 +21,14 @@ class Hold:
         self._thread: int | None = None  # and in which thread that is at work just now
         self._embedding: weakref.ref | None = None  # of the decoder that fills it,
         self._weights: tuple | None = None  # and what its weights were then
-        self.stepped_by = None  # the `faster.steps.Steps` that wrote last: it need not look at the weights again
+        # A reference to the `faster.steps.Steps` that wrote last: it need not look at the weights again.
+        self.stepped_by: weakref.ref | None = None
 
     def __deepcopy__(self, memo) -> "Hold":
         """The copy of a cache belongs to the same model and to no request."""
-        copy = Hold()
-        copy._embedding, copy._weights = self._embedding, self._weights
+        copy, embedding = Hold(), self._embedding and self._embedding()
+        if embedding is not None:  # or to the model that was copied before it, at the same time
+            copy._embedding, copy._weights = weakref.ref(memo.get(id(embedding), embedding)), self._weights
         return copy
 
     @contextmanager

@@ -12,7 +12,6 @@ import torch
 from minillm_kernels.sampling import argmax, draw_from, probabilities_of
 from torch import Tensor
 
-from minillm.errors import RequestError
 from minillm.options import GenerationConfig
 
 
@@ -99,10 +98,8 @@ def choose(
     logits: Tensor, sampling: Sampling, position: Tensor, seen: Tensor | None = None, stream: int = 0
 ) -> tuple[Tensor, Tensor | None]:
     """`next_token` with the random numbers of `stream`, and the distribution `[B, V]` it was drawn from; None if
-    greedy. Raises `RequestError` for a penalty without `seen`."""
+    greedy."""
     if sampling.repetition_penalty is not None:
-        if seen is None:
-            raise RequestError("a repetition penalty needs to know the tokens so far: pass seen, [B, V] bool")
         logits = penalize(logits, seen, sampling.repetition_penalty)
     if sampling.temperature is None:
         return argmax(logits), None  # what the search below would find in a one-hot distribution

@@ -86,8 +86,10 @@ def test_a_penalty_needs_the_tokens_so_far(ours):
     seen = torch.zeros_like(logits, dtype=torch.bool).scatter(1, best[:, None], True)
     chosen = decode_one_token(model, token, position, caches[0], sampling, seen)
     assert chosen.item() == logits.masked_fill(seen, -torch.inf).argmax(-1).item() != best.item()
-    with pytest.raises(RequestError, match="seen"):
-        decode_one_token(model, chosen, position + 1, caches[0], sampling)
+    for wrong in (None, seen[:, 1:], seen.repeat(2, 1), seen.float(), "seen"):
+        with pytest.raises(RequestError, match="seen"):
+            decode_one_token(model, chosen, position + 1, caches[0], sampling, wrong)
+    assert caches[0].lengths == [10]  # nothing was fed
 
 
 def test_decode_past_the_end_raises(ours):

@@ -5,8 +5,10 @@ keys must be the same.
 """
 
 import copy
+import gc
 import sys
 import threading
+import weakref
 from contextlib import nullcontext, suppress
 
 import pytest
@@ -383,6 +385,31 @@ def test_a_cache_emptied_at_any_moment(llm):
         assert llm.generate(PROMPT, cache=cache, max_new_tokens=12, **GREEDY).token_ids == expected
     finally:
         hook.remove()
+
+
+def test_a_copied_chat_goes_on(llm):
+    """With its own model and cache, as if it were the first one."""
+    chat = llm.conversation()
+    chat.say("abc", max_new_tokens=4, temperature=0)
+    twin = copy.deepcopy(chat)
+    said = [one.say("def", max_new_tokens=6, temperature=0).token_ids for one in (twin, chat, twin)]
+    assert said[0] == said[1]
+
+
+def test_a_cache_that_is_kept_keeps_no_model(text_checkpoint):
+    mine = LLM.from_pretrained(text_checkpoint, dtype="float32", device="cpu")
+    cache = StaticCache(mine.config, 1, 64, dtype=mine.dtype)
+    mine.generate(PROMPT, cache=cache, max_new_tokens=4, **GREEDY)
+    mine.generate(PROMPT, max_new_tokens=4, **GREEDY)
+    gone = weakref.ref(mine.model)
+    gc.collect()
+    gc.disable()  # no cycle is left
+    try:
+        del mine
+        assert gone() is None
+    finally:
+        gc.enable()
+    assert cache.token_ids[0][:-3] == PROMPT
 
 
 def test_a_copied_cache_is_nobodys(llm):

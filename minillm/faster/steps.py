@@ -60,7 +60,7 @@ class Steps:
     def __init__(self, model: Decoder, compile: bool | str = "auto"):
         check_compile(compile)
         self.model, self.config, self.embedding, self.compile = model, model.config, model.embedding, compile
-        self.ranks = model.ranks
+        self.ranks, self._self = model.ranks, weakref.ref(self)
         self.compiled = CompiledWalk(model) if compile is True else None
         self.embed, self.logits, self.own_dtypes = model.embed, model.logits, model.own_dtypes
         self.walk: Callable[..., Tensor] = self.compiled or model.walk
@@ -169,14 +169,14 @@ class Steps:
 
     def _looked(self, cache: StaticCache) -> bool:
         """Whether the weights have been looked at since the request, or a loop of one's own, began."""
-        return (cache.hold.in_turn or cache.hold.stepped_by is self) and self._moves == self.model.moves
+        return (cache.hold.in_turn or cache.hold.stepped_by is self._self) and self._moves == self.model.moves
 
     def _recall(self, cache: StaticCache, looked: bool, key: tuple, make: Callable[[], Callable], *inputs: Tensor):
         """What the recorded step of this cache that is called `key` returns; the first time `make` makes it. Raises
         `NotRecordable` where there can be none."""
         if not looked:
             self.fingerprint()
-        cache.hold.stepped_by = self
+        cache.hold.stepped_by = self._self
         steps = self._recorded.setdefault(cache, {})
         if key not in steps:
             steps[key] = None if self._weights[-1] else make()  # a replay calls no hook

@@ -24,7 +24,7 @@ from minillm.config import LayerSpec, ModelConfig
 from minillm.errors import BackendError, first_line, shown
 from minillm.options import ATTENTION
 
-# PyTorch's switches between its implementations are the process's: a thread would put back what another has set.
+# PyTorch's switches between its implementations are the process's: a thread would follow what another has set.
 _SWITCHES = threading.RLock()
 
 
@@ -50,8 +50,8 @@ def attend_sdpa(
     plain = slopes is None and (view.window is None or view.window >= T)
     whole = flash and view.from_start and plain  # causal says it all
     only = SDPBackend.EFFICIENT_ATTENTION if flash and not whole else only
-    alone = only is not None and not torch.compiler.is_compiling()
-    with _SWITCHES if alone else nullcontext(), nullcontext() if only is None else sdpa_kernel(only):
+    one_by_one = nullcontext() if torch.compiler.is_compiling() else _SWITCHES
+    with one_by_one, nullcontext() if only is None else sdpa_kernel(only):
         try:
             if whole:
                 q, keys, values = q.transpose(1, 2), keys[:, :, :T], values[:, :, :T]  # [B, H | KV, T, D]

@@ -79,9 +79,9 @@ def cache_bytes(
     config: ModelConfig, batch_size: int, context: int, dtype: torch.dtype, max_step: int = MAX_STEP
 ) -> tuple[int, int]:
     """Bytes of a StaticCache for this batch and context: (layers that see everything, sliding layers)."""
-    cache = StaticCache(config, batch_size, context, "meta", dtype, max_step)
-    sliding = sum(2 * keys.nbytes for keys, layer in zip(cache.keys, config.layers, strict=True) if layer.window)
-    return cache.nbytes - sliding, sliding
+    row = StaticCache(config, 1, context, "meta", dtype, max_step)
+    sliding = sum(2 * keys.nbytes for keys, layer in zip(row.keys, config.layers, strict=True) if layer.window)
+    return batch_size * (row.nbytes - sliding), batch_size * sliding
 
 
 def kv_values(layers: int, kv_heads: int, head_dim: int, tokens: int) -> int:
