@@ -178,6 +178,19 @@ def test_repetition_penalty_agrees_with_transformers():
         torch.testing.assert_close(ours, expected)
 
 
+@pytest.mark.parametrize("heat", [-0.8, math.nan, -math.inf])
+def test_a_temperature_that_is_none(heat):
+    """The row's probabilities are no numbers, whatever filters it; its neighbours' are as ever, and nothing waits."""
+    logits = logits_of(7, rows=3)
+    for filters in ({}, dict(top_k=3), dict(top_p=0.9), dict(min_p=0.1), dict(top_k=3, top_p=0.9, min_p=0.1)):
+        columns = {name: column(value, 3) for name, value in filters.items()}
+        probs = probabilities(logits, torch.tensor([0.8, heat, 0.8]), **columns)
+        assert probs[1].isnan().all()
+        assert torch.equal(
+            probs[::2], probabilities(logits[::2], column(0.8, 2), **{n: c[:2] for n, c in columns.items()})
+        )
+
+
 def test_next_token_is_the_composition():
     logits = logits_of(6, rows=4)
     seen = torch.rand(4, V, generator=torch.Generator().manual_seed(0)) < 0.3

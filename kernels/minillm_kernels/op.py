@@ -21,13 +21,13 @@ are told. It looks at types, shapes, strides and devices, never at values, and c
 import functools
 import importlib
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from itertools import compress
 from typing import get_args
 
 import torch
-from torch import Tensor
+from torch import Tensor, is_grad_enabled
 from torch.compiler import is_compiling
 from torch.nn import Parameter
 
@@ -89,8 +89,21 @@ def op(
                 return elsewhere(*arguments, **keywords)
             try:
                 x = arguments[0] if arguments else keywords.get(first)
-                values = (*arguments, *keywords.values()) if keywords else compress(arguments, tensors)
-                if _in_memory(x, values) and not _differentiated(arguments, keywords):
+                # The one answer to "eagerly on a CPU?": whether all tensors are what lies at their addresses. Not so a
+                # fake one, a subclass that may do anything, zeros without memory (`torch._efficientzerotensor`), and
+                # numbers whose sign has yet to be turned (`torch._neg_view`): PyTorch's dispatcher makes plain ones of
+                # the last two.
+                in_memory = type(x) is Tensor and x.is_cpu and not INTERPRETING
+                if in_memory:
+                    for value in (*arguments, *keywords.values()) if keywords else compress(arguments, tensors):
+                        kind = type(value)
+                        if kind is Tensor or kind is Parameter:
+                            in_memory = not value.is_neg() and (value.data_ptr() or not value.numel())
+                        else:
+                            in_memory = value is None or not isinstance(value, Tensor)
+                        if not in_memory:
+                            break
+                if in_memory and not (is_grad_enabled() and _differentiated(arguments, keywords)):
                     check(*arguments, **keywords)
                     return (in_c if cpu.available() else function)(*arguments, **keywords)
                 return elsewhere(*arguments, **keywords)
@@ -119,28 +132,7 @@ def _node(name: str, implementation: Callable, check: Callable, fake: Callable, 
     return getattr(torch.ops.minillm, name).default
 
 
-def _in_memory(x: object, values: Iterable[object]) -> bool:
-    """Whether `x`, the first argument, is on a CPU, and its and the other tensors' numbers are what lies at their
-    addresses: the one answer to "eagerly on a CPU?".
-
-    Not so a fake one, a subclass that may do anything, zeros without memory (`torch._efficientzerotensor`), and
-    numbers whose sign has yet to be turned (`torch._neg_view`): PyTorch's dispatcher makes plain tensors of these two.
-    """
-    if type(x) is not Tensor or not x.is_cpu or INTERPRETING:
-        return False
-    for value in values:
-        kind = type(value)
-        if kind is Tensor or kind is Parameter:
-            if value.is_neg() or (not value.data_ptr() and value.numel()):
-                return False
-        elif value is not None and isinstance(value, Tensor):
-            return False
-    return True
-
-
 def _differentiated(arguments: tuple, keywords: dict) -> bool:
-    if not torch.is_grad_enabled():
-        return False
     return any(isinstance(value, Tensor) and value.requires_grad for value in (*arguments, *keywords.values()))
 
 

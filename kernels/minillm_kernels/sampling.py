@@ -68,12 +68,12 @@ def probabilities(
 
     Args:
         logits: [B, V] float32, V at most 262,144.
-        temperature: [B] float32; a row at 0 becomes one-hot at its first largest logit.
+        temperature: [B] float32 of 0 and more; a row at 0 becomes one-hot at its first largest logit.
         top_k: [B] int64 of 1 and more; V or more keeps all. Ties with the k-th stay. None: no row is filtered so.
         top_p, min_p: [B] float32; 1 and 0 keep all. Of equal tokens at the border of top_p the first stay. Or None.
 
-    Returns [B, V] float32; a row with a logit of NaN or infinity is NaN, as a softmax of it would be. Raises ValueError
-    when shapes, dtypes or devices do not fit.
+    Returns [B, V] float32; a row with a logit of NaN or infinity is NaN, as a softmax of it would be, and so is one
+    with a temperature of NaN or below 0. Raises ValueError when shapes, dtypes or devices do not fit.
     """
     return filtered_softmax(logits, temperature, top_k, top_p, min_p)
 
@@ -212,7 +212,8 @@ def filtered_softmax(
 ) -> Tensor:
     """`probabilities` in the dtype of logits."""
     greedy = temperature == 0  # [B]
-    scaled = logits / torch.where(greedy, 1.0, temperature)[:, None].to(logits.dtype)  # [B, V]
+    divisor = torch.where(temperature > 0, temperature, torch.nan)  # [B]
+    scaled = logits / torch.where(greedy, 1.0, divisor)[:, None].to(logits.dtype)  # [B, V]
     probs = scaled.softmax(dim=-1)
     filters = (top_k, None if top_p is None else torch.where(top_p < 1, top_p, torch.inf), min_p)
     if any(column is not None for column in filters):

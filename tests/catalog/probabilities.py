@@ -29,6 +29,9 @@ def described(logits, temperature, top_k, top_p, min_p) -> tuple[Tensor, Tensor]
         if heat == 0:
             result[row, int(given.argmax())] = 1
             continue
+        if not heat > 0:
+            result[row] = torch.nan
+            continue
         probs = (given / heat).softmax(0)
         order = given.argsort(descending=True, stable=True)
         kept = probs[order]

@@ -144,7 +144,7 @@ static int row_probabilities(const void *call, long row, int thread) {
     int unbounded = 0;
     for (long i = 0; i < V; i++) unbounded |= !(logits[i] < INFINITY);
     const float best = largest_of(logits, V), top = best / temperature;
-    if (unbounded || isinf(top)) { /* as a softmax of them is */
+    if (unbounded || !(temperature > 0) || !isfinite(top)) { /* as a softmax of them is */
         for (long i = 0; i < V; i++) out[i] = NAN;
         return 0;
     }
@@ -171,6 +171,7 @@ static int row_probabilities(const void *call, long row, int thread) {
         if (!proven && floor > -INFINITY) continue;
         for (long i = 0; i < V; i++)
             if (logits[i] >= floor && out[i] > 0) ranks[near++] = rank_of(logits[i] / temperature, i);
+        if (floor == -INFINITY) break; /* that was all there is */
     }
     long kept = near;
     double left = 1; /* mass that top-k leaves */

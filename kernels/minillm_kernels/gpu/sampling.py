@@ -88,7 +88,7 @@ def probabilities_kernel(logits, out, keys, temperature, top_k, top_p, min_p, V:
     if heat == 0.0:
         for start in range(0, V, BLOCK):
             tl.store(out + start + lane, (start + lane == chosen).to(tl.float32), mask=start + lane < V)
-    elif (best >= 0x7F800000) | (tl.abs(tl.div_rn(_value(best), heat)) == float("inf")):
+    elif (best >= 0x7F800000) | (heat < 0.0) | ((tl.abs(tl.div_rn(_value(best), heat)) < float("inf")) == 0):
         for start in range(0, V, BLOCK):
             tl.store(out + start + lane, tl.full([BLOCK], float("nan"), tl.float32), mask=start + lane < V)
     else:
