@@ -189,4 +189,4 @@ def _empty_bias(out_features: int, bias: bool, dtype: torch.dtype, device) -> nn
 
 def _trains(x: Tensor, weight: Tensor) -> bool:
     wanted = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return wanted or torch.is_autocast_enabled(x.device.type)
+    return wanted or torch.is_autocast_enabled("cpu" if x.is_cpu else x.device.type)

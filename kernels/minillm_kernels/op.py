@@ -96,13 +96,13 @@ def op(
                 in_memory = type(x) is Tensor and x.is_cpu and not INTERPRETING
                 if in_memory:
                     for value in (*arguments, *keywords.values()) if keywords else compress(arguments, tensors):
+                        if value is None:
+                            continue
                         kind = type(value)
-                        if kind is Tensor or kind is Parameter:
-                            in_memory = not value.is_neg() and (value.data_ptr() or not value.numel())
-                        else:
-                            in_memory = value is None or not isinstance(value, Tensor)
-                        if not in_memory:
-                            break
+                        if (kind is not Tensor and kind is not Parameter) or value.is_neg() or not value.data_ptr():
+                            in_memory = not isinstance(value, Tensor) or (kind is Tensor and not value.numel())
+                            if not in_memory:
+                                break
                 if in_memory and not (is_grad_enabled() and _differentiated(arguments, keywords)):
                     check(*arguments, **keywords)
                     return (in_c if cpu.available() else function)(*arguments, **keywords)

@@ -168,6 +168,11 @@ def _groups(x: Tensor) -> tuple[int, int] | None:
     return side_by_side, steps[-1][1] if steps else 0
 
 
+def norm(x: Tensor, weight: Tensor, eps, offset, multiply_in_fp32, bias=None, center=False) -> Tensor:
+    """As `minillm::rms_norm`."""
+    return rms_norm(x, None, weight, eps, offset, multiply_in_fp32, bias, center)[0]
+
+
 def add(x: Tensor, y: Tensor) -> Tensor:
     """x + y, two tensors of one shape and dtype."""
     x, y = x.contiguous(), y.contiguous()
