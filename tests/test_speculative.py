@@ -654,6 +654,14 @@ def test_auto_learns_in_the_loop(llm, cheap_drafts):
             assert low <= out.stats.drafted / out.stats.target_steps <= high
 
 
+def test_auto_drafts_no_more_than_a_step_takes(llm, cheap_drafts):
+    """A draft that is always right would be asked for 8."""
+    options = dict(max_new_tokens=40, eos_token_id=[], temperature=0)
+    out = with_cache(llm, PROMPTS, max_step=4, assistant_model=noisy(llm, 0.0), **options)
+    same(out, llm.generate(PROMPTS, **options))
+    assert all(1 < o.stats.drafted / o.stats.target_steps <= 2 for o in out)  # 1 or 2 at a time
+
+
 def test_repetition_penalty_knows_the_drafts(targets, drafts):
     options = dict(max_new_tokens=40, eos_token_id=[], temperature=0, repetition_penalty=1.5)
     for target, who in (("full", "same"), ("full", "noise"), ("window", "unrelated")):
@@ -761,7 +769,10 @@ def test_a_text_that_outgrows_the_draft(llm, tmp_path, text_tokenizer_files):
     options = dict(max_new_tokens=40, eos_token_id=[], temperature=0)
     out = llm.generate(PROMPTS, assistant_model=short, num_assistant_tokens=4, **options)
     same(out, llm.generate(PROMPTS, **options))
-    assert [o.stats.drafted > 0 for o in out] == [o.stats.prompt_tokens < 24 for o in out]
+    own = with_cache(llm, PROMPTS, assistant_model=short, num_assistant_tokens=4, **options)  # its draft has another
+    same(own, out)
+    for said in (out, own):
+        assert [o.stats.drafted > 0 for o in said] == [o.stats.prompt_tokens < 24 for o in said]
     assert out[1].stats.drafted < 4 * (out[1].stats.target_steps - 1)
 
 
