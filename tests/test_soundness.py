@@ -621,6 +621,7 @@ def test_logits_that_are_no_numbers(poison, text_checkpoint):
     ):
         with pytest.raises(NumericalError, match=r"row 1, new token 1: .*dtype"):
             llm.generate([[8, 9, 10], PROMPT], cache=cache, max_new_tokens=4, **options)
+        assert cache.token_ids == [[], []]  # nobody goes on from there
     weight[sick] = saved
     assert llm.generate([[8, 9, 10], PROMPT], cache=cache, max_new_tokens=4, **GREEDY)[1].token_ids == good
 
