@@ -93,9 +93,9 @@ BACKENDS = {
 }
 
 
-def why_no_kernels(config: ModelConfig, device: torch.device | str) -> str | None:
+def why_no_kernels(config: ModelConfig, device: torch.device) -> str | None:
     """What keeps this project's kernels from serving a model on a device; None where they can."""
-    widest, device = KERNELS.max_head_dim, torch.device(device)
+    widest = KERNELS.max_head_dim
     if config.head_dim > widest:
         return f"they serve heads of up to {widest} channels, {config.family} has {config.head_dim} here"
     return why_no_launch(device) if device.type == "cuda" else None
@@ -116,10 +116,10 @@ def choose_backend(name: str | Backend, config: ModelConfig, device: torch.devic
     if name not in ATTENTION:
         raise BackendError(f"attention={name!r} is not one of {', '.join(ATTENTION)}")
     needs_softcap = any(layer.softcap is not None for layer in config.layers)
-    lacking, device_type = why_no_kernels(config, device), device.type
+    lacking = why_no_kernels(config, device)
     if name == "auto":
         # Without a compiler the ops run PyTorch code, which is no faster than the library's.
-        if lacking is None and (device_type == "cuda" or (device_type == "cpu" and cpu.available())):
+        if lacking is None and (device.type == "cuda" or (device.type == "cpu" and cpu.available())):
             return KERNELS
         return BACKENDS["math" if needs_softcap else "sdpa"]
     backend = BACKENDS[name]
@@ -127,7 +127,7 @@ def choose_backend(name: str | Backend, config: ModelConfig, device: torch.devic
         raise BackendError(
             f"attention={name!r} has no score softcap, which {config.family} needs; use attention='auto' or 'math'"
         )
-    if backend.gpu_only and device_type == "cpu":
+    if backend.gpu_only and device.type == "cpu":
         raise BackendError(f"attention={name!r} runs on a GPU only; use attention='sdpa' on the CPU")
     if name == "kernels" and lacking is not None:
         raise BackendError(f"attention='kernels' cannot be used: {lacking}; use attention='auto'")

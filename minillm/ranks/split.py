@@ -35,15 +35,17 @@ class Split(Ranks):
         )
 
     def vocabulary(self, config: ModelConfig) -> range:
-        """Equal parts, the last one shorter where the vocabulary is odd."""
-        size = -(-config.vocab_size // self.count)
-        return range(self.rank * size, min((self.rank + 1) * size, config.vocab_size))
+        return self._ids(config.vocab_size)
 
     def tie(self, head: nn.Module, embedding: nn.Embedding) -> nn.Module:
-        if head.out_features == embedding.num_embeddings:
+        if self.count == 1:
             return super().tie(head, embedding)
-        start = self.rank * -(-embedding.num_embeddings // self.count)
-        return TiedRows(embedding, range(start, start + head.out_features), head.bias)
+        return TiedRows(embedding, self._ids(embedding.num_embeddings), head.bias)
+
+    def _ids(self, size: int) -> range:
+        """Of a vocabulary of this size: equal parts, the last one shorter where it is odd."""
+        share = -(-size // self.count)
+        return range(self.rank * share, min((self.rank + 1) * share, size))
 
 
 def _misfit(config: ModelConfig, count: int) -> str | None:
